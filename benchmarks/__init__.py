@@ -1,0 +1,1 @@
+"""Measurements and the demo (run from a checkout: ``python -m benchmarks...``)."""

