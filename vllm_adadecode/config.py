@@ -36,8 +36,6 @@ USER_OPTIONS = frozenset(
         "synthetic_acceptance_rates",
         "synthetic_acceptance_length",
         "num_speculative_tokens_per_batch_size",
-        "target_model_config",
-        "target_parallel_config",
     }
 )
 
@@ -46,7 +44,7 @@ USER_OPTIONS = frozenset(
 class AdaDecodeSpeculativeConfig(SpeculativeConfig):
     """vLLM's speculative configuration with the method's own fields, all resolved."""
 
-    method: SpeculativeMethod | Literal["adadecode"] | None = None  # type: ignore[assignment]
+    method: SpeculativeMethod | Literal["adadecode"] | None = None
     confidence_threshold: list[float] | None = None
     """Gamma per exit layer, in [0, 1]; 1 turns an exit off."""
     exit_layers: list[int] | None = None
@@ -97,7 +95,7 @@ def build_config(
     if unknown:
         raise AdaDecodeError(
             f"speculative_config has unknown options for adadecode: {', '.join(unknown)}; "
-            f"known: {', '.join(sorted(USER_OPTIONS - {'target_model_config', 'target_parallel_config'}))}"
+            f"known: {', '.join(sorted(USER_OPTIONS))}"
         )
     _check_engine(model_config, parallel_config, enable_lora)
     heads, heads_path = _load_heads(options, model_config)

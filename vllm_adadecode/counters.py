@@ -62,7 +62,8 @@ class Counters:
             "accepted": accepted,
             "acceptance_rate": _ratio(accepted, accepted + rejected),
             "tokens_per_verification": _ratio(self.tokens, self.verifications),
-            "early_prediction_rate": _ratio(accepted, self.tokens),
+            # Share of the emitted tokens that were predicted early.
+            "early_prediction_rate": _ratio(self.tokens - self.verifications, self.tokens),
             # Share of a full pass of all layers that an emitted token cost, 1.0 for vanilla.
             "layer_passes_per_token": _ratio(passes, self.num_layers * self.tokens),
         }

@@ -70,9 +70,6 @@ class Patch:
 _applied: set[str] = set()
 
 
-# --- configuration ---------------------------------------------------------------------------------
-
-
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_speculative_config(
@@ -214,7 +211,7 @@ WORKER_PATCHES = (
 
 
 def refuse_method(error: AdaDecodeError) -> None:
-    """On a vLLM we don't support: answer a request for the method with ``error``, change nothing else."""
+    """On an unsupported vLLM: answer a request for the method with ``error``, change nothing else."""
 
     def build(*_: Any) -> Any:
         raise error

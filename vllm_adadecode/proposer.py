@@ -56,7 +56,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.max_num_reqs, self.num_speculative_steps + 1, self.hidden_size, self.dtype, device
         )
         self.windows = PendingWindows()
-        # Windows that the current batch verifies, and what the last `propose` drafted, by batch row.
+        # Windows that the current batch verifies; drafts of the last `propose`, by batch row.
         self.in_verification: dict[str, PendingWindow] = {}
         self.last_req_ids: list[str] = []
         self.last_drafts: list[list[int]] = []
@@ -209,9 +209,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         limits[num_sampled == 0] = 0  # mid-prefill
         return limits
 
-    def _make_sampler(
-        self, temperature: torch.Tensor, seeds: torch.Tensor
-    ) -> DraftSampler | None:
+    def _make_sampler(self, temperature: torch.Tensor, seeds: torch.Tensor) -> DraftSampler | None:
         """How drafts are drawn from head logits; None for `greedy` (the argmax)."""
         if self.draft_logits is None:
             return None

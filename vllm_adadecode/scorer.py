@@ -38,7 +38,9 @@ class VerificationPlan:
     seq_lens_upper: np.ndarray
 
 
-def make_plan(input_batch: InputBatch, windows: dict[str, PendingWindow]) -> VerificationPlan | None:
+def make_plan(
+    input_batch: InputBatch, windows: dict[str, PendingWindow]
+) -> VerificationPlan | None:
     """Plan a verification, or None where vLLM's own forward pass must or may as well run."""
     if input_batch.has_prefill or not windows:
         return None
