@@ -18,6 +18,7 @@ setup(
     # Hugging Face's: it is only importable as vllm_adadecode.kernels.
     packages=[
         "vllm_adadecode",
+        "vllm_adadecode.cpu",
         "vllm_adadecode.kernels",
     ],
     package_dir={"vllm_adadecode.kernels": "kernels"},
