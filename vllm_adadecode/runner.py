@@ -22,9 +22,7 @@ from vllm_adadecode.proposer import AdaDecodeSpeculator
 from vllm_adadecode.scorer import Scorer, VerificationPlan, make_plan
 
 if TYPE_CHECKING:
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-
-    _Base = GPUModelRunner
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
 else:
     _Base = object
 

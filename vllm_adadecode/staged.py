@@ -76,7 +76,7 @@ class StagedTarget(nn.Module):
         return len(self.exit_layers)
 
     def early_attention_layers(self) -> set[str]:
-        """Names of the attention layers below the last exit (their own metadata is ours to build)."""
+        """Names of the attention layers below the last exit: their early metadata is ours."""
         early = islice(self.inner.layers, 0, self.exit_layers[-1])
         return {
             module.layer_name
