@@ -47,11 +47,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.req_states = req_states
         config = self.speculative_config
-        self.policy: DraftPolicy = ThresholdPolicy(config.confidence_threshold)
-        # Exits after the last one that can be followed are never reached.
-        self.num_used_exits = max(
-            (i + 1 for i in range(len(config.exit_layers)) if self.policy.uses(i)), default=0
-        )
+        self.set_policy(ThresholdPolicy(config.confidence_threshold))
         self.deferred = DeferredStates(
             self.max_num_reqs, self.num_speculative_steps + 1, self.hidden_size, self.dtype, device
         )
@@ -62,6 +58,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self.last_drafts: list[list[int]] = []
         self.counters = Counters.create(
             vllm_config.model_config.get_total_num_hidden_layers(), tuple(config.exit_layers)
+        )
+
+    def set_policy(self, policy: DraftPolicy) -> None:
+        """Decide by ``policy`` from the next round on."""
+        self.policy = policy
+        # Exits after the last one that can be followed are never reached.
+        self.num_used_exits = max(
+            (i + 1 for i in range(len(self.speculative_config.exit_layers)) if policy.uses(i)),
+            default=0,
         )
 
     # --- vLLM's life cycle ---------------------------------------------------------------------

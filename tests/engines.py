@@ -1,0 +1,179 @@
+"""Engines for the tests: real vLLM, in the tests' process, shared between tests.
+
+Owns how an engine is started, kept and stopped, and how outputs of two engines are compared.
+"""
+
+import gc
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from vllm import LLM, RequestOutput, SamplingParams
+
+DEMO_MODEL = Path(__file__).parent.parent / "benchmarks" / "demo" / "model"
+MAX_ENGINES = 12
+# float32 logits of one token computed in batches of different shape differ by about 1e-5; two
+# candidates closer than this are a tie, which either engine may break.
+TIE_GAP = 1e-3
+
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 512,
+    "max_num_seqs": 16,
+    "enforce_eager": True,
+    "enable_prefix_caching": False,
+    "kv_cache_memory_bytes": 96 << 20,
+}
+
+
+@contextmanager
+def async_scheduling_on_cpu() -> Iterator[None]:
+    """vLLM turns async scheduling off on a CPU; nothing in the method depends on that."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    with patch.object(
+        CpuPlatform, "check_and_update_config", classmethod(check_and_update_config)
+    ):
+        yield
+
+
+class EnginePool:
+    """Starts engines on demand and keeps the last few."""
+
+    def __init__(self) -> None:
+        self._engines: OrderedDict[str, LLM] = OrderedDict()
+
+    def get(self, model: Path | str = DEMO_MODEL, **options: Any) -> LLM:
+        """An engine with these options over `DEFAULTS`; the same one for the same options."""
+        options = DEFAULTS | options
+        key = repr((str(model), sorted(options.items(), key=lambda item: item[0])))
+        if key in self._engines:
+            self._engines.move_to_end(key)
+            return self._engines[key]
+        while len(self._engines) >= MAX_ENGINES:
+            stop(self._engines.popitem(last=False)[1])
+        if options.get("async_scheduling"):
+            with async_scheduling_on_cpu():
+                engine = LLM(str(model), **options)
+            assert engine.llm_engine.vllm_config.scheduler_config.async_scheduling
+        else:
+            engine = LLM(str(model), **options)
+        self._engines[key] = engine
+        return engine
+
+    def close(self) -> None:
+        while self._engines:
+            stop(self._engines.popitem()[1])
+
+
+def stop(engine: LLM) -> None:
+    """Free an engine's memory now rather than when Python gets to it."""
+    engine.llm_engine.engine_core.shutdown()
+    del engine
+    gc.collect()
+
+
+def speculative(**options: Any) -> dict[str, Any]:
+    return {"method": "adadecode", **options}
+
+
+def set_thresholds(engine: LLM, *thresholds: float) -> None:
+    """Change the thresholds of a running engine (one, or one per exit)."""
+
+    def change(worker: Any) -> None:
+        from vllm_adadecode.policy import ThresholdPolicy
+
+        speculator = worker.model_runner.speculator
+        values = thresholds * (len(speculator.model.exit_layers) // len(thresholds))
+        speculator.set_policy(ThresholdPolicy(values))
+
+    engine.collective_rpc(change)
+
+
+def stats(engine: LLM, reset: bool = False) -> dict[str, Any]:
+    return engine.collective_rpc("adadecode_stats", kwargs={"reset": reset})[0]
+
+
+def greedy(max_tokens: int = 48, **options: Any) -> SamplingParams:
+    return SamplingParams(
+        **({"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True} | options)
+    )
+
+
+def generate(
+    engine: LLM, prompts: Sequence[Any], params: Any, batch: int | None = None
+) -> list[RequestOutput]:
+    """Outputs in order, at most ``batch`` requests at a time."""
+    batch = batch or len(prompts)
+    params = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+    outputs: list[RequestOutput] = []
+    for i in range(0, len(prompts), batch):
+        outputs += engine.generate(
+            list(prompts[i : i + batch]), params[i : i + batch], use_tqdm=False
+        )
+    return outputs
+
+
+def token_ids(outputs: Sequence[RequestOutput]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@dataclass
+class Divergence:
+    """Where an output first differs from its vanilla twin."""
+
+    request: int
+    position: int
+    # Difference of the log-probabilities that vanilla gives to the two tokens.
+    gap: float
+
+
+def divergences(
+    vanilla: LLM, ours: Sequence[RequestOutput], reference: Sequence[RequestOutput]
+) -> list[Divergence]:
+    """All first differences, with how far from a tie each one is."""
+    found: list[Divergence] = []
+    for i, (a, b) in enumerate(zip(ours, reference, strict=True)):
+        mine, theirs = list(a.outputs[0].token_ids), list(b.outputs[0].token_ids)
+        if mine == theirs:
+            continue
+        at = next(
+            (j for j, (x, y) in enumerate(zip(mine, theirs, strict=False)) if x != y), None
+        )
+        if at is None:
+            found.append(Divergence(i, min(len(mine), len(theirs)), float("inf")))
+            continue
+        assert b.prompt_token_ids is not None
+        prompt = {"prompt_token_ids": list(b.prompt_token_ids) + theirs[:at]}
+        probe = vanilla.generate(
+            [prompt], SamplingParams(temperature=0, max_tokens=1, logprobs=20), use_tqdm=False
+        )[0]
+        assert probe.outputs[0].logprobs is not None
+        scores = probe.outputs[0].logprobs[0]
+        if mine[at] in scores and theirs[at] in scores:
+            gap = abs(scores[theirs[at]].logprob - scores[mine[at]].logprob)
+        else:
+            gap = float("inf")
+        found.append(Divergence(i, at, gap))
+    return found
+
+
+def assert_same(
+    vanilla: LLM, ours: Sequence[RequestOutput], reference: Sequence[RequestOutput]
+) -> None:
+    """Token for token the same, but for ties between equally likely tokens (see `TIE_GAP`)."""
+    found = divergences(vanilla, ours, reference)
+    real = [d for d in found if d.gap > TIE_GAP]
+    assert not real, f"{len(real)} of {len(ours)} outputs differ from vanilla: {real[:5]}"
+    # Ties are rare; many of them would hide something else.
+    assert len(found) <= max(1, len(ours) // 10), f"too many ties: {found}"

@@ -1,0 +1,50 @@
+"""Each supported architecture, cut into spans, generates what the uncut one does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.engines import (
+    EnginePool,
+    assert_same,
+    generate,
+    greedy,
+    set_thresholds,
+    speculative,
+    stats,
+)
+from tests.tiny_models import ARCHITECTURES, NUM_LAYERS, random_prompts, save_tiny_model
+from vllm_adadecode.staged import SUPPORTED_ARCHITECTURES
+
+
+@pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
+def test_cut_model_equals_uncut(
+    engines: EnginePool, tmp_path_factory: pytest.TempPathFactory, architecture: str
+) -> None:
+    path = save_tiny_model(tmp_path_factory.mktemp(architecture), architecture)
+    prompts = random_prompts(12)
+    vanilla = engines.get(path)
+    reference = generate(vanilla, prompts, greedy(32))
+    engine = engines.get(
+        path, speculative_config=speculative(num_speculative_tokens=4, exit_layers=[1, 3, 5])
+    )
+    # Random weights are hardly ever confident: low thresholds make every exit draft, and mixed
+    # ones make windows with tokens at every depth.
+    for thresholds in [(0.0,), (0.03, 0.03, 0.0), (0.05, 0.02, 0.02)]:
+        set_thresholds(engine, *thresholds)
+        stats(engine, reset=True)
+        assert_same(vanilla, generate(engine, prompts, greedy(32), batch=6), reference)
+        counts = stats(engine)
+        assert counts["drafted"] > 50
+        assert counts["num_layers"] == NUM_LAYERS
+
+
+def test_every_supported_architecture_has_a_model() -> None:
+    assert set(ARCHITECTURES) == set(SUPPORTED_ARCHITECTURES)
+
+
+def test_documented() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for architecture in SUPPORTED_ARCHITECTURES:
+        assert re.search(architecture, readme)
