@@ -6,11 +6,16 @@ such kernel in NumPy and torch, one file for each vLLM module that it serves:
 ==================== =============================================================================
 ``registry``         the table of twins
 ``memory``           views on the memory that kernels are handed
+``tokens``           helpers on bit masks and token sequences
 ``noise``            the random numbers: murmur3 and Philox
 ``input_batch``      inputs of a step, bookkeeping after it
 ``buffer_utils``     staged writes into request state
 ``block_table``      paged KV cache: tables, slots
+``penalties``        repetition, frequency and presence penalties
+``constraints``      min-p, logit bias, allowed and stop tokens, bad words, grammars
+``thinking_budget``  an end forced on long reasoning
 ``gumbel``           temperature, sampling
+``outputs``          log-probabilities, ranks, masks
 ``rejection``        verification of drafts
 ==================== =============================================================================
 

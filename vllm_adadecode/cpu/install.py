@@ -19,9 +19,13 @@ def install_twins() -> None:
     from vllm_adadecode.cpu import (  # noqa: F401
         block_table,
         buffer_utils,
+        constraints,
         gumbel,
         input_batch,
+        outputs,
+        penalties,
         rejection,
+        thinking_budget,
     )
     from vllm_adadecode.cpu.registry import TWINS, argument_mismatch
 
