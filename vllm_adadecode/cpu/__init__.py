@@ -43,7 +43,7 @@ def enable_model_runner_v2() -> None:
     if not current_platform.is_cpu() or HAS_TRITON or envs.VLLM_USE_V2_MODEL_RUNNER is False:
         return
 
-    from vllm_adadecode.patches_cpu import PATCHES, apply_patch
+    from vllm_adadecode.patches_cpu import CPU_PATCHES
 
-    for patch in PATCHES:
-        apply_patch(patch)
+    for patch in CPU_PATCHES:
+        patch.apply()

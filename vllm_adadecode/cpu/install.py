@@ -28,15 +28,16 @@ def install_twins() -> None:
         thinking_budget,
     )
     from vllm_adadecode.cpu.registry import TWINS, argument_mismatch
+    from vllm_adadecode.errors import AdaDecodeError
 
     for name, twin in TWINS.items():
         try:
             kernel = getattr(*_resolve_kernel(name))
         except (ImportError, ValueError) as error:
-            raise RuntimeError(f"CPU twin of {name}: the kernel has moved ({error})") from error
+            raise AdaDecodeError(f"CPU twin of {name}: the kernel has moved ({error})") from error
         if mismatch := argument_mismatch(twin, _kernel_arg_names(kernel)):
             expected, found = mismatch
-            raise RuntimeError(
+            raise AdaDecodeError(
                 f"CPU twin of {name}: the kernel takes {found}, the twin was written for {expected}"
             )
     register_kernels(TWINS)
