@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -130,7 +129,8 @@ def main() -> None:
 
     all_twins = import_twins()
     _interpretable()
-    differences, noticed = {}, set()
+    differences: dict[str, str] = {}
+    noticed: set[str] = set()
     for case_name, case in CASES.items():
         names = [f"vllm.v1.worker.gpu.{kernel}" for kernel in case.kernels]
         twins = {name: all_twins[name] for name in names}
