@@ -6,11 +6,16 @@ such kernel in NumPy and torch, one file for each vLLM module that it serves:
 ==================== =============================================================================
 ``registry``         the table of twins
 ``memory``           views on the memory that kernels are handed
+``tokens``           helpers on bit masks and token sequences
 ``noise``            the random numbers: murmur3 and Philox
 ``input_batch``      inputs of a step, bookkeeping after it
 ``buffer_utils``     staged writes into request state
 ``block_table``      paged KV cache: tables, slots
+``penalties``        repetition, frequency and presence penalties
+``constraints``      min-p, logit bias, allowed and stop tokens, bad words, grammars
+``thinking_budget``  an end forced on long reasoning
 ``gumbel``           temperature, sampling
+``outputs``          log-probabilities, ranks, masks
 ``rejection``        verification of drafts
 ==================== =============================================================================
 
@@ -38,7 +43,7 @@ def enable_model_runner_v2() -> None:
     if not current_platform.is_cpu() or HAS_TRITON or envs.VLLM_USE_V2_MODEL_RUNNER is False:
         return
 
-    from vllm_adadecode.patches_cpu import PATCHES, apply_patch
+    from vllm_adadecode.patches_cpu import CPU_PATCHES
 
-    for patch in PATCHES:
-        apply_patch(patch)
+    for patch in CPU_PATCHES:
+        patch.apply()

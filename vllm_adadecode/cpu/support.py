@@ -1,4 +1,7 @@
-"""Which configurations Model Runner V2 serves on a CPU; vLLM's V1 runner keeps the others."""
+"""Which configurations Model Runner V2 serves on a CPU, and which kernels therefore need no twin.
+
+vLLM's V1 runner keeps the other configurations, as without the plugin.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,12 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "adadecode":
         unsupported.append(f"speculative method '{speculative.method}'")
+    elif speculative is not None and speculative.enable_adaptive_verification:
+        unsupported.append("adaptive verification")
     if vllm_config.lora_config is not None:
         unsupported.append("LoRA")
+    if getattr(vllm_config, "watermark_config", None) is not None:
+        unsupported.append("watermarking")
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         unsupported.append("pipeline parallelism")
@@ -36,3 +43,22 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     if model.enable_prompt_embeds:
         unsupported.append("prompt embeddings")
     return unsupported
+
+
+# Triton kernels below vllm/v1/worker/gpu that have no twin, by module, and why none is needed.
+WITHOUT_TWIN = {
+    "cp_utils": "context parallelism",
+    "mm.rope": "multimodal models",
+    "model_states.mamba_hybrid": "state-space models",
+    "model_states.prompt_embeds": "prompt embeddings",
+    "model_states.recoverssm": "state-space models",
+    "sample.batch_shard": "sampling sharded over the GPUs of a tensor-parallel group",
+    "sample.watermark": "watermarking",
+    "spec_decode.acceptance_estimator": "adaptive verification of other speculative methods",
+    "spec_decode.dflash.speculator": "another speculative method",
+    "spec_decode.dflash2.speculator": "another speculative method",
+    "spec_decode.multi_module_mtp.speculator": "another speculative method",
+    "spec_decode.ngram.speculator": "another speculative method",
+    "spec_decode.standalone_ar.speculator": "another speculative method",
+    "spec_decode.target_dependent_ar.speculator": "another speculative method",
+}
