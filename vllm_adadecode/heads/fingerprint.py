@@ -46,7 +46,7 @@ def target_fingerprint(model_path: str | Path) -> str | None:
     if folder is None:
         return None
     try:
-        files = _tensor_files(folder)
+        files = tensor_files(folder)
         norm = _find(_NORM_NAMES, files)
         embedding = _find(_EMBEDDING_NAMES, files)
         if norm is None or embedding is None:
@@ -75,7 +75,7 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path | None:
         return None
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """File of each tensor of the model."""
     index = folder / INDEX_NAME
     if index.is_file():

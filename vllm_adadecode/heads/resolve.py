@@ -5,6 +5,7 @@ Owns the search order and the list of mismatches; reading the files is `config.p
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,10 @@ def find_heads(model: str | None, target: str, revision: str | None = None) -> P
     if not folder.is_dir():
         if folder.exists():
             raise AdaDecodeError(f"heads {model} is a file: give the folder that holds it")
-        folder = _download(model, revision)
+        folder = _download(model, revision, CONFIG_NAME)
+        # The weights only once it is known what they are: a mistyped id may name a whole model.
+        if is_heads_folder(folder):
+            folder = _download(model, revision, CONFIG_NAME, WEIGHTS_NAME)
     if not is_heads_folder(folder):
         raise AdaDecodeError(
             f"{model} holds no AdaDecode heads (no {CONFIG_NAME} with speculators_model_type "
@@ -147,6 +151,40 @@ def check_fits(
     )
 
 
+def resolve_verifier(config: HeadsConfig, folder: str | Path) -> str:
+    """The target that heads name, as a folder or hub id that is valid from anywhere.
+
+    Args:
+        config: the heads.
+        folder: where they lie; relative names start here.
+
+    Raises:
+        AdaDecodeError: it is a folder that is no model's, or is not there.
+    """
+    name = config.speculators_config.verifier.name_or_path
+    if is_relative(name):
+        # The heads may be linked into the target's folder, or their own folder linked elsewhere.
+        bases = [Path(folder).absolute(), Path(folder).resolve()]
+        candidates = [Path(os.path.normpath(base / name)) for base in bases]
+    elif (path := Path(name).expanduser()).is_absolute():
+        candidates = [path]
+    else:
+        return name
+    for candidate in candidates:
+        if (candidate / CONFIG_NAME).is_file() and not is_heads_folder(candidate):
+            return str(candidate)
+    raise AdaDecodeError(
+        f"the heads in {folder} name the target {name!r}, but {candidates[0]} holds no model: "
+        f'serve the target itself with --speculative-config \'{{"method": "adadecode", "model": '
+        f'"{folder}"}}\', or correct verifier.name_or_path in their {CONFIG_NAME}'
+    )
+
+
+def is_relative(name: str) -> bool:
+    """Whether a verifier's name is relative to the heads folder (a hub id never is)."""
+    return name in (".", "..") or name.startswith(("./", "../"))
+
+
 def _heads_beside(target: str) -> Path | None:
     if Path(target).is_dir():
         folder = Path(target)
@@ -166,13 +204,13 @@ def _heads_beside(target: str) -> Path | None:
     return folder if (folder / CONFIG_NAME).is_file() else None
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, *files: str) -> Path:
     try:
         return Path(
             snapshot_download(
                 model,
                 revision=revision,
-                allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+                allow_patterns=list(files),
                 local_files_only=constants.HF_HUB_OFFLINE,
             )
         )
