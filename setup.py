@@ -12,13 +12,14 @@ assert VERSION is not None
 setup(
     name="vllm-adadecode",
     version=VERSION[1],
-    description="AdaDecode self-speculative decoding for vLLM: early-exit heads, exact output",
+    description="AdaDecode self-speculative decoding for vLLM: lossless, with early-exit heads",
     python_requires=">=3.10,<3.14",
     # kernels/ lies at the top level of the checkout, but its plain name belongs to a package of
     # Hugging Face's: it is only importable as vllm_adadecode.kernels.
     packages=[
         "vllm_adadecode",
         "vllm_adadecode.cli",
+        "vllm_adadecode.cpu",
         "vllm_adadecode.heads",
         "vllm_adadecode.kernels",
     ],

@@ -1,0 +1,163 @@
+"""Text and tokenizer of the demo target.
+
+The corpus is Python's own standard library: every machine has it, so nothing is downloaded. This
+module decides which files count, which of them no training step ever sees, and how text becomes
+tokens. It trains no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+VOCAB_SIZE = 2048
+END_OF_TEXT = "<|endoftext|>"  # id 0; also marks the start of every file
+HELD_OUT_ONE_IN = 20
+
+# Tests, tables and installed packages: not prose-like code, or not the same on every machine.
+SKIPPED_FOLDERS = frozenset(
+    {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "encodings",
+        "pydoc_data",
+        "__pycache__",
+        "ensurepip",
+        "turtledemo",
+    }
+)
+
+# The second stage goes over these files until the model knows them: a target whose continuations
+# are sharp, as those of a large model are on its own domain.
+SECOND_STAGE_FILES = (
+    "textwrap.py",
+    "heapq.py",
+    "bisect.py",
+    "random.py",
+    "fractions.py",
+    "shutil.py",
+    "string.py",
+    "queue.py",
+    "contextlib.py",
+    "fnmatch.py",
+    "glob.py",
+    "json/decoder.py",
+    "json/encoder.py",
+    "json/scanner.py",
+    "csv.py",
+    "shlex.py",
+    "sched.py",
+    "calendar.py",
+    "statistics.py",
+)
+
+# Digits one by one; a newline keeps the indentation behind it, which makes code lines short.
+_PIECES = r"\n+[ ]*|[ ]?[A-Za-z]+|[ ]?[0-9]|[ ]?[^\sA-Za-z0-9]+|\s+"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file: its path below the standard library's folder, and its text."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The three sets of files. `second_stage` is a part of `train`; `held_out` shares nothing."""
+
+    train: tuple[Source, ...]
+    second_stage: tuple[Source, ...]
+    held_out: tuple[Source, ...]
+
+
+def is_held_out(path: str) -> bool:
+    """By a hash of the path, so that the split is the same on every machine."""
+    if path in SECOND_STAGE_FILES:
+        return False
+    return int(hashlib.sha1(path.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            if name not in SKIPPED_FOLDERS and not name.startswith("config-")
+        )
+        for name in sorted(names):
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                yield Path(folder, name)
+
+
+def read_sources(root: Path | None = None) -> list[Source]:
+    """Every distinct, hand-written-looking Python file below `root` (the standard library)."""
+    root = root or Path(sysconfig.get_path("stdlib"))
+    sources, seen = [], set()
+    for file in _python_files(root):
+        text = file.read_text(encoding="utf-8", errors="ignore")
+        # Very short files teach nothing, very long lines are generated tables.
+        if text in seen or len(text) < 200 or max(map(len, text.splitlines())) > 500:
+            continue
+        seen.add(text)
+        sources.append(Source(file.relative_to(root).as_posix(), text))
+    return sources
+
+
+def load_corpus(root: Path | None = None) -> Corpus:
+    sources = read_sources(root)
+    return Corpus(
+        train=tuple(s for s in sources if not is_held_out(s.path)),
+        second_stage=tuple(s for s in sources if s.path in SECOND_STAGE_FILES),
+        held_out=tuple(s for s in sources if is_held_out(s.path)),
+    )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+    """A byte-level BPE: no unknown token, and decoding gives the text back exactly."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, sources: Iterable[Source]) -> NDArray[np.int64]:
+    """All files as one row of tokens, each behind an END_OF_TEXT."""
+    ids: list[int] = []
+    for encoding in tokenizer.encode_batch([s.text for s in sources]):
+        ids.append(0)
+        ids.extend(encoding.ids)
+    return np.asarray(ids, dtype=np.int64)
+
+
+def digest(corpus: Corpus) -> str:
+    """Names the text: another Python version brings another standard library."""
+    sha = hashlib.sha1()
+    for source in corpus.train + corpus.held_out:
+        sha.update(source.path.encode() + b"\0" + source.text.encode() + b"\0")
+    return sha.hexdigest()

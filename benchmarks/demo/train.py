@@ -1,0 +1,146 @@
+"""``python -m benchmarks.demo.train``: makes the demo target and its heads from nothing.
+
+A killed run goes on where it was when started again: unfinished work is kept in ``.demo-build/``.
+The model folder is replaced only when everything has been made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from tokenizers import Tokenizer
+
+from benchmarks.demo import corpus as text
+from benchmarks.demo import prompts as demo_prompts
+from benchmarks.demo.export import card, export, provenance
+from benchmarks.demo.files import write_file, write_folder
+from benchmarks.demo.heads import Heads, train_heads
+from benchmarks.demo.measure import Generation, Report, generate, generations, report
+from benchmarks.demo.recipe import Recipe
+from benchmarks.demo.stages import Tokens, new_model, text_loss, train_target
+
+HERE = Path(__file__).parent
+CHOOSING_PROMPTS = 64
+MEASURED_TOKENS = 128
+
+
+def windows(tokens: Tokens, count: int, length: int, seed: int) -> torch.Tensor:
+    """[count, length], drawn anywhere in `tokens`."""
+    starts = np.random.default_rng(seed).integers(0, len(tokens) - length, count)
+    return torch.from_numpy(np.stack([tokens[i : i + length] for i in starts]))
+
+
+def make_heads(
+    model: Any, tokens: dict[str, Tokens], choosing: list[list[int]], recipe: Recipe, show: Progress
+) -> tuple[Heads, dict[str, Report]]:
+    """The best of the trained variants and the identity, and what all of them reached."""
+    half, prompt = recipe.heads.generations // 2, 64
+    show.console.print("heads: generating text of the target's own")
+    starts = [windows(tokens[f], half, prompt, recipe.seed) for f in ("train", "second_stage")]
+    own = generate(model, torch.cat(starts), recipe.heads.new_tokens)
+    plain = [windows(tokens[f], 512, recipe.length, 1) for f in ("train", "second_stage")]
+    args = (torch.cat(plain), own, recipe.exit_layers, recipe.heads, recipe.seed, show)
+    candidates = [Heads(recipe.exit_layers), *train_heads(model, *args)]
+
+    written = generations(model, choosing, MEASURED_TOKENS)
+    reports = {heads.name: report(model, heads, written) for heads in candidates}
+    for name, r in reports.items():
+        show.console.print(
+            f"heads: {name}: {r.tokens_per_verification:.2f} tokens a verification, "
+            f"{r.layer_passes_per_token:.3f} layer passes a token"
+        )
+    best = min(candidates, key=lambda heads: reports[heads.name].layer_passes_per_token)
+    return best, reports
+
+
+def measure_demo(
+    model: Any, tokenizer: Tokenizer, heads: Heads, prompts: list[demo_prompts.Prompt]
+) -> dict[str, Report]:
+    result = {}
+    for name in dict.fromkeys(p.files for p in prompts):
+        ids = [tokenizer.encode(p.text).ids for p in prompts if p.files == name]
+        written: list[Generation] = generations(model, ids, MEASURED_TOKENS)
+        result[name] = report(model, heads, written)
+    return result
+
+
+def run(
+    recipe: Recipe, build: Path, model_folder: Path, prompts_file: Path, show: Progress
+) -> None:
+    started = time.monotonic()
+    corpus = text.load_corpus()
+    digest = text.digest(corpus)
+    show.console.print(
+        f"{len(corpus.train)} files to train on, {len(corpus.second_stage)} of them in the second "
+        f"stage, {len(corpus.held_out)} held out"
+    )
+    tokenizer = text.train_tokenizer((s.text for s in corpus.train), recipe.shape.vocab_size)
+    tokens = {
+        name: text.encode(tokenizer, getattr(corpus, name))
+        for name in ("train", "second_stage", "held_out")
+    }
+    torch.manual_seed(recipe.seed)
+    model = new_model(recipe.shape)
+    preparing = time.monotonic() - started
+    training = train_target(model, tokens, recipe, digest, build, show)
+    trained = time.monotonic()
+
+    model.to(torch.bfloat16).float().eval()  # from here on, the weights that will be stored
+    losses = {name: text_loss(model, ids, recipe) for name, ids in tokens.items()}
+    for name, values in losses.items():
+        show.console.print(f"loss on {name}: " + " ".join(f"{x:.3f}" for x in values))
+    choosing_files, _ = demo_prompts.split_held_out(corpus)
+    choosing = demo_prompts.draw(
+        tokenizer, choosing_files, "held_out", CHOOSING_PROMPTS, recipe.seed + 2
+    )
+    choosing_ids = [tokenizer.encode(p.text).ids for p in choosing]
+    heads, variants = make_heads(model, tokens, choosing_ids, recipe, show)
+    prompts = demo_prompts.demo_prompts(tokenizer, corpus, seed=recipe.seed)
+    measured = measure_demo(model, tokenizer, heads, prompts)
+
+    made_with = provenance(recipe, digest)
+    minutes = (preparing + training + time.monotonic() - trained) / 60  # also if resumed
+    readme = card(model, recipe, corpus, variants, losses, measured, made_with, minutes)
+    write_file(
+        prompts_file, lambda path: path.write_text(demo_prompts.dump(prompts), encoding="utf-8")
+    )
+    with write_folder(model_folder, scratch=build) as folder:
+        export(folder, model, tokenizer, heads, readme, made_with)
+    show.console.print(f"written: {model_folder} ({heads.name} heads) after {minutes:.1f} minutes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo.train", description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--build", type=Path, default=HERE.parents[1] / ".demo-build")
+    parser.add_argument("--model", type=Path, default=HERE / "model", help="folder to write")
+    parser.add_argument("--prompts", type=Path, default=HERE / "prompts.json", help="file to write")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as show:
+        run(Recipe(), args.build, args.model, args.prompts, show)
+
+
+if __name__ == "__main__":
+    main()

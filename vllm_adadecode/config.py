@@ -1,0 +1,224 @@
+"""The speculative configuration of the method, and every check made before an engine starts.
+
+Owns `AdaDecodeSpeculativeConfig` and `build_config`, which turns what the user wrote into one. All
+checks that need no weights are here, so that a mistake is one line in the front-end process.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from vllm import envs
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config.speculative import SpeculativeMethod
+from vllm.config.utils import config
+from vllm.logger import init_logger
+from vllm.utils.hashing import safe_hash
+
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads import HeadsConfig, check_fits, find_heads
+from vllm_adadecode.staged import check_architectures
+
+logger = init_logger(__name__)
+
+METHOD = "adadecode"
+
+# What a user may set; everything else of vLLM's speculative options belongs to other methods.
+USER_OPTIONS = frozenset(
+    {
+        "method",
+        "model",
+        "revision",
+        "num_speculative_tokens",
+        "confidence_threshold",
+        "exit_layers",
+        "draft_sample_method",
+        "rejection_sample_method",
+        "synthetic_acceptance_rates",
+        "synthetic_acceptance_length",
+        "num_speculative_tokens_per_batch_size",
+    }
+)
+
+
+@config
+class AdaDecodeSpeculativeConfig(SpeculativeConfig):
+    """vLLM's speculative configuration with the method's own fields, all resolved."""
+
+    method: SpeculativeMethod | Literal["adadecode"] | None = None
+    confidence_threshold: list[float] | None = None
+    """Gamma per exit layer, in [0, 1]; 1 turns an exit off."""
+    exit_layers: list[int] | None = None
+    """Layers after which the heads sit, strictly increasing."""
+    heads_path: str | None = None
+    """Folder of the heads checkpoint; None for the training-free logit lens."""
+
+    def __post_init__(self) -> Self | None:
+        # The drafter is the target: every consumer of the draft's configuration sees the target's.
+        self.draft_model_config = self.target_model_config
+        self.draft_parallel_config = self.target_parallel_config
+        self.prompt_lookup_max = self.prompt_lookup_min = 0
+        return self
+
+    def __repr__(self) -> str:
+        return (
+            f"AdaDecodeSpeculativeConfig(heads={self.heads_path or 'logit lens'}, "
+            f"num_speculative_tokens={self.num_speculative_tokens}, "
+            f"exit_layers={self.exit_layers}, confidence_threshold={self.confidence_threshold}, "
+            f"draft_sample_method={self.draft_sample_method!r})"
+        )
+
+    __str__ = __repr__
+
+    def compute_hash(self) -> str:
+        factors = [super().compute_hash(), self.method, self.exit_layers]
+        return safe_hash(str(factors).encode(), usedforsecurity=False).hexdigest()
+
+
+def build_config(
+    options: Mapping[str, Any],
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+    *,
+    enable_lora: bool = False,
+) -> AdaDecodeSpeculativeConfig:
+    """Check the user's options against the target and resolve them.
+
+    Args:
+        options: the ``speculative_config`` mapping, method included.
+        model_config, parallel_config: the target's.
+        enable_lora: whether the engine was asked to serve LoRA adapters.
+
+    Raises:
+        AdaDecodeError: one line that says what is wrong and what to do.
+    """
+    unknown = sorted(set(options) - USER_OPTIONS)
+    if unknown:
+        raise AdaDecodeError(
+            f"speculative_config has unknown options for adadecode: {', '.join(unknown)}; "
+            f"known: {', '.join(sorted(USER_OPTIONS))}"
+        )
+    _check_engine(model_config, parallel_config, enable_lora)
+    heads, heads_path = _load_heads(options, model_config)
+    if (exit_layers := options.get("exit_layers")) is not None:
+        heads = _select_exits(heads, heads_path, exit_layers, model_config)
+    return AdaDecodeSpeculativeConfig(
+        method=METHOD,
+        model=heads_path or model_config.model,
+        revision=options.get("revision"),
+        num_speculative_tokens=_num_speculative_tokens(
+            options.get("num_speculative_tokens"), heads
+        ),
+        exit_layers=list(heads.exit_layers),
+        confidence_threshold=_thresholds(options.get("confidence_threshold"), heads),
+        heads_path=heads_path,
+        **{
+            name: options[name]
+            for name in USER_OPTIONS
+            & {
+                "draft_sample_method",
+                "rejection_sample_method",
+                "synthetic_acceptance_rates",
+                "synthetic_acceptance_length",
+                "num_speculative_tokens_per_batch_size",
+            }
+            if name in options
+        },
+        target_model_config=model_config,
+        target_parallel_config=parallel_config,
+    )
+
+
+def _check_engine(
+    model_config: ModelConfig, parallel_config: ParallelConfig, enable_lora: bool
+) -> None:
+    """What the method can't be combined with."""
+    if envs.VLLM_USE_V2_MODEL_RUNNER is False:
+        raise AdaDecodeError(
+            "adadecode needs Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER (it is 0)"
+        )
+    if model_config.is_encoder_decoder:
+        raise AdaDecodeError("adadecode serves decoder-only models, this one is encoder-decoder")
+    if model_config.is_multimodal_model:
+        raise AdaDecodeError("adadecode serves text-only models, this one is multimodal")
+    if model_config.runner_type != "generate":
+        raise AdaDecodeError("adadecode serves generation, not pooling: drop the method")
+    check_architectures(model_config.architectures)
+    if parallel_config.pipeline_parallel_size > 1:
+        raise AdaDecodeError(
+            "adadecode does not support pipeline parallelism: use --tensor-parallel-size instead "
+            f"of --pipeline-parallel-size {parallel_config.pipeline_parallel_size}"
+        )
+    if enable_lora:
+        raise AdaDecodeError("adadecode does not support LoRA: drop --enable-lora or the method")
+    if parallel_config.decode_context_parallel_size > 1:
+        raise AdaDecodeError("adadecode does not support decode context parallelism")
+    if parallel_config.prefill_context_parallel_size > 1:
+        raise AdaDecodeError("adadecode does not support prefill context parallelism")
+    if parallel_config.data_parallel_size > 1 and model_config.is_moe:
+        raise AdaDecodeError("adadecode does not support data parallelism for MoE models")
+    if parallel_config.worker_cls != "auto":
+        raise AdaDecodeError(
+            f"adadecode brings its own worker: drop --worker-cls {parallel_config.worker_cls}"
+        )
+
+
+def _load_heads(
+    options: Mapping[str, Any], model_config: ModelConfig
+) -> tuple[HeadsConfig, str | None]:
+    """The heads given, else those beside the target, else the logit lens."""
+    path = find_heads(options.get("model"), model_config.model)
+    shape = {
+        "hidden_size": model_config.get_hidden_size(),
+        "vocab_size": model_config.get_vocab_size(),
+        "num_hidden_layers": model_config.get_total_num_hidden_layers(),
+    }
+    if path is None:
+        heads = HeadsConfig.logit_lens(**shape, exit_layers=options.get("exit_layers"))
+        logger.warning(
+            "No heads for %s: adadecode runs training-free with the logit lens, which predicts "
+            "less. Train heads with: adadecode train %s",
+            model_config.model,
+            model_config.model,
+        )
+        return heads, None
+    heads = HeadsConfig.load(path)
+    check_fits(heads, **shape, target_path=model_config.model)
+    return heads, str(path)
+
+
+def _select_exits(
+    heads: HeadsConfig, heads_path: str | None, exit_layers: Any, model_config: ModelConfig
+) -> HeadsConfig:
+    if not isinstance(exit_layers, list | tuple) or not exit_layers:
+        raise AdaDecodeError(f"exit_layers must be a list of layer numbers, not {exit_layers!r}")
+    return heads.select(exit_layers)
+
+
+def _num_speculative_tokens(value: Any, heads: HeadsConfig) -> int:
+    if value is None:
+        return heads.num_speculative_tokens
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise AdaDecodeError(f"num_speculative_tokens must be a whole number >= 1, not {value!r}")
+    if value > heads.max_speculative_tokens:
+        raise AdaDecodeError(
+            f"num_speculative_tokens is {value}, these heads allow at most "
+            f"{heads.max_speculative_tokens}"
+        )
+    return value
+
+
+def _thresholds(value: Any, heads: HeadsConfig) -> list[float]:
+    if value is None:
+        return list(heads.thresholds)
+    values = list(value) if isinstance(value, list | tuple) else [value] * len(heads.exit_layers)
+    if len(values) != len(heads.exit_layers):
+        raise AdaDecodeError(
+            f"confidence_threshold has {len(values)} values for {len(heads.exit_layers)} exit "
+            f"layers {list(heads.exit_layers)}: give one number, or one per exit layer"
+        )
+    for threshold in values:
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+            raise AdaDecodeError(f"confidence_threshold must be a number, not {threshold!r}")
+        if not 0.0 <= threshold <= 1.0:
+            raise AdaDecodeError(f"confidence_threshold must lie in [0, 1], not {threshold}")
+    return [float(threshold) for threshold in values]

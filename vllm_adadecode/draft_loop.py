@@ -1,0 +1,164 @@
+"""The draft loop of one round, for all drafting requests in step (DESIGN "One round", step 2).
+
+Owns the order of passes: span 0 for the newest token of every drafting request, then head by head;
+a request that is confident takes the head's token as its next draft and waits for the others, one
+that is not is promoted through the next span together with its shallower tokens (fill-in).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_adadecode.counters import Counters
+from vllm_adadecode.kernels.confidence import top1_confidence
+from vllm_adadecode.kernels.deferred import DeferredStates
+from vllm_adadecode.policy import DraftPolicy
+from vllm_adadecode.span_runner import SpanRunner
+from vllm_adadecode.staged import StagedTarget
+
+# (logits [rows, vocab], slots [rows], positions [rows], draft number) -> token ids [rows]
+DraftSampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+@dataclass
+class DraftState:
+    """Windows under construction, by batch row.
+
+    Attributes:
+        tokens: int64 ``[num_reqs, 1 + max_drafts]`` on the device: last sampled token, drafts,
+            zeros.
+        num_drafts: ``[num_reqs]``.
+        depths: ``[num_reqs, 1 + max_drafts]`` spans each token has been through.
+        exits: ``[num_reqs, max_drafts]`` exit index whose head gave each draft.
+    """
+
+    tokens: torch.Tensor
+    num_drafts: np.ndarray
+    depths: np.ndarray
+    exits: np.ndarray
+
+
+@dataclass
+class DraftLoop:
+    """One round's drafting; all collaborators are the proposer's."""
+
+    staged: StagedTarget
+    spans: SpanRunner
+    deferred: DeferredStates
+    policy: DraftPolicy
+    num_used_exits: int
+    counters: Counters
+    sample: DraftSampler | None
+
+    def run(
+        self,
+        # [num_reqs] request slots
+        slots: np.ndarray,
+        # [num_reqs] int64, position of the last sampled token
+        first_pos: torch.Tensor,
+        # [num_reqs] int64
+        last_sampled: torch.Tensor,
+        # [num_reqs] most drafts for each request; 0: none
+        limits: np.ndarray,
+        max_drafts: int,
+        # [num_reqs] upper bound of the verified length
+        seq_lens_upper: np.ndarray,
+    ) -> DraftState:
+        """Draft until every request has stopped or reached its limit.
+
+        The newest token of a request that reached its limit is left at depth 0: nothing was
+        predicted from it, so verification gives it its first pass at the same cost.
+        """
+        num_reqs = len(slots)
+        self._slots, self._first_pos = slots, first_pos
+        self._slots_device = torch.from_numpy(slots.astype(np.int64)).to(first_pos.device)
+        self._upper = seq_lens_upper
+        state = DraftState(
+            tokens=last_sampled.new_zeros((num_reqs, 1 + max_drafts)),
+            num_drafts=np.zeros(num_reqs, dtype=np.int64),
+            depths=np.zeros((num_reqs, 1 + max_drafts), dtype=np.int64),
+            exits=np.zeros((num_reqs, max_drafts), dtype=np.int64),
+        )
+        state.tokens[:, 0] = last_sampled
+        for offset in range(max_drafts):
+            rows = np.flatnonzero((limits > offset) & (state.num_drafts == offset))
+            if rows.size == 0:
+                break
+            self._draft_next(state, rows, offset)
+        return state
+
+    def _draft_next(self, state: DraftState, rows: np.ndarray, offset: int) -> None:
+        """Try to predict the token after window offset ``offset`` for ``rows``."""
+        for exit_index in range(self.num_used_exits):
+            hidden, residual = self._run_span(state, exit_index, rows, offset)
+            if not self.policy.uses(exit_index):
+                continue
+            rows_device = torch.from_numpy(rows).to(self._first_pos.device)
+            logits = self.staged.head_logits(exit_index, hidden, residual)
+            token, confidence = top1_confidence(logits)
+            if self.sample is not None:
+                # Drawn from the head's distribution; whether to follow depends on that
+                # distribution alone (see policy.py).
+                token = self.sample(
+                    logits,
+                    self._slots_device[rows_device],
+                    self._first_pos[rows_device] + offset,
+                    offset,
+                )
+            # The one host synchronisation of a head check.
+            confident = self.policy.extend(exit_index, confidence).cpu().numpy()
+            counters = self.counters.exits[self.staged.exit_layers[exit_index]]
+            counters.checked += len(rows)
+            counters.drafted += int(confident.sum())
+            if confident.any():
+                chosen = torch.from_numpy(np.flatnonzero(confident)).to(token.device)
+                state.tokens[rows_device[chosen], offset + 1] = token[chosen]
+                state.num_drafts[rows[confident]] += 1
+                state.exits[rows[confident], offset] = exit_index
+            rows = rows[~confident]
+            if rows.size == 0:
+                return
+
+    def _run_span(
+        self, state: DraftState, span: int, rows: np.ndarray, offset: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take each row's tokens at depth ``span``, up to its newest, one span deeper.
+
+        Returns:
+            (hidden, residual) of the newest tokens, ``[len(rows), hidden_size]`` each.
+        """
+        device = self._first_pos.device
+        # Depths never increase along a window, so tokens at this depth are its end.
+        begin = (state.depths[rows, : offset + 1] > span).sum(axis=1)
+        counts = offset + 1 - begin
+        ends = np.cumsum(counts)
+        token_rows = np.repeat(rows, counts)
+        offsets = np.arange(ends[-1]) - np.repeat(ends - counts, counts) + np.repeat(begin, counts)
+
+        rows_device = torch.from_numpy(token_rows).to(device)
+        offsets_device = torch.from_numpy(offsets).to(device)
+        slots_device = self._slots_device[rows_device]
+        if span == 0:
+            hidden = self.staged.embed(state.tokens[rows_device, offsets_device].to(torch.int32))
+            residual = None
+        else:
+            hidden, residual = self.deferred.gather(slots_device, offsets_device)
+        hidden, residual = self.spans.run(
+            span,
+            slots=self._slots[rows],
+            num_tokens=counts,
+            seq_lens_upper=self._upper[rows] + offset + 1,
+            positions=self._first_pos[rows_device] + offsets_device,
+            hidden=hidden,
+            residual=residual,
+        )
+        self.deferred.store(slots_device, offsets_device, hidden, residual)
+        state.depths[token_rows, offsets] = span + 1
+        start, stop = self.staged.spans[span]
+        self.counters.draft_layer_passes += stop - start
+        self.counters.draft_token_layers += (stop - start) * len(token_rows)
+
+        newest = torch.from_numpy(ends - 1).to(device)
+        return hidden[newest], residual[newest]

@@ -1,0 +1,232 @@
+"""Every change made to vLLM itself, as a table: one small named patch a row.
+
+Owns all monkeypatches. Each says what it replaces and why no subclass or public entry point will
+do, is applied once per process, and fails with one line that names it when upstream has moved.
+Everything else in the package is subclassing and vLLM's public entry points.
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal, get_args
+
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.versions import SUPPORTED_VLLM, vllm_version
+
+METHOD = "adadecode"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replacement of an upstream attribute.
+
+    Attributes:
+        name: for messages and tests.
+        target: what is replaced, ``module:attribute.path``.
+        why: why upstream can't be extended otherwise.
+        make: builds the replacement from the original.
+    """
+
+    name: str
+    target: str
+    why: str
+    make: Callable[[Any], Any]
+
+    def resolve(self) -> tuple[Any, str, Any]:
+        """The object that holds the target, the attribute's name and its present value.
+
+        Raises:
+            AdaDecodeError: upstream no longer has it.
+        """
+        module_name, _, path = self.target.partition(":")
+        *parents, attribute = path.split(".")
+        try:
+            holder: Any = import_module(module_name)
+            for parent in parents:
+                holder = getattr(holder, parent)
+            # From the class itself: properties and static methods as they were written.
+            original = vars(holder)[attribute]
+        except (ImportError, AttributeError, KeyError) as error:
+            raise AdaDecodeError(
+                f"vLLM {vllm_version()} has no {self.target}, which patch {self.name!r} replaces; "
+                f"install a supported vLLM ({SUPPORTED_VLLM}) or a newer vllm-adadecode"
+            ) from error
+        return holder, attribute, original
+
+    def apply(self) -> None:
+        """Replace the target, once however often it is called."""
+        if self.name in _applied:
+            return
+        holder, attribute, original = self.resolve()
+        setattr(holder, attribute, self.make(original))
+        _applied.add(self.name)
+
+
+_applied: set[str] = set()
+
+
+def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        options = self.speculative_config
+        if isinstance(options, str):
+            options = {"method": options}
+        options = {k.replace("-", "_"): v for k, v in (options or {}).items()}
+        if (options.get("method") or self.spec_method) != METHOD:
+            return original(self, target_model_config, target_parallel_config)
+        try:
+            return _build(self, options, target_model_config, target_parallel_config)
+        except AdaDecodeError as error:
+            if os.path.basename(sys.argv[0]) == "vllm":
+                # At the command line a mistake is one line, not a stack of frames.
+                raise SystemExit(f"vllm: error: {error}") from None
+            raise
+
+    return create_speculative_config
+
+
+def _build(engine_args: Any, options: dict[str, Any], model_config: Any, parallel: Any) -> Any:
+    from vllm.platforms import current_platform
+
+    from vllm_adadecode.config import build_config
+
+    for flag, key, value in (
+        ("--spec-method", "method", engine_args.spec_method),
+        ("--spec-model", "model", engine_args.spec_model),
+        ("--spec-tokens", "num_speculative_tokens", engine_args.spec_tokens),
+    ):
+        if value is not None:
+            if key in options:
+                raise AdaDecodeError(
+                    f"{flag} and --speculative-config's {key!r} are mutually exclusive"
+                )
+            options[key] = value
+    config = build_config(
+        options, model_config, parallel, enable_lora=bool(engine_args.enable_lora)
+    )
+    platform = "CPU" if current_platform.is_cpu() else "GPU"
+    parallel.worker_cls = f"vllm_adadecode.worker.AdaDecode{platform}Worker"
+    return config
+
+
+def _num_lookahead_tokens(original: property) -> property:
+    def num_lookahead_tokens(self: Any) -> int:
+        config = self.speculative_config
+        if config is not None and config.method == METHOD:
+            # The draft loop writes KV at the last sampled token and at every draft but the last,
+            # all past what the scheduler allocates for the tokens it schedules.
+            return config.num_speculative_tokens
+        assert original.fget is not None
+        return original.fget(self)
+
+    return property(num_lookahead_tokens, doc=original.__doc__)
+
+
+def _async_methods(original: Any) -> Any:
+    return Literal[(*get_args(original), METHOD)]
+
+
+def _add_cli_args(original: staticmethod) -> staticmethod:
+    @functools.wraps(original.__func__)
+    def add_cli_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        parser = original.__func__(parser, *args, **kwargs)
+        for action in parser._actions:
+            if "--speculative-config" in action.option_strings:
+                action.type = parse_speculative_config
+            elif "--spec-method" in action.option_strings and action.choices is not None:
+                action.choices = [*action.choices, METHOD]
+        return parser
+
+    return staticmethod(add_cli_args)
+
+
+def parse_speculative_config(text: str) -> dict[str, Any] | None:
+    """Value of ``--speculative-config``: vLLM's JSON, or a method's bare name."""
+    if text in ("", "None"):
+        return None
+    if not text.lstrip().startswith("{"):
+        return {"method": text.strip()}
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {text} ({error})") from error
+
+
+def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        if vllm_config.speculative_config.method != METHOD:
+            return original(vllm_config, device, req_states)
+        from vllm_adadecode.proposer import AdaDecodeSpeculator
+
+        return AdaDecodeSpeculator(vllm_config, device, req_states)
+
+    return init_speculator
+
+
+# Applied in every process when the plugin loads.
+CONFIG_PATCHES = (
+    Patch(
+        "speculative-config",
+        "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        "builds vLLM's own SpeculativeConfig class, whose methods are a closed list",
+        _create_speculative_config,
+    ),
+    Patch(
+        "lookahead",
+        "vllm.config.vllm:VllmConfig.num_lookahead_tokens",
+        "KV slots past the scheduled tokens are reserved by method name",
+        _num_lookahead_tokens,
+    ),
+    Patch(
+        "async-scheduling",
+        "vllm.config.vllm:NgramGPUTypes",
+        "async scheduling is allowed by method name",
+        _async_methods,
+    ),
+    Patch(
+        "command-line",
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        "--speculative-config takes JSON only, --spec-method a closed list",
+        _add_cli_args,
+    ),
+)
+
+# Applied in worker processes, whose imports the front end should not pay for.
+WORKER_PATCHES = (
+    Patch(
+        "speculator",
+        "vllm.v1.worker.gpu.model_runner:init_speculator",
+        "speculators are made by method name",
+        _init_speculator,
+    ),
+)
+
+
+def refuse_method(error: AdaDecodeError) -> None:
+    """On an unsupported vLLM: answer a request for the method with ``error``, change nothing else."""
+
+    def build(*_: Any) -> Any:
+        raise error
+
+    globals()["_build"] = build
+    CONFIG_PATCHES[0].apply()
+
+
+def apply_config_patches() -> None:
+    """Make vLLM's configuration know the method."""
+    for patch in CONFIG_PATCHES:
+        patch.apply()
+
+
+def apply_worker_patches() -> None:
+    """Make vLLM's workers know the method."""
+    for patch in WORKER_PATCHES:
+        patch.apply()

@@ -1,0 +1,26 @@
+"""Entry point of the plugin (`vllm.general_plugins`): runs in every process of vLLM.
+
+Owns when patches are applied. Re-entrant. On an unsupported vLLM nothing but a clear refusal of
+the method is installed, so that vLLM without it goes on working.
+"""
+
+from vllm_adadecode import patches
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.versions import SUPPORTED_VLLM, is_supported, vllm_version
+
+
+def register() -> None:
+    """Make `adadecode` a speculative method of the vLLM in this process."""
+    version = vllm_version()
+    if not is_supported(version):
+        patches.refuse_method(
+            AdaDecodeError(
+                f"adadecode supports vLLM {SUPPORTED_VLLM}, this is {version}: install a "
+                "supported version, or a newer vllm-adadecode"
+            )
+        )
+        return
+    patches.apply_config_patches()
+    from vllm_adadecode.cpu import enable_model_runner_v2
+
+    enable_model_runner_v2()

@@ -1,0 +1,268 @@
+"""The proposer: the draft loop over early spans and heads (DESIGN "One round", step 2).
+
+Owns one call of `propose` per round: it extends each request's pending window with early
+predictions, filling in the missing spans of shallower tokens when a request goes deeper, and
+leaves the window and its deferred states for the scorer. It decides nothing (policy.py), runs no
+layer itself (span_runner.py) and verifies nothing (scorer.py).
+
+The loop advances all drafting requests in step: one pass of span 0 for the newest token of each,
+then head by head, deeper spans only for those that are not yet confident.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_adadecode.counters import Counters
+from vllm_adadecode.draft_loop import DraftLoop, DraftSampler
+from vllm_adadecode.heads import load_configured_heads
+from vllm_adadecode.kernels.confidence import top1_confidence
+from vllm_adadecode.kernels.deferred import DeferredStates
+from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy
+from vllm_adadecode.span_runner import SpanRunner, run_span
+from vllm_adadecode.staged import StagedTarget
+from vllm_adadecode.windows import PendingWindow, PendingWindows
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.dp_utils import DPSyncState
+
+logger = init_logger(__name__)
+
+
+class AdaDecodeSpeculator(DraftModelSpeculator):
+    """vLLM speculator that self-drafts from intermediate-layer heads of the target."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+    ) -> None:
+        super().__init__(vllm_config, device)
+        self.req_states = req_states
+        config = self.speculative_config
+        self.policy: DraftPolicy = ThresholdPolicy(config.confidence_threshold)
+        # Exits after the last one that can be followed are never reached.
+        self.num_used_exits = max(
+            (i + 1 for i in range(len(config.exit_layers)) if self.policy.uses(i)), default=0
+        )
+        self.deferred = DeferredStates(
+            self.max_num_reqs, self.num_speculative_steps + 1, self.hidden_size, self.dtype, device
+        )
+        self.windows = PendingWindows()
+        # Windows that the current batch verifies; drafts of the last `propose`, by batch row.
+        self.in_verification: dict[str, PendingWindow] = {}
+        self.last_req_ids: list[str] = []
+        self.last_drafts: list[list[int]] = []
+        self.counters = Counters.create(
+            vllm_config.model_config.get_total_num_hidden_layers(), tuple(config.exit_layers)
+        )
+
+    # --- vLLM's life cycle ---------------------------------------------------------------------
+
+    def load_draft_model(
+        self, target_model: nn.Module, target_attn_layer_names: set[str]
+    ) -> StagedTarget:
+        heads, transforms = load_configured_heads(self.speculative_config, self.dtype, self.device)
+        return StagedTarget(target_model, heads.exit_layers, transforms, heads.norm)
+
+    def set_attn(self, *args: Any, **kwargs: Any) -> None:
+        # The early layers are the target's: to the runner we have no attention layers of our own.
+        # Only here are they named, so that we get metadata builders that are not the target's.
+        self.draft_attn_layer_names = self.model.early_attention_layers()
+        try:
+            super().set_attn(*args, **kwargs)
+        finally:
+            self.draft_attn_layer_names = set()
+        self.spans = SpanRunner(
+            self.vllm_config,
+            self.device,
+            self.model,
+            self.input_buffers,
+            self.block_tables,
+            self.kv_cache_config,
+            self.attn_groups,
+        )
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """The draft loop is driven from the host: there is nothing to capture."""
+
+    def capture(self) -> None:
+        """See `init_cudagraph_manager`."""
+
+    # --- one round -----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        # [num_reqs]
+        num_sampled: torch.Tensor,
+        # [num_reqs]
+        num_rejected: torch.Tensor,
+        # [max_num_reqs, 1]
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        # [max_num_reqs]
+        temperature: torch.Tensor,
+        # [max_num_reqs]
+        seeds: torch.Tensor,
+        dp_sync_state: "DPSyncState | None" = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Draft for every request that sampled a token.
+
+        Returns:
+            int64 ``[num_reqs, num_speculative_steps]`` draft ids. Columns past a request's drafts
+            are 0, a valid id, because vLLM copies them to the embedding's input.
+        """
+        num_reqs = input_batch.num_reqs
+        drafts = torch.zeros(
+            num_reqs, self.num_speculative_steps, dtype=torch.int64, device=self.device
+        )
+        if dummy_run:
+            self._dummy_run(num_reqs)
+            return drafts
+
+        slots = input_batch.idx_mapping
+        sampled_np = num_sampled[:num_reqs].cpu().numpy()
+        self._count_verified(input_batch, sampled_np)
+        # Position of the last sampled token: the first whose KV is not complete.
+        first_pos = self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
+        limits = self._draft_limits(
+            input_batch, sampled_np, first_pos.cpu().numpy(), num_speculative_tokens
+        )
+
+        loop = DraftLoop(
+            staged=self.model,
+            spans=self.spans,
+            deferred=self.deferred,
+            policy=self.policy,
+            num_used_exits=self.num_used_exits,
+            counters=self.counters,
+            sample=self._make_sampler(temperature, seeds),
+        )
+        state = loop.run(
+            slots=input_batch.idx_mapping_np,
+            first_pos=first_pos,
+            last_sampled=last_sampled[slots].view(-1),
+            limits=limits,
+            max_drafts=self.num_speculative_steps,
+            seq_lens_upper=input_batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs],
+        )
+
+        drafts[:, :] = state.tokens[:, 1:]
+        drafts_cpu = drafts.cpu().tolist()
+        self.last_req_ids = list(input_batch.req_ids)
+        self.last_drafts = [
+            row[:count] for row, count in zip(drafts_cpu, state.num_drafts, strict=True)
+        ]
+        for row, req_id in enumerate(input_batch.req_ids):
+            if sampled_np[row] > 0:
+                count = state.num_drafts[row]
+                self.windows.put(
+                    req_id,
+                    PendingWindow(
+                        depths=state.depths[row, : count + 1].copy(),
+                        exits=state.exits[row, :count].copy(),
+                    ),
+                )
+        return drafts
+
+    def _draft_limits(
+        self,
+        input_batch: InputBatch,
+        # [num_reqs]
+        num_sampled: np.ndarray,
+        # [num_reqs]
+        first_pos: np.ndarray,
+        num_speculative_tokens: int | None,
+    ) -> np.ndarray:
+        """Most drafts worth making per request, ``[num_reqs]``.
+
+        A draft is followed by at least the token sampled after it, so neither may pass the end of
+        the request (its `max_tokens`) or of the model's context.
+        """
+        if self.num_used_exits == 0:
+            return np.zeros(len(first_pos), dtype=np.int64)
+        steps = self.num_speculative_steps
+        if num_speculative_tokens is not None:
+            steps = min(steps, num_speculative_tokens)
+        end = np.minimum(
+            self.req_states.max_seq_len[input_batch.idx_mapping_np], self.max_model_len
+        )
+        limits = np.clip(end - first_pos - 2, 0, steps)
+        limits[num_sampled == 0] = 0  # mid-prefill
+        return limits
+
+    def _make_sampler(self, temperature: torch.Tensor, seeds: torch.Tensor) -> DraftSampler | None:
+        """How drafts are drawn from head logits; None for `greedy` (the argmax)."""
+        if self.draft_logits is None:
+            return None
+        columns = torch.arange(self.num_speculative_steps, device=self.device)
+
+        def sample(
+            logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, draft: int
+        ) -> torch.Tensor:
+            # Also caches the logits that rejection sampling divides by. A row that is promoted
+            # overwrites them at its next head; one that stops never has them read.
+            return gumbel_sample(
+                logits,
+                slots,
+                temperature,
+                seeds,
+                positions,
+                apply_temperature=True,
+                is_drafting=True,
+                logits_cache=self.draft_logits,
+                logits_cache_col=columns[draft],
+                use_fp64=self.use_fp64_gumbel,
+            )
+
+        return sample
+
+    def _count_verified(self, input_batch: InputBatch, num_sampled: np.ndarray) -> None:
+        """Book what the verification that just ended accepted."""
+        counters = self.counters
+        exit_layers = self.model.exit_layers
+        scheduled = input_batch.num_draft_tokens_per_req
+        for row, req_id in enumerate(input_batch.req_ids):
+            if input_batch.is_prefilling_np[row] or num_sampled[row] == 0:
+                continue
+            accepted = int(num_sampled[row]) - 1
+            verified = int(scheduled[row]) if scheduled is not None else 0
+            if not input_batch.has_prefill:
+                counters.verifications += 1
+                counters.tokens += accepted + 1
+            window = self.in_verification.get(req_id)
+            if window is not None:
+                for i, exit_index in enumerate(window.exits[:verified]):
+                    exit_counters = counters.exits[exit_layers[exit_index]]
+                    exit_counters.accepted += i < accepted
+                    exit_counters.rejected += i >= accepted
+        self.in_verification = {}
+
+    def _dummy_run(self, num_reqs: int) -> None:
+        """The real work's shapes, for memory profiling: every span and head on every request."""
+        tokens = self.input_buffers.input_ids[:num_reqs].zero_()
+        positions = self.input_buffers.positions[:num_reqs].zero_()
+        hidden, residual = self.model.embed(tokens), None
+        for exit_index in range(self.num_used_exits):
+            hidden, residual = run_span(
+                self.vllm_config, self.model, exit_index, positions, hidden, residual
+            )
+            top1_confidence(self.model.head_logits(exit_index, hidden, residual))

@@ -1,0 +1,196 @@
+"""The model runner's part: which batches are verified from deferred states, and with what drafts.
+
+Owns the mixin over vLLM's Model Runner V2 that (1) forgets windows of requests that left, (2) cuts
+placeholder drafts that async scheduling adds, (3) swaps the target's forward pass for the scorer's
+where a batch allows it, (4) tells the scheduler how many drafts there really are.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_adadecode.proposer import AdaDecodeSpeculator
+from vllm_adadecode.scorer import Scorer, VerificationPlan, make_plan
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
+else:
+    _Base = object
+
+logger = init_logger(__name__)
+
+LOG_INTERVAL_S = 30.0
+
+
+class AdaDecodeRunnerMixin(_Base):
+    """Mixed in front of vLLM's runner class of the platform (see worker.py)."""
+
+    speculator: AdaDecodeSpeculator
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self._plan: VerificationPlan | None = None
+        self._placeholders: SchedulerOutput | None = None
+        self._scheduled: SchedulerOutput | None = None
+        self._next_log = time.monotonic() + LOG_INTERVAL_S
+        self._logged_tokens = 0
+        # vLLM calls the model it loaded; the scorer takes over in batches that have a plan.
+        self._target_forward = self.model.forward
+        self.model.forward = self._forward
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        # A captured graph would replay the target's whole forward pass in place of the scorer's.
+        self.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        speculator = self.speculator
+        self.scorer = Scorer(
+            speculator.model, speculator.spans, speculator.deferred, speculator.counters
+        )
+
+    def _forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self._plan is None:
+            return self._target_forward(
+                input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+            )
+        assert input_ids is not None
+        return self.scorer.forward(self._plan, input_ids, positions)
+
+    @torch.inference_mode()
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, *args: Any, dummy_run: bool = False, **kwargs: Any
+    ) -> Any:
+        if not dummy_run:
+            windows = self.speculator.windows
+            windows.drop(scheduler_output.finished_req_ids)
+            windows.drop(scheduler_output.preempted_req_ids)
+            windows.drop({req.req_id for req in scheduler_output.scheduled_new_reqs})
+            scheduler_output = self._cut_placeholders(scheduler_output)
+        try:
+            return super().execute_model(scheduler_output, *args, dummy_run=dummy_run, **kwargs)
+        finally:
+            self._plan = None
+
+    def prepare_inputs(
+        self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+    ) -> InputBatch:
+        input_batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
+        windows = {
+            req_id: window
+            for req_id in input_batch.req_ids
+            if (window := self.speculator.windows.take(req_id)) is not None
+        }
+        self.speculator.in_verification = windows
+        self._plan = make_plan(input_batch, windows)
+        counters = self.speculator.counters
+        if input_batch.has_prefill:
+            counters.prefill_batches += 1
+        elif self._plan is not None:
+            counters.deferred_batches += 1
+        else:
+            counters.plain_batches += 1
+            counters.verify_layer_passes += counters.num_layers
+            counters.verify_token_layers += counters.num_layers * input_batch.num_tokens
+        return input_batch
+
+    def _cut_placeholders(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
+        """Schedule only drafts that exist.
+
+        Async scheduling schedules `num_speculative_tokens` placeholders for every request. Works
+        on a copy: with an in-process engine the object is the scheduler's own. The same on every
+        tensor-parallel rank, because all ranks draft the same tokens.
+        """
+        self._placeholders = self._scheduled = None
+        num_tokens = dict(scheduler_output.num_scheduled_tokens)
+        drafts: dict[str, list[int]] = {}
+        cut = 0
+        for req_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items():
+            keep = min(len(tokens), self.speculator.windows.num_drafts(req_id))
+            num_tokens[req_id] -= len(tokens) - keep
+            cut += len(tokens) - keep
+            if keep:
+                drafts[req_id] = tokens[:keep]
+        if not cut:
+            return scheduler_output
+        self._placeholders = scheduler_output
+        self._scheduled = dataclasses.replace(
+            scheduler_output,
+            num_scheduled_tokens=num_tokens,
+            scheduled_spec_decode_tokens=drafts,
+            total_num_scheduled_tokens=scheduler_output.total_num_scheduled_tokens - cut,
+        )
+        return self._scheduled
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        if grammar_output is not None and self._placeholders is not None:
+            grammar_output = self._cut_grammar(grammar_output)
+        output = super().sample_tokens(grammar_output)
+        self._log()
+        return output
+
+    def _cut_grammar(self, grammar_output: GrammarOutput) -> GrammarOutput:
+        """Drop the bitmask rows of placeholder drafts that were not scheduled."""
+        assert self._placeholders is not None
+        assert self._scheduled is not None
+        keep_rows: list[int] = []
+        row = 0
+        for req_id in grammar_output.structured_output_request_ids:
+            given = len(self._placeholders.scheduled_spec_decode_tokens.get(req_id, ()))
+            kept = len(self._scheduled.scheduled_spec_decode_tokens.get(req_id, ()))
+            # One more row for the token sampled after the last draft.
+            keep_rows.extend(range(row, row + kept + 1))
+            row += given + 1
+        assert row == len(grammar_output.grammar_bitmask)
+        return dataclasses.replace(
+            grammar_output, grammar_bitmask=grammar_output.grammar_bitmask[keep_rows]
+        )
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        speculator = self.speculator
+        # The scheduler may edit the lists.
+        return DraftTokenIds(speculator.last_req_ids, [list(ids) for ids in speculator.last_drafts])
+
+    def reload_weights(
+        self, weights_iterator: Iterable[tuple[str, torch.Tensor]] | None = None, **kwargs: Any
+    ) -> None:
+        self.speculator.windows.clear()
+        super().reload_weights(weights_iterator, **kwargs)
+
+    def _log(self) -> None:
+        """One line of what the method does, at most every `LOG_INTERVAL_S`, from the first rank."""
+        now = time.monotonic()
+        counters = self.speculator.counters
+        if now < self._next_log or counters.tokens == self._logged_tokens:
+            return
+        self._next_log, self._logged_tokens = now + LOG_INTERVAL_S, counters.tokens
+        stats = counters.snapshot()
+        if self.parallel_config.rank == 0 and stats["tokens_per_verification"] is not None:
+            exits = ", ".join(
+                f"{layer}: {e['drafted']}/{e['accepted']}" for layer, e in stats["exits"].items()
+            )
+            logger.info(
+                "AdaDecode: %.2f tokens a verification, %.2f layer passes a token, "
+                "acceptance %.1f%%; drafted/accepted by exit layer: %s",
+                stats["tokens_per_verification"],
+                stats["layer_passes_per_token"],
+                100 * (stats["acceptance_rate"] or 0.0),
+                exits,
+            )

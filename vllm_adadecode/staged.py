@@ -1,0 +1,139 @@
+"""The staged target: vLLM's own model, cut into spans at the exit layers.
+
+Owns how a span of layers, a head and the end of the model are called. The target's modules are
+used as they are and stay registered with the target alone; nothing here holds weights except the
+heads' transforms.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import islice, pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_adadecode.errors import AdaDecodeError
+
+# Architectures whose decoder layers are `layer(positions, hidden, residual)` between
+# `embed_input_ids` and `norm(hidden, residual)`, each proven equal to its uncut self by a test.
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+
+
+def check_architectures(architectures: Sequence[str]) -> None:
+    """Refuse a target that can't be cut.
+
+    Raises:
+        AdaDecodeError: none of ``architectures`` is supported.
+    """
+    if not set(architectures) & set(SUPPORTED_ARCHITECTURES):
+        raise AdaDecodeError(
+            f"adadecode can't cut {'/'.join(architectures) or 'this model'} into spans; "
+            f"supported architectures: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+
+
+class StagedTarget(nn.Module):
+    """A target cut at ``exit_layers`` into ``len(exit_layers) + 1`` spans, with a head at each cut.
+
+    Args:
+        target: the loaded vLLM model (``...ForCausalLM``).
+        exit_layers: strictly increasing; exit layer ``e`` sits after ``e`` decoder layers.
+        transforms: the heads' transforms by exit layer (paper, section "Light LM heads").
+        norm: where a head applies the target's final norm: "before" the transform, "after" it,
+            or "none".
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        exit_layers: Sequence[int],
+        transforms: Mapping[int, nn.Module],
+        norm: str,
+    ) -> None:
+        super().__init__()
+        inner = target.model
+        num_layers = len(inner.layers)
+        if (inner.start_layer, inner.end_layer) != (0, num_layers):
+            raise AdaDecodeError("adadecode needs all layers on one pipeline stage")
+        # Plain attributes: registering the target here would list its weights and layers twice.
+        self.__dict__["target"] = target
+        self.__dict__["inner"] = inner
+        self.num_layers = num_layers
+        self.exit_layers = tuple(exit_layers)
+        self.transforms = nn.ModuleList(transforms[e] for e in exit_layers)
+        self.norm_placement = norm
+        # Span s runs layers [spans[s][0], spans[s][1]).
+        self.spans = tuple(pairwise((0, *self.exit_layers, num_layers)))
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.exit_layers)
+
+    def early_attention_layers(self) -> set[str]:
+        """Names of the attention layers below the last exit: their early metadata is ours."""
+        early = islice(self.inner.layers, 0, self.exit_layers[-1])
+        return {
+            module.layer_name
+            for layer in early
+            for module in layer.modules()
+            if hasattr(module, "layer_name") and hasattr(module, "kv_cache")
+        }
+
+    def embed(
+        self,
+        # [num_tokens] int32
+        input_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Input of span 0, ``[num_tokens, hidden_size]``; its residual is None."""
+        return self.inner.embed_input_ids(input_ids)
+
+    def run_span(
+        self,
+        span: int,
+        # [num_tokens] int64
+        positions: torch.Tensor,
+        # [num_tokens, hidden_size]
+        hidden: torch.Tensor,
+        # [num_tokens, hidden_size], None for span 0
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run one span inside vLLM's forward context; writes the span's KV. Inputs are consumed."""
+        start, stop = self.spans[span]
+        for layer in islice(self.inner.layers, start, stop):
+            hidden, residual = layer(positions, hidden, residual)
+        assert residual is not None
+        return hidden, residual
+
+    def finish(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Final norm after the last span, ``[num_tokens, hidden_size]``. Inputs are consumed."""
+        hidden, _ = self.inner.norm(hidden, residual)
+        return hidden
+
+    def head_logits(
+        self,
+        exit_index: int,
+        # [num_tokens, hidden_size]
+        hidden: torch.Tensor,
+        # [num_tokens, hidden_size]
+        residual: torch.Tensor,
+    ) -> torch.Tensor:
+        """Logits of the head at an exit, ``E* . T . h`` (``[num_tokens, vocab_size]``).
+
+        The inputs are left as they are: they go on to the next span.
+        """
+        x = hidden + residual
+        transform, norm = self.transforms[exit_index], self.inner.norm
+        if self.norm_placement == "before":
+            x = transform(norm(x))
+        else:
+            x = transform(x)
+            if self.norm_placement == "after":
+                x = norm(x)
+        logits: Any = self.target.compute_logits(x)
+        return logits

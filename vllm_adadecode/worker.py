@@ -1,0 +1,67 @@
+"""Workers: where the runner mixin meets vLLM's worker of the platform.
+
+Owns the worker classes that the configuration names (``worker_cls``), and the RPCs they answer.
+"""
+
+from typing import Any
+from unittest.mock import patch
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_adadecode.patches import apply_worker_patches
+from vllm_adadecode.plugin import register
+from vllm_adadecode.runner import AdaDecodeRunnerMixin
+
+# vLLM only logs a plugin that fails to load; a worker that is ours must not start without it.
+register()
+apply_worker_patches()
+
+
+def _with_mixin(runner_class: type) -> type:
+    """vLLM's runner class with ours in front."""
+    return type(f"AdaDecode{runner_class.__name__}", (AdaDecodeRunnerMixin, runner_class), {})
+
+
+class _AdaDecodeWorkerMixin(Worker):
+    def adadecode_stats(self, reset: bool = False) -> dict[str, Any]:
+        """Counts and ratios since start or the last reset (see `counters.Counters.snapshot`)."""
+        counters = self.model_runner.speculator.counters
+        stats = counters.snapshot()
+        if reset:
+            counters.reset()
+        return stats
+
+    def sleep(self, level: int = 1) -> None:
+        # The KV cache, and with level 2 the weights, that the deferred states belong to go away.
+        self.model_runner.speculator.windows.clear()
+        super().sleep(level)
+
+
+class AdaDecodeGPUWorker(_AdaDecodeWorkerMixin):
+    """vLLM's GPU worker with the AdaDecode runner."""
+
+    def _make_model_runner(self) -> Any:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        return _with_mixin(GPUModelRunner)(self.vllm_config, self.device)
+
+
+def make_cpu_worker() -> type:
+    """vLLM's CPU worker with the AdaDecode runner (its import only works on a CPU platform)."""
+    from vllm.v1.worker.cpu import model_runner
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    class AdaDecodeCPUWorker(_AdaDecodeWorkerMixin, CPUWorker):
+        def init_device(self) -> None:
+            # CPUWorker.init_device names the class itself instead of `_make_model_runner`.
+            runner_class = _with_mixin(model_runner.CPUModelRunner)
+            with patch.object(model_runner, "CPUModelRunner", runner_class):
+                super().init_device()
+
+    return AdaDecodeCPUWorker
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AdaDecodeCPUWorker":
+        return make_cpu_worker()
+    raise AttributeError(name)
