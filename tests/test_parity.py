@@ -53,9 +53,7 @@ def test_thresholds_and_batch_sizes(
     assert drafted == 0 if threshold == 1.0 else drafted > 100
 
 
-@pytest.mark.parametrize(
-    "exit_layers", [[4], [2, 4, 6]], ids=lambda layers: f"exits={len(layers)}"
-)
+@pytest.mark.parametrize("exit_layers", [[4], [2, 4, 6]], ids=lambda layers: f"exits={len(layers)}")
 @pytest.mark.parametrize("num_speculative_tokens", [1, 5, 8])
 def test_windows_and_exits(
     engines: EnginePool,
@@ -96,24 +94,18 @@ def test_chunked_prefill_mixes_with_decoding(
     mixed = [prompts[i] * (1 + i % 4) for i in range(24)]
     params = [greedy(16 + 3 * i) for i in range(24)]
     reference = generate(vanilla, mixed, params)
-    engine = engines.get(
-        speculative_config=THREE_EXITS, max_num_seqs=6, max_num_batched_tokens=64
-    )
+    engine = engines.get(speculative_config=THREE_EXITS, max_num_seqs=6, max_num_batched_tokens=64)
     assert_same(vanilla, generate(engine, mixed, params), reference)
     counts = stats(engine)
     assert counts["prefill_batches"] > 30
     assert counts["deferred_batches"] > 10
 
 
-def test_prefix_caching_second_pass(
-    engines: EnginePool, vanilla: LLM, prompts: list[str]
-) -> None:
+def test_prefix_caching_second_pass(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
     """What the first pass left in the cache, drafts included, is right to build on."""
     long = [p * 3 for p in prompts[:12]]
     reference = generate(vanilla, long, greedy(96))
-    engine = engines.get(
-        speculative_config=THREE_EXITS, enable_prefix_caching=True, block_size=32
-    )
+    engine = engines.get(speculative_config=THREE_EXITS, enable_prefix_caching=True, block_size=32)
     assert_same(vanilla, generate(engine, long, greedy(96)), reference)
     second = generate(engine, long, greedy(96))
     assert_same(vanilla, second, reference)
@@ -141,9 +133,7 @@ def test_preemption(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> No
         disable_log_stats=False,
     )
     assert_same(vanilla, generate(engine, prompts[:8], params), reference)
-    preemptions = [
-        m for m in engine.get_metrics() if m.name == "vllm:num_preemptions"
-    ]
+    preemptions = [m for m in engine.get_metrics() if m.name == "vllm:num_preemptions"]
     assert preemptions[0].value > 0
 
 
@@ -165,9 +155,7 @@ def test_async_scheduling(
     assert counts["tokens_per_verification"] > 1.5
 
 
-def test_stop_strings_and_tokens(
-    engines: EnginePool, vanilla: LLM, prompts: list[str]
-) -> None:
+def test_stop_strings_and_tokens(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
     """A stop inside a window of accepted drafts cuts where vanilla does."""
     params = SamplingParams(temperature=0, max_tokens=96, stop=["\n\n", ")", "self."])
     reference = generate(vanilla, prompts, params)
@@ -209,9 +197,7 @@ def test_logprobs_equal(engines: EnginePool, vanilla: LLM, prompts: list[str]) -
         assert len(ours.prompt_logprobs) == len(theirs.prompt_logprobs)
 
 
-def test_structured_outputs_equal(
-    engines: EnginePool, vanilla: LLM, prompts: list[str]
-) -> None:
+def test_structured_outputs_equal(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
     params = greedy(
@@ -260,9 +246,7 @@ def test_negative_control_shifted_states(
     def shift(worker: Any) -> None:
         deferred = worker.model_runner.speculator.deferred
         gather = type(deferred).gather
-        deferred.gather = lambda slots, offsets: gather(
-            deferred, slots, (offsets - 1).clamp(min=0)
-        )
+        deferred.gather = lambda slots, offsets: gather(deferred, slots, (offsets - 1).clamp(min=0))
 
     def restore(worker: Any) -> None:
         del worker.model_runner.speculator.deferred.gather
