@@ -235,7 +235,7 @@ def test_selected_exits_only(tmp_path: Path) -> None:
 
 
 def test_identity_has_no_file(tmp_path: Path) -> None:
-    config = HeadsConfig.logit_lens(**SHAPE)
+    config = HeadsConfig.logit_lens(HIDDEN, VOCAB, LAYERS)
     save_heads(tmp_path, config, {})
     assert sorted(os.listdir(tmp_path)) == ["config.json"]
     x = torch.randn(2, HIDDEN)
@@ -456,7 +456,7 @@ def test_saving_again(tmp_path: Path) -> None:
     (folder / "README.md").write_text("mine")
     _, config, _ = make_heads(folder, transform="full", rank=None)
     load_heads(folder, config, torch.float32, "cpu")
-    lens = HeadsConfig.logit_lens(**SHAPE)
+    lens = HeadsConfig.logit_lens(HIDDEN, VOCAB, LAYERS)
     save_heads(folder, lens, {})
     load_heads(folder, lens, torch.float32, "cpu")
     assert sorted(os.listdir(folder)) == ["README.md", "config.json"]
@@ -518,7 +518,7 @@ def test_fingerprint_of_shards_and_other_names(tmp_path: Path) -> None:
     for prefix in ("model.", "model.language_model.", "language_model.model.", ""):
         folder = tmp_path / f"shards-{prefix}"
         folder.mkdir()
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, part in enumerate((names[:half], names[half:])):
             renamed = {name.replace("model.", prefix, 1): tensors[name] for name in part}
             save_file(renamed, folder / f"model-{number}.safetensors")

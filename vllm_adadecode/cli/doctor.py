@@ -181,7 +181,7 @@ def check_kernels() -> Outcome:
     if not modules:
         return (
             False,
-            "vllm_adadecode.kernels is missing: reinstall (in a checkout: pip install -e .)",
+            "no vllm_adadecode.kernels: reinstall (in a checkout: pip install -e .)",
         )
     if shadow := _shadowing(importlib.util.find_spec("kernels"), folders):
         return False, (
