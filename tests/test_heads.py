@@ -503,10 +503,17 @@ def test_fingerprint_of_copies(tmp_path: Path) -> None:
     assert single is not None
     assert single == target_fingerprint(make_target(tmp_path / "bf16", dtype=torch.bfloat16))
     assert single != target_fingerprint(make_target(tmp_path / "other", seed=1))
-    # A half-precision copy is made from the published bfloat16 one.
-    tensors = read_tensors(tmp_path / "bf16" / "model.safetensors")
-    save_file({k: v.half() for k, v in tensors.items()}, tmp_path / "bf16" / "model.safetensors")
-    assert single == target_fingerprint(tmp_path / "bf16")
+
+
+def test_fingerprint_of_a_half_precision_copy(tmp_path: Path) -> None:
+    # Such a copy is made of the published bfloat16 weights, and loses bits of the smallest ones.
+    file = make_target(tmp_path / "target", dtype=torch.bfloat16) / "model.safetensors"
+    tensors = read_tensors(file)
+    tensors["model.embed_tokens.weight"][3] = torch.logspace(-9, -1, HIDDEN)
+    save_file(tensors, file)
+    published = target_fingerprint(file.parent)
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, file)
+    assert published == target_fingerprint(file.parent)
 
 
 def test_fingerprint_of_shards_and_other_names(tmp_path: Path) -> None:
