@@ -13,7 +13,7 @@ setup(
     name="vllm-adadecode",
     version=VERSION[1],
     description="AdaDecode self-speculative decoding for vLLM: lossless, with early-exit heads",
-    python_requires=">=3.10,<3.14",
+    python_requires=">=3.11,<3.14",
     # kernels/ lies at the top level of the checkout, but its plain name belongs to a package of
     # Hugging Face's: it is only importable as vllm_adadecode.kernels.
     packages=[

@@ -35,7 +35,7 @@ def async_scheduling_on_cpu() -> Iterator[None]:
     """vLLM turns async scheduling off on a CPU; nothing in the method depends on that."""
     from vllm.platforms.cpu import CpuPlatform
 
-    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+    original = CpuPlatform.check_and_update_config.__func__
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         original(cls, vllm_config)

@@ -296,11 +296,11 @@ def test_a_check_that_breaks_is_a_failure(
 
 def test_python_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     info = namedtuple("info", "major minor micro")
-    for version, ok in (((3, 9, 1), False), ((3, 10, 0), True), ((3, 13, 2), True)):
+    for version, ok in (((3, 10, 1), False), ((3, 11, 0), True), ((3, 13, 2), True)):
         monkeypatch.setattr(sys, "version_info", info(*version))
         assert doctor.check_python()[0] is ok
     monkeypatch.setattr(sys, "version_info", info(3, 14, 0))
-    assert doctor.check_python() == (False, "3.14.0: use a Python >=3.10,<3.14")
+    assert doctor.check_python() == (False, "3.14.0: use a Python >=3.11,<3.14")
 
 
 @pytest.mark.parametrize(

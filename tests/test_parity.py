@@ -173,9 +173,11 @@ def test_max_model_len_edge(engines: EnginePool, vanilla: LLM, prompts: list[str
     """Windows end with the context; nothing is written past it (the KV check is on)."""
     ids = [vanilla.get_tokenizer().encode(p * 2)[:100] for p in prompts[:8]]
     given = [{"prompt_token_ids": i} for i in ids]
-    small = {"max_model_len": 128, "block_size": 32}
+    small: dict[str, Any] = {"max_model_len": 128, "block_size": 32}
     reference = generate(engines.get(**small), given, greedy(1000))
-    assert all(len(o.outputs[0].token_ids) == 128 - len(i) for o, i in zip(reference, ids))
+    assert all(
+        len(o.outputs[0].token_ids) == 128 - len(i) for o, i in zip(reference, ids, strict=True)
+    )
     engine = engines.get(speculative_config=THREE_EXITS, **small)
     set_thresholds(engine, 0.3)
     assert_same(engines.get(**small), generate(engine, given, greedy(1000)), reference)
@@ -188,10 +190,10 @@ def test_logprobs_equal(engines: EnginePool, vanilla: LLM, prompts: list[str]) -
     set_thresholds(engine, 0.5)
     outputs = generate(engine, prompts[:8], params)
     assert_same(vanilla, outputs, reference)
-    for ours, theirs in zip(outputs, reference):
+    for ours, theirs in zip(outputs, reference, strict=True):
         if token_ids([ours]) != token_ids([theirs]):
             continue  # a tie, allowed by assert_same
-        for a, b in zip(ours.outputs[0].logprobs, theirs.outputs[0].logprobs):
+        for a, b in zip(ours.outputs[0].logprobs, theirs.outputs[0].logprobs, strict=True):
             for token in set(a) & set(b):
                 assert a[token].logprob == pytest.approx(b[token].logprob, abs=1e-3)
         assert len(ours.prompt_logprobs) == len(theirs.prompt_logprobs)
@@ -208,7 +210,8 @@ def test_structured_outputs_equal(engines: EnginePool, vanilla: LLM, prompts: li
     free = greedy(24)
     mixed = [params if i % 2 else free for i in range(12)]
     reference = generate(vanilla, prompts[:12], mixed)
-    for options in ({}, {"async_scheduling": True, "max_num_seqs": 6}):
+    variants: list[dict[str, Any]] = [{}, {"async_scheduling": True, "max_num_seqs": 6}]
+    for options in variants:
         engine = engines.get(speculative_config=THREE_EXITS, **options)
         set_thresholds(engine, 0.3)
         assert_same(vanilla, generate(engine, prompts[:12], mixed), reference)

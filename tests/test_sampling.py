@@ -7,7 +7,7 @@ value is about N(0, 1) for an exact sampler. The sets used are each token id, an
 head ranks first or second: the tokens that a wrong acceptance rule would favour.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -42,8 +42,8 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exact(model_path: Path) -> Iterator[Any]:
-    yield AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+def exact(model_path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
 
 
 def sample(engine: LLM, count: int = NUM_REQUESTS, **options: Any) -> list[list[int]]:
@@ -64,7 +64,7 @@ def sample(engine: LLM, count: int = NUM_REQUESTS, **options: Any) -> list[list[
 def probabilities(
     exact: Any, sequences: list[list[int]], process: Filter
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Exact distributions ``[tokens, VOCAB]``, and the heads' rankings ``[tokens, exits, VOCAB]``."""
+    """Exact distributions ``[tokens, VOCAB]``, heads' rankings ``[tokens, exits, VOCAB]``."""
     probs, ranks = [], []
     for sequence in sequences:
         out = exact(torch.tensor([sequence]), output_hidden_states=True)

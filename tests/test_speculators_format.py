@@ -10,15 +10,13 @@ from vllm.transformers_utils.configs.speculators.base import SpeculatorsConfig
 
 from tests.heads_samples import edit_config, make_heads, make_target
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.speculators import register, wrap_override
+from vllm_adadecode.heads.speculators import wrap_override
+from vllm_adadecode.plugin import register
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The heads format known to vLLM, for one test."""
-    original = vllm_config.maybe_override_with_speculators
-    monkeypatch.setattr(vllm_config, "maybe_override_with_speculators", original)
-    monkeypatch.setattr(arg_utils, "maybe_override_with_speculators", original)
+def registered() -> None:
+    """The plugin loaded, as vLLM loads it."""
     register()
 
 
@@ -140,9 +138,8 @@ def test_hub_heads_with_a_relative_target() -> None:
 
 
 def test_registering_again_changes_nothing() -> None:
-    before = vllm_config.maybe_override_with_speculators
+    before = arg_utils.maybe_override_with_speculators
     register()
-    assert vllm_config.maybe_override_with_speculators is before
     assert arg_utils.maybe_override_with_speculators is before
 
 

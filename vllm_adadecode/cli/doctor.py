@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "vllm.general_plugins"
 PLUGIN = "adadecode"
 DISTRIBUTION = "vllm-adadecode"
-PYTHON_RANGE = ((3, 10), (3, 14))
+PYTHON_RANGE = ((3, 11), (3, 14))
 # PyPI's builds of these are for CUDA; beside a CPU build of torch they break transformers.
 TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
