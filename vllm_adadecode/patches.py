@@ -233,7 +233,7 @@ WORKER_PATCHES = (
 
 
 def refuse_method(error: AdaDecodeError) -> None:
-    """On an unsupported vLLM: answer a request for the method with ``error``, change nothing else."""
+    """On an unsupported vLLM: raise ``error`` for the method, change nothing else."""
 
     def build(*_: Any) -> Any:
         raise error
