@@ -18,7 +18,8 @@ from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import HeadsConfig, check_fits, find_heads
 from vllm_adadecode.staged import check_architectures
 
-logger = init_logger(__name__)
+# Under vLLM's logger, whose level and format users know.
+logger = init_logger(f"vllm.{__name__}")
 
 METHOD = "adadecode"
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.logger import init_logger
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
@@ -34,8 +33,6 @@ from vllm_adadecode.windows import PendingWindow, PendingWindows
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.dp_utils import DPSyncState
-
-logger = init_logger(__name__)
 
 
 class AdaDecodeSpeculator(DraftModelSpeculator):

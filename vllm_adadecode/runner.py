@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-logger = init_logger(__name__)
+# Under vLLM's logger, whose level and format users know.
+logger = init_logger(f"vllm.{__name__}")
 
 LOG_INTERVAL_S = 30.0
 
