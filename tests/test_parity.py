@@ -53,9 +53,7 @@ def test_thresholds_and_batch_sizes(
     assert drafted == 0 if threshold == 1.0 else drafted > 100
 
 
-@pytest.mark.parametrize(
-    "exit_layers", [[4], [2, 4, 6]], ids=lambda layers: f"exits={len(layers)}"
-)
+@pytest.mark.parametrize("exit_layers", [[4], [2, 4, 6]], ids=lambda layers: f"exits={len(layers)}")
 @pytest.mark.parametrize("num_speculative_tokens", [1, 5, 8])
 def test_windows_and_exits(
     engines: EnginePool,
@@ -96,24 +94,18 @@ def test_chunked_prefill_mixes_with_decoding(
     mixed = [prompts[i] * (1 + i % 4) for i in range(24)]
     params = [greedy(16 + 3 * i) for i in range(24)]
     reference = generate(vanilla, mixed, params)
-    engine = engines.get(
-        speculative_config=THREE_EXITS, max_num_seqs=6, max_num_batched_tokens=64
-    )
+    engine = engines.get(speculative_config=THREE_EXITS, max_num_seqs=6, max_num_batched_tokens=64)
     assert_same(vanilla, generate(engine, mixed, params), reference)
     counts = stats(engine)
     assert counts["prefill_batches"] > 30
     assert counts["deferred_batches"] > 10
 
 
-def test_prefix_caching_second_pass(
-    engines: EnginePool, vanilla: LLM, prompts: list[str]
-) -> None:
+def test_prefix_caching_second_pass(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
     """What the first pass left in the cache, drafts included, is right to build on."""
     long = [p * 3 for p in prompts[:12]]
     reference = generate(vanilla, long, greedy(96))
-    engine = engines.get(
-        speculative_config=THREE_EXITS, enable_prefix_caching=True, block_size=32
-    )
+    engine = engines.get(speculative_config=THREE_EXITS, enable_prefix_caching=True, block_size=32)
     assert_same(vanilla, generate(engine, long, greedy(96)), reference)
     second = generate(engine, long, greedy(96))
     assert_same(vanilla, second, reference)
@@ -141,9 +133,7 @@ def test_preemption(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> No
         disable_log_stats=False,
     )
     assert_same(vanilla, generate(engine, prompts[:8], params), reference)
-    preemptions = [
-        m for m in engine.get_metrics() if m.name == "vllm:num_preemptions"
-    ]
+    preemptions = [m for m in engine.get_metrics() if m.name == "vllm:num_preemptions"]
     assert preemptions[0].value > 0
 
 
@@ -165,9 +155,7 @@ def test_async_scheduling(
     assert counts["tokens_per_verification"] > 1.5
 
 
-def test_stop_strings_and_tokens(
-    engines: EnginePool, vanilla: LLM, prompts: list[str]
-) -> None:
+def test_stop_strings_and_tokens(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
     """A stop inside a window of accepted drafts cuts where vanilla does."""
     params = SamplingParams(temperature=0, max_tokens=96, stop=["\n\n", ")", "self."])
     reference = generate(vanilla, prompts, params)
@@ -185,9 +173,11 @@ def test_max_model_len_edge(engines: EnginePool, vanilla: LLM, prompts: list[str
     """Windows end with the context; nothing is written past it (the KV check is on)."""
     ids = [vanilla.get_tokenizer().encode(p * 2)[:100] for p in prompts[:8]]
     given = [{"prompt_token_ids": i} for i in ids]
-    small = {"max_model_len": 128, "block_size": 32}
+    small: dict[str, Any] = {"max_model_len": 128, "block_size": 32}
     reference = generate(engines.get(**small), given, greedy(1000))
-    assert all(len(o.outputs[0].token_ids) == 128 - len(i) for o, i in zip(reference, ids))
+    assert all(
+        len(o.outputs[0].token_ids) == 128 - len(i) for o, i in zip(reference, ids, strict=True)
+    )
     engine = engines.get(speculative_config=THREE_EXITS, **small)
     set_thresholds(engine, 0.3)
     assert_same(engines.get(**small), generate(engine, given, greedy(1000)), reference)
@@ -200,18 +190,16 @@ def test_logprobs_equal(engines: EnginePool, vanilla: LLM, prompts: list[str]) -
     set_thresholds(engine, 0.5)
     outputs = generate(engine, prompts[:8], params)
     assert_same(vanilla, outputs, reference)
-    for ours, theirs in zip(outputs, reference):
+    for ours, theirs in zip(outputs, reference, strict=True):
         if token_ids([ours]) != token_ids([theirs]):
             continue  # a tie, allowed by assert_same
-        for a, b in zip(ours.outputs[0].logprobs, theirs.outputs[0].logprobs):
+        for a, b in zip(ours.outputs[0].logprobs, theirs.outputs[0].logprobs, strict=True):
             for token in set(a) & set(b):
                 assert a[token].logprob == pytest.approx(b[token].logprob, abs=1e-3)
         assert len(ours.prompt_logprobs) == len(theirs.prompt_logprobs)
 
 
-def test_structured_outputs_equal(
-    engines: EnginePool, vanilla: LLM, prompts: list[str]
-) -> None:
+def test_structured_outputs_equal(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
     params = greedy(
@@ -222,7 +210,8 @@ def test_structured_outputs_equal(
     free = greedy(24)
     mixed = [params if i % 2 else free for i in range(12)]
     reference = generate(vanilla, prompts[:12], mixed)
-    for options in ({}, {"async_scheduling": True, "max_num_seqs": 6}):
+    variants: list[dict[str, Any]] = [{}, {"async_scheduling": True, "max_num_seqs": 6}]
+    for options in variants:
         engine = engines.get(speculative_config=THREE_EXITS, **options)
         set_thresholds(engine, 0.3)
         assert_same(vanilla, generate(engine, prompts[:12], mixed), reference)
@@ -260,9 +249,7 @@ def test_negative_control_shifted_states(
     def shift(worker: Any) -> None:
         deferred = worker.model_runner.speculator.deferred
         gather = type(deferred).gather
-        deferred.gather = lambda slots, offsets: gather(
-            deferred, slots, (offsets - 1).clamp(min=0)
-        )
+        deferred.gather = lambda slots, offsets: gather(deferred, slots, (offsets - 1).clamp(min=0))
 
     def restore(worker: Any) -> None:
         del worker.model_runner.speculator.deferred.gather

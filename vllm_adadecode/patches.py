@@ -81,15 +81,30 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
         options = {k.replace("-", "_"): v for k, v in (options or {}).items()}
         if (options.get("method") or self.spec_method) != METHOD:
             return original(self, target_model_config, target_parallel_config)
+        return _build(self, options, target_model_config, target_parallel_config)
+
+    return _one_line_at_command_line(create_speculative_config)
+
+
+def _one_line_at_command_line(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For the `vllm` command, a mistake is one line instead of a stack of frames."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
-            return _build(self, options, target_model_config, target_parallel_config)
+            return function(*args, **kwargs)
         except AdaDecodeError as error:
             if os.path.basename(sys.argv[0]) == "vllm":
-                # At the command line a mistake is one line, not a stack of frames.
                 raise SystemExit(f"vllm: error: {error}") from None
             raise
 
-    return create_speculative_config
+    return wrapper
+
+
+def _serve_heads_folder(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_adadecode.heads.speculators import wrap_override
+
+    return _one_line_at_command_line(wrap_override(original))
 
 
 def _build(engine_args: Any, options: dict[str, Any], model_config: Any, parallel: Any) -> Any:
@@ -178,6 +193,13 @@ CONFIG_PATCHES = (
         "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
         "builds vLLM's own SpeculativeConfig class, whose methods are a closed list",
         _create_speculative_config,
+    ),
+    Patch(
+        "heads-folder",
+        "vllm.engine.arg_utils:maybe_override_with_speculators",
+        "a heads folder served by its own name may give its target relative to itself, which vLLM "
+        "takes from the working directory",
+        _serve_heads_folder,
     ),
     Patch(
         "lookahead",

@@ -22,5 +22,7 @@ def register() -> None:
         return
     patches.apply_config_patches()
     from vllm_adadecode.cpu import enable_model_runner_v2
+    from vllm_adadecode.heads import speculators
 
+    speculators.register()
     enable_model_runner_v2()

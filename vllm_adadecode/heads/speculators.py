@@ -1,11 +1,8 @@
 """Serving a heads folder by its own name: ``vllm serve HEADS_DIR``, ``LLM(HEADS_DIR)``.
 
 vLLM reads the target's name out of a *speculators* config, which our config.json is. Owns what that
-needs besides the file: the algorithm's registration, and one patch:
-
-- ``vllm.transformers_utils.config.maybe_override_with_speculators`` (and its name in
-  ``vllm.engine.arg_utils``): vLLM would take a relative target, such as "..", from the working
-  directory; it is relative to the heads. See `wrap_override`.
+needs besides the file: the algorithm's registration, and the function behind the patch
+"heads-folder" (see `wrap_override`).
 """
 
 import functools
@@ -21,14 +18,9 @@ Override = Callable[..., tuple[str, str | None, dict[str, Any] | None]]
 
 def register() -> None:
     """Teach vLLM the heads format. May be called any number of times."""
-    from vllm.engine import arg_utils
-    from vllm.transformers_utils import config as vllm_config
     from vllm.transformers_utils.configs.speculators.algos import register_speculator
 
     register_speculator(ALGORITHM)(update_adadecode)
-    wrapped = wrap_override(vllm_config.maybe_override_with_speculators)
-    vllm_config.maybe_override_with_speculators = wrapped
-    arg_utils.maybe_override_with_speculators = wrapped
 
 
 def update_adadecode(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
@@ -45,8 +37,6 @@ def wrap_override(original: Override) -> Override:
     with ``method``, ``model`` (the heads) and ``num_speculative_tokens`` in the last, which options
     of the user's override, except for the first two.
     """
-    if getattr(original, "_adadecode", False):
-        return original
 
     @functools.wraps(original)
     def override(model: str, *args: Any, **kwargs: Any) -> Any:
@@ -70,5 +60,4 @@ def wrap_override(original: Override) -> Override:
             )
         return result
 
-    override._adadecode = True  # type: ignore[attr-defined]
     return override

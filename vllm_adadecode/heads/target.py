@@ -38,11 +38,11 @@ class TargetInfo:
         return total or None
 
 
-def read_target(model: str | Path) -> TargetInfo:
-    """Read a target's config.json, from its folder or the hub (that file alone).
+def fetch_config(model: str | Path) -> Path:
+    """Folder with the config.json of a model or of heads; from the hub, that file alone is read.
 
     Raises:
-        AdaDecodeError: it is not found, or not the config of a decoder-only model.
+        AdaDecodeError: there is none.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -56,9 +56,22 @@ def read_target(model: str | Path) -> TargetInfo:
             )
         except (HFValidationError, HfHubHTTPError, OSError):
             raise AdaDecodeError(
-                f"{model} is no folder and can't be had from the hub: give a model's folder or "
-                "hub id"
+                f"{model} is no folder and can't be had from the hub: give a folder or hub id"
             ) from None
+    if not (folder / CONFIG_NAME).is_file():
+        raise AdaDecodeError(
+            f"{model} holds no {CONFIG_NAME}: give the folder of a model or of heads"
+        )
+    return folder
+
+
+def read_target(model: str | Path) -> TargetInfo:
+    """Read a target's config.json, see `fetch_config`.
+
+    Raises:
+        AdaDecodeError: it is not found, or not the config of a decoder-only model.
+    """
+    folder = fetch_config(model)
     data = read_json(folder / CONFIG_NAME)
     text = data.get("text_config", data) if isinstance(data, dict) else {}
     try:

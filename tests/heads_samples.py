@@ -1,0 +1,70 @@
+"""Small targets and heads for the tests of heads and of the command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_adadecode.heads import HeadsConfig, make_transforms, save_heads
+from vllm_adadecode.heads.transform import transform_tensors
+
+HIDDEN, VOCAB, LAYERS = 64, 128, 4
+
+
+def make_target(
+    path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **shape: int
+) -> Path:
+    """Save a random Llama of 4 layers, 64 wide, 128 tokens."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_hidden_layers": LAYERS} | shape
+    config = LlamaConfig(
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **sizes,
+    )
+    model = LlamaForCausalLM(config)
+    # Real final norms are not all ones.
+    torch.nn.init.normal_(model.model.norm.weight, 1.0, 0.1)
+    model.to(dtype).save_pretrained(path)
+    return path
+
+
+def heads_fields(**changes: Any) -> dict[str, Any]:
+    """Fields of a valid low-rank config with exits after layers 1 and 3, changed as asked."""
+    fields: dict[str, Any] = {
+        "exit_layers": [1, 3],
+        "confidence_threshold": [0.5, 0.75],
+        "transform": "low_rank",
+        "rank": 4,
+        "norm": "none",
+        "target": {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_hidden_layers": LAYERS},
+        "speculators_config": {"verifier": {"name_or_path": ".."}},
+        "provenance": {"command": "adadecode train"},
+    }
+    return fields | changes
+
+
+def random_tensors(config: HeadsConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights for ``config``, none of them zero."""
+    torch.manual_seed(seed)
+    transforms = make_transforms(config, torch.float32, "cpu")
+    return {
+        name: torch.randn_like(tensor) for name, tensor in transform_tensors(transforms).items()
+    }
+
+
+def make_heads(path: Path, **changes: Any) -> tuple[Path, HeadsConfig, dict[str, torch.Tensor]]:
+    """Save valid heads."""
+    config = HeadsConfig(**heads_fields(**changes))
+    tensors = random_tensors(config)
+    return save_heads(path, config, tensors), config, tensors
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change top-level keys of a config.json by hand."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
