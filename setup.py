@@ -32,6 +32,7 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["adadecode = vllm_adadecode.plugin:register"],
+        "vllm.platform_plugins": ["adadecode = vllm_adadecode.plugin:prepare_command"],
         "console_scripts": ["adadecode = vllm_adadecode.cli:main"],
     },
 )

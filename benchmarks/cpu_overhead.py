@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+from benchmarks.machine import machine, versions
 
 RUNNERS = {"v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "v2": {}}
 
@@ -58,22 +57,6 @@ def measure(options: argparse.Namespace) -> None:
     options.child.write_text(json.dumps(rates))
 
 
-def machine() -> dict[str, Any]:
-    cpu = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": [round(load, 1) for load in os.getloadavg()],
-        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "vllm-cpu", "numpy")},
-    }
-
-
 def report(options: argparse.Namespace, runs: dict[str, list[dict[str, list[float]]]]) -> None:
     """Write what has been measured so far, after every pair of processes."""
     summary = {}
@@ -91,7 +74,12 @@ def report(options: argparse.Namespace, runs: dict[str, list[dict[str, list[floa
     result = {
         "what": "decoding tokens/s of the V1 and the V2 runner on a CPU",
         "command": ["python", "-m", "benchmarks.cpu_overhead", *sys.argv[1:]],
-        "machine": machine(),
+        "machine": {
+            **machine(),
+            **versions(),
+            "load_average": [round(load, 1) for load in os.getloadavg()],
+            "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
+        },
         "summary": summary,
         "runs": runs,
     }

