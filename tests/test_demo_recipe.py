@@ -21,8 +21,7 @@ from benchmarks.demo.recipe import HeadRecipe, Recipe, Shape, Stage, rate_factor
 from benchmarks.demo.simulate import Counts, Setting, loops, simulate
 
 TINY = Recipe(
-    batch=2,
-    length=16,
+    batch_tokens=32,
     exit_layers=(1, 2),
     shape=Shape(
         vocab_size=300,
@@ -34,8 +33,8 @@ TINY = Recipe(
         max_position_embeddings=64,
     ),
     stages=(
-        Stage("stage1", files="train", epochs=1.0, weight_decay=0.1),
-        Stage("stage2", files="second_stage", epochs=2.0, exit_weight=0.3),
+        Stage("stage1", files="train", epochs=1.0, length=16, weight_decay=0.1),
+        Stage("stage2", files="second_stage", epochs=2.0, length=8, exit_weight=0.3),
     ),
     heads=HeadRecipe(steps=3),
 )
@@ -145,9 +144,9 @@ class TestTraining:
 
     def test_an_epoch_sees_no_row_twice(self) -> None:
         counting = np.arange(1000)
-        steps = stages.steps_in_epoch(counting, TINY)
+        steps = stages.steps_in_epoch(counting, TINY, TINY.stages[0])
         rows = torch.cat([stages.batch(counting, TINY, 0, step) for step in range(steps)])
-        assert len(rows) == steps * TINY.batch
+        assert len(rows) == steps * 2
         assert len(rows[:, :-1].unique()) == rows[:, :-1].numel()
 
     def test_exit_losses_read_the_residual_stream(self) -> None:
@@ -209,7 +208,7 @@ class TestHeads:
         rows = torch.randint(1, 300, (8, 12))
         with Progress(disable=True) as progress:
             trained = train_heads(model, rows, rows, (1, 2), TINY.heads, 0, progress)
-        assert [heads.norm for heads in trained] == ["after", "before", "none"]
+        assert [(h.norm, h.temperature) for h in trained] == list(TINY.heads.variants)
         for heads in (*trained, Heads((1, 2))):
             folder = tmp_path / heads.name
             save_heads(heads, folder, model, provenance={})

@@ -30,7 +30,7 @@ from benchmarks.demo.files import write_file, write_folder
 from benchmarks.demo.heads import Heads, train_heads
 from benchmarks.demo.measure import Generation, Report, generate, generations, report
 from benchmarks.demo.recipe import Recipe
-from benchmarks.demo.stages import Tokens, new_model, text_loss, train_target
+from benchmarks.demo.stages import Tokens, new_model, rows_at, text_loss, train_target
 
 HERE = Path(__file__).parent
 CHOOSING_PROMPTS = 64
@@ -40,18 +40,19 @@ MEASURED_TOKENS = 128
 def windows(tokens: Tokens, count: int, length: int, seed: int) -> torch.Tensor:
     """[count, length], drawn anywhere in `tokens`."""
     starts = np.random.default_rng(seed).integers(0, len(tokens) - length, count)
-    return torch.from_numpy(np.stack([tokens[i : i + length] for i in starts]))
+    return rows_at(tokens, starts, length)
 
 
 def make_heads(
     model: Any, tokens: dict[str, Tokens], choosing: list[list[int]], recipe: Recipe, show: Progress
 ) -> tuple[Heads, dict[str, Report]]:
     """The best of the trained variants and the identity, and what all of them reached."""
-    half, prompt = recipe.heads.generations // 2, 64
+    half, length = recipe.heads.generations // 2, recipe.heads.length
+    prompt = length // 4
     show.console.print("heads: generating text of the target's own")
     starts = [windows(tokens[f], half, prompt, recipe.seed) for f in ("train", "second_stage")]
-    own = generate(model, torch.cat(starts), recipe.heads.new_tokens)
-    plain = [windows(tokens[f], 512, recipe.length, 1) for f in ("train", "second_stage")]
+    own = generate(model, torch.cat(starts), length - prompt)
+    plain = [windows(tokens[f], 512, length, recipe.seed + 1) for f in ("train", "second_stage")]
     args = (torch.cat(plain), own, recipe.exit_layers, recipe.heads, recipe.seed, show)
     candidates = [Heads(recipe.exit_layers), *train_heads(model, *args)]
 
@@ -99,7 +100,7 @@ def run(
     trained = time.monotonic()
 
     model.to(torch.bfloat16).float().eval()  # from here on, the weights that will be stored
-    losses = {name: text_loss(model, ids, recipe) for name, ids in tokens.items()}
+    losses = {name: text_loss(model, ids, recipe.exit_layers) for name, ids in tokens.items()}
     for name, values in losses.items():
         show.console.print(f"loss on {name}: " + " ".join(f"{x:.3f}" for x in values))
     choosing_files, _ = demo_prompts.split_held_out(corpus)
