@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from rich.progress import Progress
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.demo import corpus as text
 from benchmarks.demo import prompts as demo_prompts
@@ -19,6 +21,7 @@ from benchmarks.demo.heads import Heads, hidden_states, load_heads, save_heads, 
 from benchmarks.demo.measure import Generation, generate, report
 from benchmarks.demo.recipe import HeadRecipe, Recipe, Shape, Stage, rate_factor
 from benchmarks.demo.simulate import Counts, Setting, loops, simulate
+from benchmarks.demo.train import run
 
 TINY = Recipe(
     batch_tokens=32,
@@ -30,7 +33,7 @@ TINY = Recipe(
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=64,
+        max_position_embeddings=256,
     ),
     stages=(
         Stage("stage1", files="train", epochs=1.0, length=16, weight_decay=0.1),
@@ -190,6 +193,30 @@ class TestTraining:
         before = calls
         train(tmp_path / "killed")
         assert calls == before, "finished stages ran again"
+
+
+def test_a_whole_run_makes_a_loadable_folder(corpus: text.Corpus, tmp_path: Path) -> None:
+    # Files long enough for every prompt length, few enough to be quick.
+    small = text.Corpus(corpus.second_stage[:4], corpus.second_stage[:2], corpus.held_out[:4])
+    recipe = replace(
+        TINY,
+        stages=tuple(replace(stage, epochs=0.001) for stage in TINY.stages),
+        heads=HeadRecipe(steps=1, generations=4, length=16),
+    )
+    with Progress(disable=True) as show:
+        run(recipe, small, tmp_path / "build", tmp_path / "model", tmp_path / "prompts.json", show)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    chat = [{"role": "user", "content": "def f(x):\n"}, {"role": "user", "content": "    x"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "def f(x):\n    x"
+    prompts = demo_prompts.load(tmp_path / "prompts.json")
+    assert {p.source for p in prompts if p.files == "held_out"} == {
+        s.path for s in demo_prompts.split_held_out(small)[1]
+    }
+    assert all(len(tokenizer(p.text)["input_ids"]) == p.tokens for p in prompts)
+    assert load_heads(tmp_path / "model" / "adadecode").exit_layers == (1, 2)
+    assert "layer passes a token" in (tmp_path / "model" / "README.md").read_text()
 
 
 class TestHeads:

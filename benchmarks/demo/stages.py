@@ -118,7 +118,7 @@ def train_stage(
     weights = torch.tensor([stage.exit_weight] * len(exits))
     weights = torch.cat([weights, 1 - weights.sum(dim=0, keepdim=True)])
     task = progress.add_task(stage.name, total=steps, completed=start)
-    begun = time.monotonic() - seconds
+    begun = time.process_time() - seconds
     for step in range(start, steps):
         parts = torch.stack(losses(model, batch(tokens, recipe, number, step), exits))
         (parts * weights).sum().backward()
@@ -132,7 +132,7 @@ def train_stage(
         if done % SAVE_EVERY == 0 or done == steps:
             shown = " ".join(f"{x:.3f}" for x in parts.tolist())
             progress.console.print(f"{stage.name}: step {done} of {steps}, loss {shown}")
-            seconds = time.monotonic() - begun
+            seconds = time.process_time() - begun
             state = {
                 "step": done,
                 "seconds": seconds,
@@ -153,7 +153,7 @@ def train_target(
 ) -> float:
     """All stages; those already finished in `build` are read, not run again.
 
-    Returns the seconds they took whenever they ran."""
+    Returns the seconds of CPU time they took, whenever they ran."""
     seconds = 0.0
     for number, stage in enumerate(recipe.stages):
         key = recipe.key(number, corpus_digest)
