@@ -42,7 +42,8 @@ exists so that every part of vllm-adadecode can be tried and tested with real we
 machine. It is no useful language model: it knows {second} files nearly by heart and little else.
 
 `python -m benchmarks.demo.train` makes this folder, from the standard library of the Python that
-runs it, with {minutes:.0f} minutes of CPU time: half of that on two idle cores. Nothing is downloaded.
+runs it, with {minutes:.0f} minutes of CPU time: half of that on two idle cores. Nothing is
+downloaded.
 
 ## Recipe
 

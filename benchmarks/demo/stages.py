@@ -98,7 +98,7 @@ def train_stage(
 ) -> float:
     """Brings `model` to the end of a stage, from `checkpoint` if one was left there.
 
-    Returns the seconds that the stage took, those before a kill included."""
+    Returns the seconds of CPU time the stage took, those before a kill included."""
     stage = recipe.stages[number]
     steps = max(1, round(stage.epochs * steps_in_epoch(tokens, recipe, stage)))
     opts = optimizers(model, stage)
