@@ -131,6 +131,19 @@ def _build(engine_args: Any, options: dict[str, Any], model_config: Any, paralle
     return config
 
 
+def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_engine_config(*args: Any, **kwargs: Any) -> Any:
+        config = original(*args, **kwargs)
+        if config.speculative_config is not None and config.speculative_config.method == METHOD:
+            from vllm_adadecode.config import check_runner
+
+            check_runner(config)
+        return config
+
+    return _one_line_at_command_line(create_engine_config)
+
+
 def _num_lookahead_tokens(original: property) -> property:
     def num_lookahead_tokens(self: Any) -> int:
         config = self.speculative_config
@@ -193,6 +206,13 @@ CONFIG_PATCHES = (
         "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
         "builds vLLM's own SpeculativeConfig class, whose methods are a closed list",
         _create_speculative_config,
+    ),
+    Patch(
+        "engine-config",
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        "which model runner serves a configuration is known only when all of it is there, and a "
+        "V1 runner would fail in the worker",
+        _create_engine_config,
     ),
     Patch(
         "heads-folder",
