@@ -4,6 +4,7 @@ All but the last test go through vLLM's own `EngineArgs.create_engine_config`, w
 """
 
 import argparse
+import inspect
 import json
 import os
 import shutil
@@ -344,9 +345,9 @@ def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The method is refused; everything else, vLLM's own methods included, is as without us."""
     monkeypatch.setattr(plugin, "vllm_version", lambda: "0.99.0")
     # Put back what refuse_method changes, and let it change a vLLM as it comes.
-    monkeypatch.setattr(patches, "_build", patches._build)
+    monkeypatch.setattr(patches, "_refusal", None)
     monkeypatch.setattr(patches, "_applied", set())
-    original = EngineArgs.create_speculative_config.__wrapped__.__wrapped__
+    original = inspect.unwrap(EngineArgs.create_speculative_config)
     assert original.__module__ == EngineArgs.__module__
     monkeypatch.setattr(EngineArgs, "create_speculative_config", original)
     plugin.register()

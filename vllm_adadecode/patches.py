@@ -68,6 +68,7 @@ class Patch:
 
 
 _applied: set[str] = set()
+_refusal: AdaDecodeError | None = None
 
 
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,6 +109,7 @@ def _serve_heads_folder(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _build(engine_args: Any, options: dict[str, Any], model_config: Any, parallel: Any) -> Any:
+    check_not_refused()
     from vllm.platforms import current_platform
 
     from vllm_adadecode.config import build_config
@@ -253,13 +255,23 @@ WORKER_PATCHES = (
 
 
 def refuse_method(error: AdaDecodeError) -> None:
-    """On an unsupported vLLM: raise ``error`` for the method, change nothing else."""
+    """On a vLLM that the method can't work with: raise ``error`` for it, change nothing else."""
+    global _refusal
+    _refusal = error
+    try:
+        CONFIG_PATCHES[0].apply()
+    except AdaDecodeError:
+        # Nowhere to say it when the method is asked for. Raised here, it would stop every start of
+        # vLLM, with or without the method.
+        from vllm.logger import init_logger
 
-    def build(*_: Any) -> Any:
-        raise error
+        init_logger(__name__).warning("%s", error)
 
-    globals()["_build"] = build
-    CONFIG_PATCHES[0].apply()
+
+def check_not_refused() -> None:
+    """Raise what `refuse_method` was given, if it was called."""
+    if _refusal is not None:
+        raise _refusal
 
 
 def apply_config_patches() -> None:
