@@ -7,7 +7,6 @@ where a batch allows it, (4) tells the scheduler how many drafts there really ar
 
 import dataclasses
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -172,11 +171,9 @@ class AdaDecodeRunnerMixin(_Base):
         # The scheduler may edit the lists.
         return DraftTokenIds(speculator.last_req_ids, [list(ids) for ids in speculator.last_drafts])
 
-    def reload_weights(
-        self, weights_iterator: Iterable[tuple[str, torch.Tensor]] | None = None, **kwargs: Any
-    ) -> None:
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         self.speculator.windows.clear()
-        super().reload_weights(weights_iterator, **kwargs)
+        super().reload_weights(*args, **kwargs)
 
     def _log(self) -> None:
         """One line of what the method does, at most every `LOG_INTERVAL_S`, from the first rank."""
