@@ -57,6 +57,37 @@ def measure(options: argparse.Namespace) -> None:
     options.child.write_text(json.dumps(rates))
 
 
+def report(options: argparse.Namespace, runs: dict[str, list[dict[str, list[float]]]]) -> None:
+    """Write what has been measured so far, after every pair of processes."""
+    summary = {}
+    for batch in map(str, options.batch):
+        # The best round of a process is the one that the machine disturbed least.
+        medians = {n: statistics.median(max(run[batch]) for run in runs[n]) for n in RUNNERS}
+        pairs = [
+            max(v1[batch]) / max(v2[batch]) for v1, v2 in zip(runs["v1"], runs["v2"], strict=True)
+        ]
+        summary[batch] = {
+            **{f"{name}_tokens_per_s": round(rate, 1) for name, rate in medians.items()},
+            "ratio": round(statistics.median(pairs), 3),
+            "ratios": [round(ratio, 3) for ratio in pairs],
+        }
+    result = {
+        "what": "decoding tokens/s of the V1 and the V2 runner on a CPU",
+        "command": ["python", "-m", "benchmarks.cpu_overhead", *sys.argv[1:]],
+        "machine": {
+            **machine(),
+            **versions(),
+            "load_average": [round(load, 1) for load in os.getloadavg()],
+            "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
+        },
+        "summary": summary,
+        "runs": runs,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1))
+    print(json.dumps({"machine": result["machine"], "summary": summary}, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
@@ -84,29 +115,7 @@ def main() -> None:
                 subprocess.run([*command, "--child", str(rates)], env=environment, check=True)
                 runs[name].append(json.loads(rates.read_text()))
             print(name, {b: round(max(r), 1) for b, r in runs[name][-1].items()}, flush=True)
-
-    summary = {}
-    for batch in map(str, options.batch):
-        # The best round of a process is the one that the machine disturbed least.
-        medians = {n: statistics.median(max(run[batch]) for run in runs[n]) for n in RUNNERS}
-        pairs = [
-            max(v1[batch]) / max(v2[batch]) for v1, v2 in zip(runs["v1"], runs["v2"], strict=True)
-        ]
-        summary[batch] = {
-            **{f"{name}_tokens_per_s": round(rate, 1) for name, rate in medians.items()},
-            "ratio": round(statistics.median(pairs), 3),
-            "ratios": [round(ratio, 3) for ratio in pairs],
-        }
-    result = {
-        "what": "decoding tokens/s of the V1 and the V2 runner on a CPU",
-        "command": ["python", "-m", "benchmarks.cpu_overhead", *sys.argv[1:]],
-        "machine": machine() | versions(),
-        "summary": summary,
-        "runs": runs,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1))
-    print(json.dumps({"machine": result["machine"], "summary": summary}, indent=1))
+        report(options, runs)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from rich.progress import Progress
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.demo import corpus as text
 from benchmarks.demo import prompts as demo_prompts
@@ -19,10 +21,10 @@ from benchmarks.demo.heads import Heads, hidden_states, load_heads, save_heads, 
 from benchmarks.demo.measure import Generation, generate, report
 from benchmarks.demo.recipe import HeadRecipe, Recipe, Shape, Stage, rate_factor
 from benchmarks.demo.simulate import Counts, Setting, loops, simulate
+from benchmarks.demo.train import run
 
 TINY = Recipe(
-    batch=2,
-    length=16,
+    batch_tokens=32,
     exit_layers=(1, 2),
     shape=Shape(
         vocab_size=300,
@@ -31,11 +33,11 @@ TINY = Recipe(
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=64,
+        max_position_embeddings=256,
     ),
     stages=(
-        Stage("stage1", files="train", epochs=1.0, weight_decay=0.1),
-        Stage("stage2", files="second_stage", epochs=2.0, exit_weight=0.3),
+        Stage("stage1", files="train", epochs=1.0, length=16, weight_decay=0.1),
+        Stage("stage2", files="second_stage", epochs=2.0, length=8, exit_weight=0.3),
     ),
     heads=HeadRecipe(steps=3),
 )
@@ -145,9 +147,9 @@ class TestTraining:
 
     def test_an_epoch_sees_no_row_twice(self) -> None:
         counting = np.arange(1000)
-        steps = stages.steps_in_epoch(counting, TINY)
+        steps = stages.steps_in_epoch(counting, TINY, TINY.stages[0])
         rows = torch.cat([stages.batch(counting, TINY, 0, step) for step in range(steps)])
-        assert len(rows) == steps * TINY.batch
+        assert len(rows) == steps * 2
         assert len(rows[:, :-1].unique()) == rows[:, :-1].numel()
 
     def test_exit_losses_read_the_residual_stream(self) -> None:
@@ -193,6 +195,30 @@ class TestTraining:
         assert calls == before, "finished stages ran again"
 
 
+def test_a_whole_run_makes_a_loadable_folder(corpus: text.Corpus, tmp_path: Path) -> None:
+    # Files long enough for every prompt length, few enough to be quick.
+    small = text.Corpus(corpus.second_stage[:4], corpus.second_stage[:2], corpus.held_out[:4])
+    recipe = replace(
+        TINY,
+        stages=tuple(replace(stage, epochs=0.001) for stage in TINY.stages),
+        heads=HeadRecipe(steps=1, generations=4, length=16),
+    )
+    with Progress(disable=True) as show:
+        run(recipe, small, tmp_path / "build", tmp_path / "model", tmp_path / "prompts.json", show)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    chat = [{"role": "user", "content": "def f(x):\n"}, {"role": "user", "content": "    x"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "def f(x):\n    x"
+    prompts = demo_prompts.load(tmp_path / "prompts.json")
+    assert {p.source for p in prompts if p.files == "held_out"} == {
+        s.path for s in demo_prompts.split_held_out(small)[1]
+    }
+    assert all(len(tokenizer(p.text)["input_ids"]) == p.tokens for p in prompts)
+    assert load_heads(tmp_path / "model" / "adadecode").exit_layers == (1, 2)
+    assert "layer passes a token" in (tmp_path / "model" / "README.md").read_text()
+
+
 class TestHeads:
     def test_identity_is_the_target_s_own_readout(self) -> None:
         model = tiny_model()
@@ -209,7 +235,7 @@ class TestHeads:
         rows = torch.randint(1, 300, (8, 12))
         with Progress(disable=True) as progress:
             trained = train_heads(model, rows, rows, (1, 2), TINY.heads, 0, progress)
-        assert [heads.norm for heads in trained] == ["after", "before", "none"]
+        assert [(h.norm, h.temperature) for h in trained] == list(TINY.heads.variants)
         for heads in (*trained, Heads((1, 2))):
             folder = tmp_path / heads.name
             save_heads(heads, folder, model, provenance={})

@@ -23,14 +23,14 @@ from tests.engines import (
 THREE_EXITS = speculative(num_speculative_tokens=5, exit_layers=[2, 4, 6])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def vanilla(engines: EnginePool) -> LLM:
     return engines.get()
 
 
 @pytest.fixture(scope="module")
-def reference(vanilla: LLM, prompts: list[str]) -> list[Any]:
-    return generate(vanilla, prompts, greedy(), batch=1)
+def reference(engines: EnginePool, prompts: list[str]) -> list[Any]:
+    return generate(engines.get(), prompts, greedy(), batch=1)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])

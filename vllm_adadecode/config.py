@@ -7,30 +7,29 @@ checks that need no weights are here, so that a mistake is one line in the front
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
+from pydantic import ValidationError
 from vllm import envs
-from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.speculative import SpeculativeMethod
 from vllm.config.utils import config
 from vllm.logger import init_logger
 from vllm.utils.hashing import safe_hash
+from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads import HeadsConfig, check_fits, find_heads
+from vllm_adadecode.heads import HeadsConfig, check_fits, check_weights, find_heads
+from vllm_adadecode.heads.config import one_line
 from vllm_adadecode.staged import check_architectures
 
-logger = init_logger(__name__)
+# Under vLLM's logger, whose level and format users know.
+logger = init_logger(f"vllm.{__name__}")
 
 METHOD = "adadecode"
 
-# What a user may set; everything else of vLLM's speculative options belongs to other methods.
-USER_OPTIONS = frozenset(
+# vLLM's own options that mean for this method what they mean for others.
+PASSED_ON = frozenset(
     {
-        "method",
-        "model",
         "revision",
-        "num_speculative_tokens",
-        "confidence_threshold",
-        "exit_layers",
         "draft_sample_method",
         "rejection_sample_method",
         "synthetic_acceptance_rates",
@@ -38,6 +37,14 @@ USER_OPTIONS = frozenset(
         "num_speculative_tokens_per_batch_size",
     }
 )
+# What a user may set; everything else of vLLM's speculative options belongs to other methods.
+USER_OPTIONS = PASSED_ON | {
+    "method",
+    "model",
+    "num_speculative_tokens",
+    "confidence_threshold",
+    "exit_layers",
+}
 
 
 @config
@@ -101,31 +108,28 @@ def build_config(
     heads, heads_path = _load_heads(options, model_config)
     if (exit_layers := options.get("exit_layers")) is not None:
         heads = _select_exits(heads, heads_path, exit_layers, model_config)
-    return AdaDecodeSpeculativeConfig(
-        method=METHOD,
-        model=heads_path or model_config.model,
-        revision=options.get("revision"),
-        num_speculative_tokens=_num_speculative_tokens(
+    fields = {
+        "method": METHOD,
+        "model": heads_path or model_config.model,
+        "num_speculative_tokens": _num_speculative_tokens(
             options.get("num_speculative_tokens"), heads
         ),
-        exit_layers=list(heads.exit_layers),
-        confidence_threshold=_thresholds(options.get("confidence_threshold"), heads),
-        heads_path=heads_path,
-        **{
-            name: options[name]
-            for name in USER_OPTIONS
-            & {
-                "draft_sample_method",
-                "rejection_sample_method",
-                "synthetic_acceptance_rates",
-                "synthetic_acceptance_length",
-                "num_speculative_tokens_per_batch_size",
-            }
-            if name in options
-        },
-        target_model_config=model_config,
-        target_parallel_config=parallel_config,
-    )
+        "exit_layers": list(heads.exit_layers),
+        "confidence_threshold": _thresholds(options.get("confidence_threshold"), heads),
+        "heads_path": heads_path,
+        "target_model_config": model_config,
+        "target_parallel_config": parallel_config,
+    }
+    fields |= {name: options[name] for name in PASSED_ON & set(options)}
+    try:
+        if (schedule := options.get("num_speculative_tokens_per_batch_size")) is not None:
+            # vLLM itself looks at it in the scheduler only.
+            validate_and_normalize_dynamic_sd_schedule(schedule)
+        return AdaDecodeSpeculativeConfig(**fields)
+    except ValidationError as error:
+        raise AdaDecodeError(f"speculative_config: {one_line(error)}") from None
+    except (TypeError, ValueError) as error:
+        raise AdaDecodeError(f"speculative_config: {error}") from None
 
 
 def _check_engine(
@@ -156,9 +160,27 @@ def _check_engine(
         raise AdaDecodeError("adadecode does not support prefill context parallelism")
     if parallel_config.data_parallel_size > 1 and model_config.is_moe:
         raise AdaDecodeError("adadecode does not support data parallelism for MoE models")
+    if parallel_config.use_ubatching:
+        raise AdaDecodeError(
+            "adadecode does not support microbatches: drop --enable-dbo and --ubatch-size"
+        )
     if parallel_config.worker_cls != "auto":
         raise AdaDecodeError(
             f"adadecode brings its own worker: drop --worker-cls {parallel_config.worker_cls}"
+        )
+
+
+def check_runner(vllm_config: VllmConfig) -> None:
+    """Refuse a configuration for which vLLM would choose its V1 model runner.
+
+    Raises:
+        AdaDecodeError: one line with what the V2 runner lacks.
+    """
+    if not vllm_config.use_v2_model_runner:
+        reasons = vllm_config._get_v2_model_runner_unsupported_features()
+        raise AdaDecodeError(
+            "adadecode needs Model Runner V2, which does not support "
+            f"{', '.join(reasons) or 'this machine'} yet: drop that or the method"
         )
 
 
@@ -166,7 +188,10 @@ def _load_heads(
     options: Mapping[str, Any], model_config: ModelConfig
 ) -> tuple[HeadsConfig, str | None]:
     """The heads given, else those beside the target, else the logit lens."""
-    path = find_heads(options.get("model"), model_config.model)
+    for name in ("model", "revision"):
+        if not isinstance(options.get(name), str | None):
+            raise AdaDecodeError(f"{name} must be a string, not {options[name]!r}")
+    path = find_heads(options.get("model"), model_config.model, options.get("revision"))
     shape = {
         "hidden_size": model_config.get_hidden_size(),
         "vocab_size": model_config.get_vocab_size(),
@@ -183,6 +208,7 @@ def _load_heads(
         return heads, None
     heads = HeadsConfig.load(path)
     check_fits(heads, **shape, target_path=model_config.model)
+    check_weights(path, heads)
     return heads, str(path)
 
 

@@ -69,6 +69,7 @@ class Patch:
 
 
 _applied: set[str] = set()
+_refusal: AdaDecodeError | None = None
 
 
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,6 +110,7 @@ def _serve_heads_folder(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _build(engine_args: Any, options: dict[str, Any], model_config: Any, parallel: Any) -> Any:
+    check_not_refused()
     from vllm.platforms import current_platform
 
     from vllm_adadecode.config import build_config
@@ -130,6 +132,19 @@ def _build(engine_args: Any, options: dict[str, Any], model_config: Any, paralle
     platform = "CPU" if current_platform.is_cpu() else "GPU"
     parallel.worker_cls = f"vllm_adadecode.worker.AdaDecode{platform}Worker"
     return config
+
+
+def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_engine_config(*args: Any, **kwargs: Any) -> Any:
+        config = original(*args, **kwargs)
+        if config.speculative_config is not None and config.speculative_config.method == METHOD:
+            from vllm_adadecode.config import check_runner
+
+            check_runner(config)
+        return config
+
+    return _one_line_at_command_line(create_engine_config)
 
 
 def _num_lookahead_tokens(original: property) -> property:
@@ -216,6 +231,13 @@ CONFIG_PATCHES = (
         _create_speculative_config,
     ),
     Patch(
+        "engine-config",
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        "which model runner serves a configuration is known only when all of it is there, and a "
+        "V1 runner would fail in the worker",
+        _create_engine_config,
+    ),
+    Patch(
         "heads-folder",
         "vllm.engine.arg_utils:maybe_override_with_speculators",
         "a heads folder served by its own name may give its target relative to itself, which vLLM "
@@ -254,13 +276,23 @@ WORKER_PATCHES = (
 
 
 def refuse_method(error: AdaDecodeError) -> None:
-    """On an unsupported vLLM: answer a request for the method with ``error``, change nothing else."""
+    """On a vLLM that the method can't work with: raise ``error`` for it, change nothing else."""
+    global _refusal
+    _refusal = error
+    try:
+        CONFIG_PATCHES[0].apply()
+    except AdaDecodeError:
+        # Nowhere to say it when the method is asked for. Raised here, it would stop every start of
+        # vLLM, with or without the method.
+        from vllm.logger import init_logger
 
-    def build(*_: Any) -> Any:
-        raise error
+        init_logger(__name__).warning("%s", error)
 
-    globals()["_build"] = build
-    CONFIG_PATCHES[0].apply()
+
+def check_not_refused() -> None:
+    """Raise what `refuse_method` was given, if it was called."""
+    if _refusal is not None:
+        raise _refusal
 
 
 def apply_command_patches() -> None:

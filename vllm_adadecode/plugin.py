@@ -1,7 +1,7 @@
 """Entry points of the plugin; `register` (`vllm.general_plugins`) runs in every process of vLLM.
 
-Owns when patches are applied. Re-entrant. On an unsupported vLLM nothing but a clear refusal of
-the method is installed, so that vLLM without it goes on working.
+Owns when patches are applied. Re-entrant. On an unsupported vLLM, or one that has moved what is
+patched, the method is refused and vLLM without it goes on working.
 """
 
 from vllm_adadecode import patches
@@ -20,12 +20,19 @@ def register() -> None:
             )
         )
         return
-    patches.apply_config_patches()
     from vllm_adadecode.cpu import enable_model_runner_v2
     from vllm_adadecode.heads import speculators
 
-    speculators.register()
-    enable_model_runner_v2()
+    try:
+        patches.apply_config_patches()
+        speculators.register()
+        enable_model_runner_v2()
+    except AdaDecodeError as error:
+        # Raised here, it would stop every start of vLLM, with or without the method.
+        patches.refuse_method(error)
+    except (ImportError, AttributeError) as error:
+        reason = f"adadecode does not fit this vLLM ({version}): {error}".splitlines()[0]
+        patches.refuse_method(AdaDecodeError(f"{reason}; install another of {SUPPORTED_VLLM}"))
 
 
 def prepare_command() -> None:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.logger import init_logger
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
@@ -34,8 +33,6 @@ from vllm_adadecode.windows import PendingWindow, PendingWindows
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.dp_utils import DPSyncState
-
-logger = init_logger(__name__)
 
 
 class AdaDecodeSpeculator(DraftModelSpeculator):
@@ -75,7 +72,9 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> StagedTarget:
         heads, transforms = load_configured_heads(self.speculative_config, self.dtype, self.device)
-        return StagedTarget(target_model, heads.exit_layers, transforms, heads.norm)
+        return StagedTarget(
+            target_model, heads.exit_layers, transforms, heads.norm, self.vllm_config
+        )
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         # The early layers are the target's: to the runner we have no attention layers of our own.

@@ -7,7 +7,6 @@ where a batch allows it, (4) tells the scheduler how many drafts there really ar
 
 import dataclasses
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +19,15 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_adadecode.proposer import AdaDecodeSpeculator
 from vllm_adadecode.scorer import Scorer, VerificationPlan, make_plan
+from vllm_adadecode.span_runner import find_moe_layers_by_name
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
 else:
     _Base = object
 
-logger = init_logger(__name__)
+# Under vLLM's logger, whose level and format users know.
+logger = init_logger(f"vllm.{__name__}")
 
 LOG_INTERVAL_S = 30.0
 
@@ -43,8 +44,8 @@ class AdaDecodeRunnerMixin(_Base):
         self._scheduled: SchedulerOutput | None = None
         self._next_log = time.monotonic() + LOG_INTERVAL_S
         self._logged_tokens = 0
-        # vLLM calls the model it loaded; the scorer takes over in batches that have a plan.
-        self._target_forward = self.model.forward
+        # vLLM calls the model it loaded: its layers from now on run as spans, from the deferred
+        # states in batches that have a plan. One way for all batches: the same compiled code.
         self.model.forward = self._forward
 
     def initialize_kv_cache(
@@ -62,16 +63,18 @@ class AdaDecodeRunnerMixin(_Base):
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        intermediate_tensors: Any = None,
+        intermediate_tensors: None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if self._plan is None:
-            return self._target_forward(
-                input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
-            )
-        assert input_ids is not None
-        return self.scorer.forward(self._plan, input_ids, positions)
+    ) -> torch.Tensor:
+        if self._plan is not None:
+            assert input_ids is not None
+            return self.scorer.forward(self._plan, input_ids, positions)
+        staged = self.speculator.model
+        find_moe_layers_by_name()
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = staged.embed(input_ids)
+        return staged.run_all(positions, inputs_embeds)
 
     @torch.inference_mode()
     def execute_model(
@@ -168,11 +171,9 @@ class AdaDecodeRunnerMixin(_Base):
         # The scheduler may edit the lists.
         return DraftTokenIds(speculator.last_req_ids, [list(ids) for ids in speculator.last_drafts])
 
-    def reload_weights(
-        self, weights_iterator: Iterable[tuple[str, torch.Tensor]] | None = None, **kwargs: Any
-    ) -> None:
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         self.speculator.windows.clear()
-        super().reload_weights(weights_iterator, **kwargs)
+        super().reload_weights(*args, **kwargs)
 
     def _log(self) -> None:
         """One line of what the method does, at most every `LOG_INTERVAL_S`, from the first rank."""

@@ -2,7 +2,7 @@
 
 Owns the forward pass of a batch that has deferred states: the spans a token has been through are
 not run again, the last span runs on all tokens at once, and vLLM's rejection sampler does the rest.
-Batches with prefill, and batches without any deferred state, run vLLM's own forward pass, which
+Batches with prefill, and batches without any deferred state, run all spans on all tokens, which
 rewrites the same KV.
 """
 
@@ -41,7 +41,7 @@ class VerificationPlan:
 def make_plan(
     input_batch: InputBatch, windows: dict[str, PendingWindow]
 ) -> VerificationPlan | None:
-    """Plan a verification, or None where vLLM's own forward pass must or may as well run."""
+    """Plan a verification, or None where all spans must or may as well run on all tokens."""
     if input_batch.has_prefill or not windows:
         return None
     counts = input_batch.num_scheduled_tokens

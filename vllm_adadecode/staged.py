@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import VllmConfig
 
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.span_module import make_span
 
 # Architectures whose decoder layers are `layer(positions, hidden, residual)` between
 # `embed_input_ids` and `norm(hidden, residual)`, each proven equal to its uncut self by a test.
@@ -47,6 +49,7 @@ class StagedTarget(nn.Module):
         transforms: the heads' transforms by exit layer (paper, section "Light LM heads").
         norm: where a head applies the target's final norm: "before" the transform, "after" it,
             or "none".
+        vllm_config: the engine's; says whether and how spans are compiled.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class StagedTarget(nn.Module):
         exit_layers: Sequence[int],
         transforms: Mapping[int, nn.Module],
         norm: str,
+        vllm_config: VllmConfig,
     ) -> None:
         super().__init__()
         inner = target.model
@@ -70,6 +74,12 @@ class StagedTarget(nn.Module):
         self.norm_placement = norm
         # Span s runs layers [spans[s][0], spans[s][1]).
         self.spans = tuple(pairwise((0, *self.exit_layers, num_layers)))
+        self.span_modules = nn.ModuleList(
+            make_span(
+                list(islice(inner.layers, start, stop)), f"layers_{start}_{stop}", vllm_config
+            )
+            for start, stop in self.spans
+        )
 
     @property
     def num_exits(self) -> int:
@@ -104,11 +114,21 @@ class StagedTarget(nn.Module):
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one span inside vLLM's forward context; writes the span's KV. Inputs are consumed."""
-        start, stop = self.spans[span]
-        for layer in islice(self.inner.layers, start, stop):
-            hidden, residual = layer(positions, hidden, residual)
+        return self.span_modules[span](positions, hidden, residual)
+
+    def run_all(
+        self,
+        # [num_tokens] int64
+        positions: torch.Tensor,
+        # [num_tokens, hidden_size] embeddings
+        hidden: torch.Tensor,
+    ) -> torch.Tensor:
+        """The whole model in one forward context, ``[num_tokens, hidden_size]``."""
+        residual: torch.Tensor | None = None
+        for span in range(len(self.spans)):
+            hidden, residual = self.run_span(span, positions, hidden, residual)
         assert residual is not None
-        return hidden, residual
+        return self.finish(hidden, residual)
 
     def finish(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Final norm after the last span, ``[num_tokens, hidden_size]``. Inputs are consumed."""

@@ -8,12 +8,14 @@ from unittest.mock import patch
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_adadecode.patches import apply_worker_patches
+from vllm_adadecode.patches import apply_worker_patches, check_not_refused
 from vllm_adadecode.plugin import register
 from vllm_adadecode.runner import AdaDecodeRunnerMixin
 
-# vLLM only logs a plugin that fails to load; a worker that is ours must not start without it.
+# vLLM only logs a plugin that fails to load, and a vLLM that has moved makes it refuse the method;
+# a worker that is ours must not start in either case.
 register()
+check_not_refused()
 apply_worker_patches()
 
 

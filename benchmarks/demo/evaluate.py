@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.heads import load_heads
-from benchmarks.demo.measure import Report, generations, report
+from benchmarks.demo.measure import NEW_TOKENS, Report, report_sets
 
 HERE = Path(__file__).parent
 NAMES = {"held_out": "held-out files", "second_stage": "trained files"}
@@ -61,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--heads", type=Path, help="default: adadecode/ in the model's folder")
     parser.add_argument("--prompts", type=Path, default=HERE / "prompts.json")
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--threshold", type=float, default=0.75)
     parser.add_argument("--drafts", type=int, default=5, help="at most, before a verification")
     parser.add_argument("--threads", type=int, default=2)
@@ -74,14 +75,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     # The stored weights are bf16; computing in fp32 makes the numbers those of every machine.
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     heads = load_heads(args.heads or args.model / "adadecode")
-    prompts = demo_prompts.load(args.prompts)
-    reports = {}
-    for name in dict.fromkeys(p.files for p in prompts):
-        ids = [tokenizer(p.text)["input_ids"] for p in prompts if p.files == name]
-        texts = generations(model, ids, args.new_tokens)
-        reports[name] = report(model, heads, texts, args.threshold, args.drafts)
+    prompts = demo_prompts.encoded_sets(demo_prompts.load(args.prompts), tokenizer)
+    reports = report_sets(model, heads, prompts, args.new_tokens, args.threshold, args.drafts)
     title = f"{heads.name} heads, threshold {args.threshold}, at most {args.drafts} drafts"
     Console().print(table(reports, title))
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,8 @@ exists so that every part of vllm-adadecode can be tried and tested with real we
 machine. It is no useful language model: it knows {second} files nearly by heart and little else.
 
 `python -m benchmarks.demo.train` makes this folder, from the standard library of the Python that
-runs it, in about {minutes:.0f} minutes on two CPU cores. Nothing is downloaded.
+runs it, with {minutes:.0f} minutes of CPU time: half of that on two idle cores. Nothing is
+downloaded.
 
 ## Recipe
 
@@ -50,8 +51,10 @@ runs it, in about {minutes:.0f} minutes on two CPU cores. Nothing is downloaded.
    one file in twenty is held out: no training step of any part sees it.
 2. {stages}
 3. Heads: a full matrix per exit layer with the target's norm before, after or left out, trained to
-   the last layer's distribution on text and on the target's own generations. The variant with the
-   fewest layer passes on held-out files was kept, the identity (no training) being one of them:
+   the last layer's distribution, at a temperature, on text and on the target's own generations.
+   The variant with the fewest layer passes on held-out files was kept; the identity (no training)
+   is one of them. A temperature below 1 makes a head confident where it agrees with the last
+   layer's first choice, which is what counts in greedy decoding:
 
 {variants}
 
@@ -116,7 +119,7 @@ def card(
     minutes: float,
 ) -> str:
     stages = "; then ".join(
-        f"{s.epochs:g} epochs on {len(getattr(corpus, s.files))} files"
+        f"{s.epochs:g} epochs on {len(getattr(corpus, s.files))} files in rows of {s.length}"
         + (
             f" with cross-entropy at every exit layer, weight {s.exit_weight:g}"
             * (s.exit_weight > 0)

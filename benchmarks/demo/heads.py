@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from benchmarks.demo.recipe import HeadRecipe, rate_factor
-
-Norm = Literal["before", "after", "none"]  # the target's final norm, relative to the transform
-NORMS: tuple[Norm, ...] = ("after", "before", "none")
+from benchmarks.demo.recipe import HeadRecipe, Norm, rate_factor
 
 
 @dataclass
@@ -31,6 +28,7 @@ class Heads:
     exit_layers: tuple[int, ...]
     norm: Norm = "after"
     transforms: dict[int, torch.Tensor] = field(default_factory=dict)
+    temperature: float = 1.0  # at which they were trained; not stored
 
     def logits(self, model: Any, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         if self.norm == "before":
@@ -43,10 +41,14 @@ class Heads:
 
     @property
     def name(self) -> str:
-        return f"full, norm {self.norm}" if self.transforms else "identity"
+        if not self.transforms:
+            return "identity"
+        return f"full, norm {self.norm}, temperature {self.temperature:g}"
 
 
-def starting_heads(model: Any, norm: Norm, hidden: dict[int, torch.Tensor]) -> Heads:
+def starting_heads(
+    model: Any, norm: Norm, temperature: float, hidden: dict[int, torch.Tensor]
+) -> Heads:
     """Every variant starts as the target's norm and LM head, or as near to it as it can."""
     transforms = {}
     for layer, h in hidden.items():
@@ -55,7 +57,7 @@ def starting_heads(model: Any, norm: Norm, hidden: dict[int, torch.Tensor]) -> H
             # The norm's gain and the *mean* scale it would have applied.
             start *= model.model.norm.weight / h.pow(2).mean(-1).sqrt().mean()
         transforms[layer] = start.requires_grad_()
-    return Heads(tuple(hidden), norm, transforms)
+    return Heads(tuple(hidden), norm, transforms, temperature)
 
 
 def hidden_states(
@@ -76,7 +78,8 @@ def train_heads(
     seed: int,
     progress: Progress,
 ) -> list[Heads]:
-    """One trained set per place of the norm. Every batch is half text, half generations."""
+    """One trained set per variant of the recipe. Every batch is half text, half generations;
+    both are [rows, length] of one length."""
     model.requires_grad_(False)
     rng = np.random.default_rng(seed)
     variants: list[Heads] = []
@@ -84,16 +87,15 @@ def train_heads(
     task = progress.add_task("heads", total=recipe.steps)
     for step in range(recipe.steps):
         half = [torch.from_numpy(rng.integers(0, len(rows), 4)) for rows in (text, generated)]
-        length = min(text.shape[1], generated.shape[1])
-        rows = torch.cat([text[half[0], :length], generated[half[1], :length]])
+        rows = torch.cat([text[half[0]], generated[half[1]]])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden, final = hidden_states(model, rows, exit_layers)
         if optimizer is None:
-            variants = [starting_heads(model, norm, hidden) for norm in NORMS]
+            variants = [starting_heads(model, *variant, hidden) for variant in recipe.variants]
             matrices = [t for heads in variants for t in heads.transforms.values()]
             optimizer = torch.optim.AdamW(matrices, recipe.rate, (0.9, 0.95), weight_decay=0.0)
-        goal = final.float().log_softmax(-1).flatten(0, 1)
         for heads in variants:
+            goal = (final.float() / heads.temperature).log_softmax(-1).flatten(0, 1)
             for layer, h in hidden.items():
                 with torch.autocast("cpu", dtype=torch.bfloat16):
                     logits = heads.logits(model, layer, h)

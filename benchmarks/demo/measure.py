@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from benchmarks.demo.heads import Heads, hidden_states
 from benchmarks.demo.simulate import Counts, Setting, loops, simulate
+
+NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -119,3 +121,18 @@ def report(
             for i, layer in enumerate(heads.exit_layers)
         ),
     )
+
+
+def report_sets(
+    model: Any,
+    heads: Heads,
+    prompts: Mapping[str, Sequence[Sequence[int]]],
+    new_tokens: int = NEW_TOKENS,
+    threshold: float = 0.75,
+    max_drafts: int = 5,
+) -> dict[str, Report]:
+    """A report for each named set of prompts."""
+    return {
+        name: report(model, heads, generations(model, ids, new_tokens), threshold, max_drafts)
+        for name, ids in prompts.items()
+    }

@@ -55,7 +55,8 @@ def draw(
         text = "".join(lines[int(rng.integers(0, len(lines))) :])[: 12 * max(lengths)]
         ids = tokenizer.encode(text).ids[:length]
         cut = tokenizer.decode(ids)
-        if len(ids) == length and cut.strip() and tokenizer.encode(cut).ids == ids:
+        new = cut.strip() and all(cut != p.text for p in prompts)
+        if new and len(ids) == length and tokenizer.encode(cut).ids == ids:
             prompts.append(Prompt(cut, source.path, files, length))
         elif tries > 1000 + 100 * count:
             raise ValueError(
@@ -70,6 +71,14 @@ def demo_prompts(tokenizer: Any, corpus: Corpus, count: int = 32, seed: int = 0)
         *draw(tokenizer, measured, "held_out", count, seed),
         *draw(tokenizer, corpus.second_stage, "second_stage", count, seed + 1),
     ]
+
+
+def encoded_sets(prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, list[list[int]]]:
+    """The tokens of the prompts, by set of files."""
+    return {
+        files: [tokenizer.encode(p.text).ids for p in prompts if p.files == files]
+        for files in dict.fromkeys(p.files for p in prompts)
+    }
 
 
 def dump(prompts: Sequence[Prompt]) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Literal
 
 EXIT_LAYERS = (2, 4, 6)
+Norm = Literal["before", "after", "none"]  # the target's final norm, relative to a head's matrix
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Stage:
     name: str
     files: str
     epochs: float
+    length: int = 256  # tokens of one training row
     matrix_rate: float = 0.02  # Muon's, for the matrices inside the layers
     other_rate: float = 3e-3  # AdamW's, for embeddings and norms
     weight_decay: float = 0.0
@@ -41,22 +44,31 @@ class Stage:
 
 @dataclass(frozen=True)
 class HeadRecipe:
-    steps: int = 150
+    steps: int = 120
     rate: float = 2e-3
     generations: int = 192  # on-policy text: what the heads will see when they draft
-    new_tokens: int = 192
+    length: int = 256  # of a row, be it text or a generation from a prompt of a quarter of it
+    # Place of the target's norm, and the temperature of the distribution that the heads learn.
+    # Below 1, confidence comes nearer to what counts in greedy decoding: to be of one mind with
+    # the last layer, rather than to be right about the text.
+    variants: tuple[tuple[Norm, float], ...] = (
+        ("after", 1.0),
+        ("none", 1.0),
+        ("before", 0.6),
+        ("none", 0.6),
+    )
 
 
 @dataclass(frozen=True)
 class Recipe:
     seed: int = 0
-    batch: int = 16
-    length: int = 256  # tokens of one training row
+    batch_tokens: int = 4096
     exit_layers: tuple[int, ...] = EXIT_LAYERS
     shape: Shape = field(default_factory=Shape)
     stages: tuple[Stage, ...] = (
         Stage("stage1", files="train", epochs=1.0, weight_decay=0.1),
-        Stage("stage2", files="second_stage", epochs=9.0, exit_weight=0.2),
+        # Longer rows: with 256, a third of the confidence was lost behind position 256.
+        Stage("stage2", files="second_stage", epochs=10.0, length=512, exit_weight=0.2),
     )
     heads: HeadRecipe = field(default_factory=HeadRecipe)
 
@@ -64,8 +76,7 @@ class Recipe:
         """Names the weights after stage number `stage`."""
         depends_on = (
             self.seed,
-            self.batch,
-            self.length,
+            self.batch_tokens,
             self.exit_layers,
             self.shape,
             self.stages[: stage + 1],

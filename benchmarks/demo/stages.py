@@ -37,20 +37,26 @@ def new_model(shape: Shape) -> Any:
     return LlamaForCausalLM(config)
 
 
-def steps_in_epoch(tokens: Tokens, recipe: Recipe) -> int:
-    rows = (len(tokens) - recipe.length) // recipe.length - 1  # one less: the offset varies
-    return max(1, rows // recipe.batch)
+def steps_in_epoch(tokens: Tokens, recipe: Recipe, stage: Stage) -> int:
+    rows = (len(tokens) - stage.length) // stage.length - 1  # one less: the offset varies
+    return max(1, rows // (recipe.batch_tokens // stage.length))
 
 
-def batch(tokens: Tokens, recipe: Recipe, stage: int, step: int) -> torch.Tensor:
-    """[batch, length + 1]: inputs and, shifted by one, targets."""
-    epoch, index = divmod(step, steps_in_epoch(tokens, recipe))
-    rng = np.random.default_rng((recipe.seed, stage, epoch))
-    offset = int(rng.integers(0, recipe.length))
-    starts = np.arange(offset, len(tokens) - recipe.length - 1, recipe.length)
+def rows_at(tokens: Tokens, starts: Tokens, length: int) -> torch.Tensor:
+    """[starts, length]"""
+    return torch.from_numpy(np.stack([tokens[i : i + length] for i in starts]))
+
+
+def batch(tokens: Tokens, recipe: Recipe, number: int, step: int) -> torch.Tensor:
+    """[rows, length + 1]: inputs and, shifted by one, targets, for a step of stage `number`."""
+    length = recipe.stages[number].length
+    epoch, index = divmod(step, steps_in_epoch(tokens, recipe, recipe.stages[number]))
+    rng = np.random.default_rng((recipe.seed, number, epoch))
+    offset = int(rng.integers(0, length))
+    starts = np.arange(offset, len(tokens) - length - 1, length)
     rng.shuffle(starts)
-    chosen = starts[index * recipe.batch : (index + 1) * recipe.batch]
-    return torch.from_numpy(np.stack([tokens[i : i + recipe.length + 1] for i in chosen]))
+    rows = recipe.batch_tokens // length
+    return rows_at(tokens, starts[index * rows : (index + 1) * rows], length + 1)
 
 
 def losses(model: Any, rows: torch.Tensor, exit_layers: tuple[int, ...]) -> list[torch.Tensor]:
@@ -65,11 +71,11 @@ def losses(model: Any, rows: torch.Tensor, exit_layers: tuple[int, ...]) -> list
 
 
 @torch.no_grad()
-def text_loss(model: Any, tokens: Tokens, recipe: Recipe, rows: int = 96) -> list[float]:
-    """Loss per exit layer and of the last layer, on evenly spread rows of `tokens`."""
-    starts = np.linspace(0, len(tokens) - recipe.length - 1, rows).astype(int)
-    x = torch.from_numpy(np.stack([tokens[i : i + recipe.length + 1] for i in starts]))
-    parts = [losses(model, part, recipe.exit_layers) for part in x.split(recipe.batch)]
+def text_loss(model: Any, tokens: Tokens, exit_layers: tuple[int, ...]) -> list[float]:
+    """Loss per exit layer and of the last layer, on 96 evenly spread rows of 256 tokens."""
+    starts = np.linspace(0, len(tokens) - 257, 96).astype(np.int64)
+    rows = rows_at(tokens, starts, 257)
+    parts = [losses(model, part, exit_layers) for part in rows.split(16)]
     return [float(torch.stack(column).mean()) for column in zip(*parts, strict=True)]
 
 
@@ -92,9 +98,9 @@ def train_stage(
 ) -> float:
     """Brings `model` to the end of a stage, from `checkpoint` if one was left there.
 
-    Returns the seconds that the stage took, those before a kill included."""
+    Returns the seconds of CPU time the stage took, those before a kill included."""
     stage = recipe.stages[number]
-    steps = max(1, round(stage.epochs * steps_in_epoch(tokens, recipe)))
+    steps = max(1, round(stage.epochs * steps_in_epoch(tokens, recipe, stage)))
     opts = optimizers(model, stage)
     for opt in opts:
         for group in opt.param_groups:
@@ -112,7 +118,7 @@ def train_stage(
     weights = torch.tensor([stage.exit_weight] * len(exits))
     weights = torch.cat([weights, 1 - weights.sum(dim=0, keepdim=True)])
     task = progress.add_task(stage.name, total=steps, completed=start)
-    begun = time.monotonic() - seconds
+    begun = time.process_time() - seconds
     for step in range(start, steps):
         parts = torch.stack(losses(model, batch(tokens, recipe, number, step), exits))
         (parts * weights).sum().backward()
@@ -126,7 +132,7 @@ def train_stage(
         if done % SAVE_EVERY == 0 or done == steps:
             shown = " ".join(f"{x:.3f}" for x in parts.tolist())
             progress.console.print(f"{stage.name}: step {done} of {steps}, loss {shown}")
-            seconds = time.monotonic() - begun
+            seconds = time.process_time() - begun
             state = {
                 "step": done,
                 "seconds": seconds,
@@ -147,7 +153,7 @@ def train_target(
 ) -> float:
     """All stages; those already finished in `build` are read, not run again.
 
-    Returns the seconds they took whenever they ran."""
+    Returns the seconds of CPU time they took, whenever they ran."""
     seconds = 0.0
     for number, stage in enumerate(recipe.stages):
         key = recipe.key(number, corpus_digest)

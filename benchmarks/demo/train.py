@@ -21,41 +21,40 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from tokenizers import Tokenizer
 
 from benchmarks.demo import corpus as text
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.export import card, export, provenance
 from benchmarks.demo.files import write_file, write_folder
 from benchmarks.demo.heads import Heads, train_heads
-from benchmarks.demo.measure import Generation, Report, generate, generations, report
+from benchmarks.demo.measure import NEW_TOKENS, Report, generate, generations, report, report_sets
 from benchmarks.demo.recipe import Recipe
-from benchmarks.demo.stages import Tokens, new_model, text_loss, train_target
+from benchmarks.demo.stages import Tokens, new_model, rows_at, text_loss, train_target
 
 HERE = Path(__file__).parent
 CHOOSING_PROMPTS = 64
-MEASURED_TOKENS = 128
 
 
 def windows(tokens: Tokens, count: int, length: int, seed: int) -> torch.Tensor:
     """[count, length], drawn anywhere in `tokens`."""
     starts = np.random.default_rng(seed).integers(0, len(tokens) - length, count)
-    return torch.from_numpy(np.stack([tokens[i : i + length] for i in starts]))
+    return rows_at(tokens, starts, length)
 
 
 def make_heads(
     model: Any, tokens: dict[str, Tokens], choosing: list[list[int]], recipe: Recipe, show: Progress
 ) -> tuple[Heads, dict[str, Report]]:
     """The best of the trained variants and the identity, and what all of them reached."""
-    half, prompt = recipe.heads.generations // 2, 64
+    half, length = recipe.heads.generations // 2, recipe.heads.length
+    prompt = length // 4
     show.console.print("heads: generating text of the target's own")
     starts = [windows(tokens[f], half, prompt, recipe.seed) for f in ("train", "second_stage")]
-    own = generate(model, torch.cat(starts), recipe.heads.new_tokens)
-    plain = [windows(tokens[f], 512, recipe.length, 1) for f in ("train", "second_stage")]
+    own = generate(model, torch.cat(starts), length - prompt)
+    plain = [windows(tokens[f], 512, length, recipe.seed + 1) for f in ("train", "second_stage")]
     args = (torch.cat(plain), own, recipe.exit_layers, recipe.heads, recipe.seed, show)
     candidates = [Heads(recipe.exit_layers), *train_heads(model, *args)]
 
-    written = generations(model, choosing, MEASURED_TOKENS)
+    written = generations(model, choosing, NEW_TOKENS)
     reports = {heads.name: report(model, heads, written) for heads in candidates}
     for name, r in reports.items():
         show.console.print(
@@ -66,22 +65,16 @@ def make_heads(
     return best, reports
 
 
-def measure_demo(
-    model: Any, tokenizer: Tokenizer, heads: Heads, prompts: list[demo_prompts.Prompt]
-) -> dict[str, Report]:
-    result = {}
-    for name in dict.fromkeys(p.files for p in prompts):
-        ids = [tokenizer.encode(p.text).ids for p in prompts if p.files == name]
-        written: list[Generation] = generations(model, ids, MEASURED_TOKENS)
-        result[name] = report(model, heads, written)
-    return result
-
-
 def run(
-    recipe: Recipe, build: Path, model_folder: Path, prompts_file: Path, show: Progress
+    recipe: Recipe,
+    corpus: text.Corpus,
+    build: Path,
+    model_folder: Path,
+    prompts_file: Path,
+    show: Progress,
 ) -> None:
-    started = time.monotonic()
-    corpus = text.load_corpus()
+    """Everything, from text to the two outputs."""
+    started = time.process_time()
     digest = text.digest(corpus)
     show.console.print(
         f"{len(corpus.train)} files to train on, {len(corpus.second_stage)} of them in the second "
@@ -94,32 +87,32 @@ def run(
     }
     torch.manual_seed(recipe.seed)
     model = new_model(recipe.shape)
-    preparing = time.monotonic() - started
+    preparing = time.process_time() - started
     training = train_target(model, tokens, recipe, digest, build, show)
-    trained = time.monotonic()
+    trained = time.process_time()
 
     model.to(torch.bfloat16).float().eval()  # from here on, the weights that will be stored
-    losses = {name: text_loss(model, ids, recipe) for name, ids in tokens.items()}
+    losses = {name: text_loss(model, ids, recipe.exit_layers) for name, ids in tokens.items()}
     for name, values in losses.items():
         show.console.print(f"loss on {name}: " + " ".join(f"{x:.3f}" for x in values))
     choosing_files, _ = demo_prompts.split_held_out(corpus)
     choosing = demo_prompts.draw(
         tokenizer, choosing_files, "held_out", CHOOSING_PROMPTS, recipe.seed + 2
     )
-    choosing_ids = [tokenizer.encode(p.text).ids for p in choosing]
+    choosing_ids = demo_prompts.encoded_sets(choosing, tokenizer)["held_out"]
     heads, variants = make_heads(model, tokens, choosing_ids, recipe, show)
     prompts = demo_prompts.demo_prompts(tokenizer, corpus, seed=recipe.seed)
-    measured = measure_demo(model, tokenizer, heads, prompts)
+    measured = report_sets(model, heads, demo_prompts.encoded_sets(prompts, tokenizer))
 
     made_with = provenance(recipe, digest)
-    minutes = (preparing + training + time.monotonic() - trained) / 60  # also if resumed
+    minutes = (preparing + training + time.process_time() - trained) / 60
     readme = card(model, recipe, corpus, variants, losses, measured, made_with, minutes)
     write_file(
         prompts_file, lambda path: path.write_text(demo_prompts.dump(prompts), encoding="utf-8")
     )
     with write_folder(model_folder, scratch=build) as folder:
         export(folder, model, tokenizer, heads, readme, made_with)
-    show.console.print(f"written: {model_folder} ({heads.name} heads) after {minutes:.1f} minutes")
+    show.console.print(f"written: {model_folder} ({heads.name} heads), {minutes:.0f} CPU minutes")
 
 
 def main() -> None:
@@ -139,7 +132,7 @@ def main() -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns) as show:
-        run(Recipe(), args.build, args.model, args.prompts, show)
+        run(Recipe(), text.load_corpus(), args.build, args.model, args.prompts, show)
 
 
 if __name__ == "__main__":

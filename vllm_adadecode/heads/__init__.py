@@ -3,7 +3,12 @@
 Nothing here knows the engine: applying the target's norm and LM head is `vllm_adadecode.staged`'s.
 """
 
-from vllm_adadecode.heads.checkpoint import load_configured_heads, load_heads, save_heads
+from vllm_adadecode.heads.checkpoint import (
+    check_weights,
+    load_configured_heads,
+    load_heads,
+    save_heads,
+)
 from vllm_adadecode.heads.config import HeadsConfig
 from vllm_adadecode.heads.fingerprint import target_fingerprint
 from vllm_adadecode.heads.resolve import check_fits, find_heads, find_mismatches
@@ -13,6 +18,7 @@ __all__ = [
     "HeadsConfig",
     "Transform",
     "check_fits",
+    "check_weights",
     "find_heads",
     "find_mismatches",
     "load_configured_heads",

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,35 +94,39 @@ def load_heads(
     folder = Path(directory)
     stored = HeadsConfig.load(folder)
     _check_selection(folder, stored, config)
-    file = folder / WEIGHTS_NAME
-    if not file.is_file():
-        if stored.transform == "identity":
-            return transforms
-        hint = "copy the whole folder"
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-            hint = "other formats are never read, save the weights as safetensors"
-        raise AdaDecodeError(f"{file} does not exist: {hint}")
+    file = _weights_file(folder, stored)
+    if file is None:
+        return transforms
     shapes = tensor_shapes(config)
-    try:
-        with safe_open(file, framework="pt") as weights:
-            _check_names(str(file), weights.keys(), stored)
-            key = (weights.metadata() or {}).get("heads")
-            if key is not None and key != _weights_key(stored):
-                raise AdaDecodeError(
-                    f"{file} was not saved with the {CONFIG_NAME} beside it: copy both files again"
-                )
-            for exit_layer, transform in transforms.items():
-                for parameter, value in transform.named_parameters():
-                    name = tensor_name(exit_layer, parameter)
-                    tensor = weights.get_tensor(name)
-                    _check_tensor(str(file), name, tensor, shapes[name])
-                    value.data.copy_(_to_dtype(str(file), name, tensor, dtype))
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AdaDecodeError(
-            f"{file} is damaged or no safetensors file ({reason}): copy it again"
-        ) from None
+    with _open_weights(file, stored) as weights:
+        for exit_layer, transform in transforms.items():
+            for parameter, value in transform.named_parameters():
+                name = tensor_name(exit_layer, parameter)
+                tensor = weights.get_tensor(name)
+                _check_tensor(str(file), name, tensor, shapes[name])
+                value.data.copy_(_to_dtype(str(file), name, tensor, dtype))
     return transforms
+
+
+def check_weights(directory: str | Path, config: HeadsConfig) -> None:
+    """Refuse a weights file that does not fit its config, from the file's header alone.
+
+    What only the values can show (NaN, overflow) is left to `load_heads`.
+
+    Args:
+        directory: the heads folder.
+        config: that of the folder.
+
+    Raises:
+        AdaDecodeError: the file is missing, damaged or no safetensors file, or holds other tensors
+            or shapes than its config says.
+    """
+    file = _weights_file(Path(directory), config)
+    if file is None:
+        return
+    with _open_weights(file, config) as weights:
+        for name, shape in tensor_shapes(config).items():
+            _check_shape(str(file), name, weights.get_slice(name).get_shape(), shape)
 
 
 def load_configured_heads(
@@ -153,6 +157,38 @@ def load_configured_heads(
     return config, load_heads(speculative_config.heads_path, config, dtype, device)
 
 
+def _weights_file(folder: Path, stored: HeadsConfig) -> Path | None:
+    """The folder's weights file; None if its heads have no weights and there is no file."""
+    file = folder / WEIGHTS_NAME
+    if file.is_file():
+        return file
+    if stored.transform == "identity":
+        return None
+    hint = "copy the whole folder"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        hint = "other formats are never read, save the weights as safetensors"
+    raise AdaDecodeError(f"{file} does not exist: {hint}")
+
+
+@contextmanager
+def _open_weights(file: Path, stored: HeadsConfig) -> Iterator[Any]:
+    """The opened file, which has the tensors that ``stored`` says."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            _check_names(str(file), weights.keys(), stored)
+            key = (weights.metadata() or {}).get("heads")
+            if key is not None and key != _weights_key(stored):
+                raise AdaDecodeError(
+                    f"{file} was not saved with the {CONFIG_NAME} beside it: copy both files again"
+                )
+            yield weights
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AdaDecodeError(
+            f"{file} is damaged or no safetensors file ({reason}): copy it again"
+        ) from None
+
+
 # --- checks ------------------------------------------------------------------------------------
 
 
@@ -170,15 +206,19 @@ def _check_names(source: str, names: Collection[str], config: HeadsConfig) -> No
 
 
 def _check_tensor(source: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise AdaDecodeError(
-            f"{source}: {name} has shape {list(tensor.shape)}, {CONFIG_NAME} says {list(shape)}: "
-            "use the files of one checkpoint"
-        )
+    _check_shape(source, name, tensor.shape, shape)
     if not tensor.is_floating_point():
         raise AdaDecodeError(f"{source}: {name} is {tensor.dtype}, not floating point: train again")
     if not torch.isfinite(tensor.float()).all():
         raise AdaDecodeError(f"{source}: {name} has NaN or infinite values: train the heads again")
+
+
+def _check_shape(source: str, name: str, found: Sequence[int], shape: tuple[int, ...]) -> None:
+    if tuple(found) != shape:
+        raise AdaDecodeError(
+            f"{source}: {name} has shape {list(found)}, {CONFIG_NAME} says {list(shape)}: "
+            "use the files of one checkpoint"
+        )
 
 
 def _to_dtype(source: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -127,7 +127,7 @@ class HeadsConfig(_Section):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise AdaDecodeError(f"heads config: {_one_line(error)}") from None
+            raise AdaDecodeError(f"heads config: {one_line(error)}") from None
 
     # These two are checked by hand: pydantic's complaints about unions and items are long.
     @field_validator("exit_layers", mode="before")
@@ -342,7 +342,7 @@ def write_temporary(folder: Path, name: str, content: bytes) -> Path:
     return Path(temporary)
 
 
-def _one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError) -> str:
     """Every complaint of pydantic's, in one line, without its links."""
     parts = []
     entries = error.errors()

@@ -49,7 +49,6 @@ def wrap_override(original: Override) -> Override:
         if target is not None:
             return target, target, speculative_config
         if (
-            # In Python it may be the method's bare name.
             isinstance(speculative_config, dict)
             and speculative_config.get("method") == ALGORITHM
             and new_model != model
