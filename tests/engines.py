@@ -93,7 +93,7 @@ def set_thresholds(engine: LLM, *thresholds: float) -> None:
 
         speculator = worker.model_runner.speculator
         values = thresholds * (len(speculator.model.exit_layers) // len(thresholds))
-        speculator.set_policy(ThresholdPolicy(values))
+        speculator.policy = ThresholdPolicy(values)
 
     engine.collective_rpc(change)
 

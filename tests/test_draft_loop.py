@@ -17,7 +17,7 @@ import torch
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.draft_loop import DraftLoop, DraftState
 from vllm_adadecode.kernels.deferred import DeferredStates
-from vllm_adadecode.policy import ThresholdPolicy
+from vllm_adadecode.policy import Action, ThresholdPolicy
 from vllm_adadecode.scorer import make_plan
 from vllm_adadecode.windows import PendingWindow, PendingWindows
 
@@ -133,12 +133,13 @@ def draft(
     thresholds: tuple[float, ...] = (0.5, 0.5, 0.5),
     max_drafts: int = 5,
     sample: Any = None,
+    policy: ThresholdPolicy | None = None,
 ) -> Run:
     """Run one draft loop for ``len(limits)`` requests."""
     slots = slots or list(range(len(limits)))
     first_pos = {slot: 7 + 13 * slot for slot in slots}
     target = FakeTarget(confidence, first_pos)
-    policy = ThresholdPolicy(thresholds)
+    policy = policy or ThresholdPolicy(thresholds)
     counters = Counters.create(NUM_LAYERS, EXIT_LAYERS)
     deferred = DeferredStates(MAX_SLOTS, max_drafts + 1, 4, torch.float32, torch.device("cpu"))
     loop = DraftLoop(
@@ -146,7 +147,6 @@ def draft(
         spans=target,  # type: ignore[arg-type]
         deferred=deferred,
         policy=policy,
-        num_used_exits=max((i + 1 for i in range(3) if policy.uses(i)), default=0),
         counters=counters,
         sample=sample,
     )
@@ -272,8 +272,8 @@ def test_no_request_drafts() -> None:
 def test_threshold_is_exceeded_not_met() -> None:
     # float32 of exp(log 0.5) need not be 0.5: compare with what the loop sees.
     p = torch.exp(torch.tensor(0.5).log())
-    assert not ThresholdPolicy([float(p)]).extend(0, p[None]).any()
-    assert ThresholdPolicy([float(p) - 1e-6]).extend(0, p[None]).all()
+    assert ThresholdPolicy([float(p)]).decide(0, p[None]).tolist() == [Action.STOP]
+    assert ThresholdPolicy([float(p) - 1e-6]).decide(0, p[None]).tolist() == [Action.EXTEND]
 
 
 def test_sampled_draft_replaces_the_token_and_not_the_decision() -> None:
@@ -377,12 +377,33 @@ def test_as_each_request_alone(seed: int) -> None:
 
 
 def test_threshold_policy() -> None:
+    extend, promote, stop = Action
     policy = ThresholdPolicy([0, 0.75, 1])
     p = torch.tensor([0.0, 0.5, 0.75, 0.76, 1.0, float("nan")])
-    assert policy.extend(0, p).tolist() == [False, True, True, True, True, False]
-    assert policy.extend(1, p).tolist() == [False, False, False, True, True, False]
-    assert not policy.extend(2, p).any()
+    assert policy.decide(0, p).tolist() == [promote, extend, extend, extend, extend, promote]
+    # The last exit that can be followed: who is not confident here stops.
+    assert policy.decide(1, p).tolist() == [stop, stop, stop, extend, extend, stop]
     assert [policy.uses(i) for i in range(3)] == [True, True, False]
+    assert policy.num_used_exits == 2
+    assert ThresholdPolicy([1, 1]).num_used_exits == 0
+
+
+def test_a_policy_may_stop_before_the_last_exit() -> None:
+    """Windows that stop shallow are whole: verification starts where they are."""
+
+    class StopAtFirst(ThresholdPolicy):
+        def decide(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
+            actions = super().decide(exit_index, confidence)
+            return torch.where(actions == Action.PROMOTE, int(Action.STOP), actions)
+
+    run = draft(
+        lambda slot, offset, exit_index: 0.9 if offset < 2 else 0.1,
+        [5],
+        policy=StopAtFirst((0.5, 0.5, 0.5)),
+    )
+    assert run.state.num_drafts.tolist() == [2]
+    assert run.state.depths[0, :3].tolist() == [1, 1, 1]
+    assert {call.span for call in run.target.calls} == {0}
 
 
 # --- windows -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
-from vllm_adadecode.policy import DraftPolicy
+from vllm_adadecode.policy import Action, DraftPolicy
 from vllm_adadecode.span_runner import SpanRunner
 from vllm_adadecode.staged import StagedTarget
 
@@ -48,7 +48,6 @@ class DraftLoop:
     spans: SpanRunner
     deferred: DeferredStates
     policy: DraftPolicy
-    num_used_exits: int
     counters: Counters
     sample: DraftSampler | None
 
@@ -91,7 +90,7 @@ class DraftLoop:
 
     def _draft_next(self, state: DraftState, rows: np.ndarray, offset: int) -> None:
         """Try to predict the token after window offset ``offset`` for ``rows``."""
-        for exit_index in range(self.num_used_exits):
+        for exit_index in range(self.policy.num_used_exits):
             hidden, residual = self._run_span(state, exit_index, rows, offset)
             if not self.policy.uses(exit_index):
                 continue
@@ -108,7 +107,8 @@ class DraftLoop:
                     offset,
                 )
             # The one host synchronisation of a head check.
-            confident = self.policy.extend(exit_index, confidence).cpu().numpy()
+            actions = self.policy.decide(exit_index, confidence).cpu().numpy()
+            confident = actions == Action.EXTEND
             counters = self.counters.exits[self.staged.exit_layers[exit_index]]
             counters.checked += len(rows)
             counters.drafted += int(confident.sum())
@@ -117,7 +117,7 @@ class DraftLoop:
                 state.tokens[rows_device[chosen], offset + 1] = token[chosen]
                 state.num_drafts[rows[confident]] += 1
                 state.exits[rows[confident], offset] = exit_index
-            rows = rows[~confident]
+            rows = rows[actions == Action.PROMOTE]
             if rows.size == 0:
                 return
 

@@ -7,33 +7,47 @@ sampling divides by, and sampling would not be exact.
 """
 
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Protocol
 
 import torch
 
 
-class DraftPolicy(Protocol):
-    """Decides per request what the proposer does after head ``exit_index`` was evaluated."""
+class Action(IntEnum):
+    """What becomes of a request after a head check."""
 
-    def uses(self, exit_index: int) -> bool:
-        """Whether the head at this exit can ever be followed; if not, it is not evaluated."""
+    # The head's token is the next draft; its first pass is through span 0.
+    EXTEND = 0
+    # The newest token goes one span deeper, with shallower ones of its window (fill-in).
+    PROMOTE = 1
+    # The window goes to verification as it is.
+    STOP = 2
+
+
+class DraftPolicy(Protocol):
+    """Decides, per request, what the proposer does after a head was evaluated."""
+
+    @property
+    def num_used_exits(self) -> int:
+        """Exits from this index on are never reached; 0 turns drafting off."""
         ...
 
-    def extend(
+    def uses(self, exit_index: int) -> bool:
+        """Whether the head at this exit can be followed; if not, it is passed by unevaluated."""
+        ...
+
+    def decide(
         self,
         exit_index: int,
         # [num_rows] float32
         confidence: torch.Tensor,
     ) -> torch.Tensor:
-        """Rows whose head's token becomes the next draft, ``[num_rows]`` bool.
-
-        The other rows are promoted through the next span; after the last used exit they stop.
-        """
+        """An `Action` per row, ``[num_rows]`` int8."""
         ...
 
 
 class ThresholdPolicy:
-    """The paper's rule: predict early where p > gamma, else go one span deeper.
+    """The paper's rule: predict early where p > gamma, else go deeper; after the last head, stop.
 
     Args:
         thresholds: gamma per exit layer, in [0, 1]. A probability is never above 1, so a
@@ -43,9 +57,16 @@ class ThresholdPolicy:
     def __init__(self, thresholds: Sequence[float]) -> None:
         self.thresholds = tuple(float(t) for t in thresholds)
 
+    @property
+    def num_used_exits(self) -> int:
+        return max((i + 1 for i in range(len(self.thresholds)) if self.uses(i)), default=0)
+
     def uses(self, exit_index: int) -> bool:
         return self.thresholds[exit_index] < 1.0
 
-    def extend(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
+    def decide(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
+        otherwise = Action.STOP if exit_index + 1 >= self.num_used_exits else Action.PROMOTE
         # NaN compares false: a broken row is never confident.
-        return confidence > self.thresholds[exit_index]
+        confident = confidence > self.thresholds[exit_index]
+        actions = torch.full_like(confidence, int(otherwise), dtype=torch.int8)
+        return actions.masked_fill_(confident, int(Action.EXTEND))

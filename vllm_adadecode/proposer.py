@@ -44,7 +44,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.req_states = req_states
         config = self.speculative_config
-        self.set_policy(ThresholdPolicy(config.confidence_threshold))
+        self.policy: DraftPolicy = ThresholdPolicy(config.confidence_threshold)
         self.deferred = DeferredStates(
             self.max_num_reqs, self.num_speculative_steps + 1, self.hidden_size, self.dtype, device
         )
@@ -55,15 +55,6 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self.last_drafts: list[list[int]] = []
         self.counters = Counters.create(
             vllm_config.model_config.get_total_num_hidden_layers(), tuple(config.exit_layers)
-        )
-
-    def set_policy(self, policy: DraftPolicy) -> None:
-        """Decide by ``policy`` from the next round on."""
-        self.policy = policy
-        # Exits after the last one that can be followed are never reached.
-        self.num_used_exits = max(
-            (i + 1 for i in range(len(self.speculative_config.exit_layers)) if policy.uses(i)),
-            default=0,
         )
 
     # --- vLLM's life cycle ---------------------------------------------------------------------
@@ -156,7 +147,6 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             spans=self.spans,
             deferred=self.deferred,
             policy=self.policy,
-            num_used_exits=self.num_used_exits,
             counters=self.counters,
             sample=self._make_sampler(temperature, seeds),
         )
@@ -201,7 +191,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         A draft is followed by at least the token sampled after it, so neither may pass the end of
         the request (its `max_tokens`) or of the model's context.
         """
-        if self.num_used_exits == 0:
+        if self.policy.num_used_exits == 0:
             return np.zeros(len(first_pos), dtype=np.int64)
         steps = self.num_speculative_steps
         if num_speculative_tokens is not None:
@@ -265,7 +255,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         tokens = self.input_buffers.input_ids[:num_reqs].zero_()
         positions = self.input_buffers.positions[:num_reqs].zero_()
         hidden, residual = self.model.embed(tokens), None
-        for exit_index in range(self.num_used_exits):
+        for exit_index in range(self.policy.num_used_exits):
             hidden, residual = run_span(
                 self.vllm_config, self.model, exit_index, positions, hidden, residual
             )
