@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from benchmarks.demo.heads import Heads, hidden_states
 from benchmarks.demo.simulate import Counts, Setting, loops, simulate
 
-NEW_TOKENS = 256
+NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Recipe:
     stages: tuple[Stage, ...] = (
         Stage("stage1", files="train", epochs=1.0, weight_decay=0.1),
         # Longer rows: with 256, a third of the confidence was lost behind position 256.
-        Stage("stage2", files="second_stage", epochs=14.0, length=512, exit_weight=0.2),
+        Stage("stage2", files="second_stage", epochs=10.0, length=512, exit_weight=0.2),
     )
     heads: HeadRecipe = field(default_factory=HeadRecipe)
 
