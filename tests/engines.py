@@ -137,9 +137,16 @@ class Divergence:
 
 
 def divergences(
-    vanilla: LLM, ours: Sequence[RequestOutput], reference: Sequence[RequestOutput]
+    vanilla: LLM,
+    ours: Sequence[RequestOutput],
+    reference: Sequence[RequestOutput],
+    params: Sequence[SamplingParams] | None = None,
 ) -> list[Divergence]:
-    """All first differences, with how far from a tie each one is."""
+    """All first differences, with how far from a tie each one is.
+
+    ``params`` are needed where they change the logits; ``vanilla`` must then give processed
+    log-probabilities.
+    """
     found: list[Divergence] = []
     for i, (a, b) in enumerate(zip(ours, reference, strict=True)):
         mine, theirs = list(a.outputs[0].token_ids), list(b.outputs[0].token_ids)
@@ -149,26 +156,48 @@ def divergences(
         if at is None:
             found.append(Divergence(i, min(len(mine), len(theirs)), float("inf")))
             continue
-        assert b.prompt_token_ids is not None
-        prompt = {"prompt_token_ids": list(b.prompt_token_ids) + theirs[:at]}
-        probe = vanilla.generate(
-            [prompt], SamplingParams(temperature=0, max_tokens=1, logprobs=20), use_tqdm=False
-        )[0]
-        assert probe.outputs[0].logprobs is not None
-        scores = probe.outputs[0].logprobs[0]
+        scores = _scores(vanilla, b, at, params[i] if params is not None else None)
         if mine[at] in scores and theirs[at] in scores:
-            gap = abs(scores[theirs[at]].logprob - scores[mine[at]].logprob)
+            gap = abs(scores[theirs[at]] - scores[mine[at]])
         else:
             gap = float("inf")
         found.append(Divergence(i, at, gap))
     return found
 
 
+def _scores(
+    vanilla: LLM, reference: RequestOutput, at: int, params: SamplingParams | None
+) -> dict[int, float]:
+    """Log-probabilities of vanilla's best tokens for position ``at`` of an output of its own."""
+    assert reference.prompt_token_ids is not None
+    prompt, generated = list(reference.prompt_token_ids), list(reference.outputs[0].token_ids)
+    if params is None:
+        # The output so far may as well be prompt: one step is enough.
+        prompt, at = prompt + generated[:at], 0
+        probing = SamplingParams(temperature=0, max_tokens=1, logprobs=20)
+    else:
+        # Penalties and the like tell the two apart: generate it again.
+        probing = params.clone()
+        probing.temperature, probing.top_k = 0.0, 0
+        probing.logprobs = 20
+    output = vanilla.generate([{"prompt_token_ids": prompt}], probing, use_tqdm=False)[0].outputs[0]
+    if params is not None and list(output.token_ids)[:at] != generated[:at]:
+        return {}
+    assert output.logprobs is not None
+    return {token: score.logprob for token, score in output.logprobs[at].items()}
+
+
 def assert_same(
-    vanilla: LLM, ours: Sequence[RequestOutput], reference: Sequence[RequestOutput]
+    vanilla: LLM,
+    ours: Sequence[RequestOutput],
+    reference: Sequence[RequestOutput],
+    params: Sequence[SamplingParams] | None = None,
 ) -> None:
-    """Token for token the same, but for ties between equally likely tokens (see `TIE_GAP`)."""
-    found = divergences(vanilla, ours, reference)
+    """Token for token the same, but for ties between equally likely tokens (see `TIE_GAP`).
+
+    ``params``: see `divergences`.
+    """
+    found = divergences(vanilla, ours, reference, params)
     real = [d for d in found if d.gap > TIE_GAP]
     assert not real, f"{len(real)} of {len(ours)} outputs differ from vanilla: {real[:5]}"
     # Ties are rare; many of them would hide something else.

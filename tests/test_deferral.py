@@ -29,6 +29,7 @@ from tests.engines import (
     stats,
     stop,
 )
+from vllm_adadecode.plugin import register
 
 EXITS = [2, 4, 6]
 NUM_LAYERS = 8
@@ -171,9 +172,8 @@ def test_every_layer_once(
     # All that was generated came out of these rounds, but for each request's first token.
     verified_tokens = sum(len(r.window()) for r in decoding)
     assert verified_tokens >= 4 * 39
-    assert verified_tokens == counts["tokens"] + sum(
-        e["rejected"] for e in counts["exits"].values()
-    )
+    rejected = sum(e["rejected"] for e in counts["exits"].values())
+    assert verified_tokens == counts["tokens"] + rejected
     # And it was not for lack of drafts.
     assert verified_tokens > 1.5 * counts["verifications"]
     early = sum(len(p.tokens) for r in decoding for p in r.draft if p.layer == 0)
@@ -242,6 +242,7 @@ def test_prefill_beside_decoding_recomputes(engines: EnginePool, prompts: list[s
 
 def run_with_lookahead(lookahead: int, *prompt_lengths: int) -> None:
     """K drafts after each prompt, with so many slots reserved past the scheduled tokens."""
+    register()  # or the plugin's own patch would come after this one
     with patch.object(VllmConfig, "num_lookahead_tokens", lookahead):
         engine = LLM(
             str(DEMO_MODEL),

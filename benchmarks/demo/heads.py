@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import Progress
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from benchmarks.demo.recipe import HeadRecipe, Norm, rate_factor
+from vllm_adadecode.heads import HeadsConfig, checkpoint, target_fingerprint
 
 
 @dataclass
@@ -112,39 +113,25 @@ def train_heads(
 
 
 def save_heads(heads: Heads, folder: Path, model: Any, provenance: dict[str, Any]) -> None:
-    """The checkpoint format of `vllm_adadecode`, a dialect of the *speculators* format."""
+    """Write the heads beside their target, which must already lie in the folder above."""
     shape = model.config
-    config = {
-        "architectures": ["AdaDecodeHeads"],
-        "speculators_model_type": "adadecode",
-        "speculators_version": "0.3.0",
-        "exit_layers": list(heads.exit_layers),
-        "confidence_threshold": 0.75,
-        "transform": "full" if heads.transforms else "identity",
-        "rank": None,
-        "norm": heads.norm,
-        "target": {
+    config = HeadsConfig(
+        exit_layers=heads.exit_layers,
+        transform="full" if heads.transforms else "identity",
+        norm=heads.norm,
+        target={
             "hidden_size": shape.hidden_size,
             "vocab_size": shape.vocab_size,
             "num_hidden_layers": shape.num_hidden_layers,
-            "fingerprint": None,
+            "fingerprint": target_fingerprint(folder.parent),
         },
-        "speculators_config": {
-            "algorithm": "adadecode",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 5}],
-            "verifier": {
-                "name_or_path": "benchmarks/demo/model",
-                "architectures": ["LlamaForCausalLM"],
-            },
+        speculators_config={
+            "verifier": {"name_or_path": "..", "architectures": ["LlamaForCausalLM"]},
         },
-        "provenance": provenance,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if heads.transforms:
-        tensors = {f"exit_{e}.weight": t.bfloat16() for e, t in heads.transforms.items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        provenance=provenance,
+    )
+    tensors = {f"exit_{e}.weight": t.bfloat16() for e, t in heads.transforms.items()}
+    checkpoint.save_heads(folder, config, tensors)
 
 
 def load_heads(folder: Path) -> Heads:
