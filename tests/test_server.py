@@ -156,7 +156,7 @@ def test_ends_cleanly(server: Server) -> None:
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive
     assert server.process.wait(5) in (0, -15)
-    # The front end, where none of our code runs by then, may log that its engine is gone.
+    # The front end, where none of our code runs by then, may log that the engine is gone.
     log = server.log.read_text()[so_far:].splitlines()
     assert not [line for line in log if "Traceback" in line and "(APIServer" not in line]
 

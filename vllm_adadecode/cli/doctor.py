@@ -28,7 +28,6 @@ DISTRIBUTION = "vllm-adadecode"
 PYTHON_RANGE = ((3, 11), (3, 14))
 # PyPI's builds of these are for CUDA; beside a CPU build of torch they break transformers.
 TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -211,7 +210,7 @@ def check_companions() -> Outcome:
         names = " ".join(broken)
         advice = f"pip uninstall {names}"
         if cpu_build:
-            advice += f" (if you need them: pip install --index-url {CPU_INDEX} {names})"
+            advice += " (if you need them: PyTorch has CPU builds, in its own index)"
         return False, f"{names} of another build than torch break transformers ({reason}): {advice}"
     return (True, ", ".join(looked_at)) if looked_at else (None, "none installed, none needed")
 
