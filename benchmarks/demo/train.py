@@ -91,7 +91,11 @@ def run(
     training = train_target(model, tokens, recipe, digest, build, show)
     trained = time.process_time()
 
-    model.to(torch.bfloat16).float().eval()  # from here on, the weights that will be stored
+    # From here on, the weights that will be stored. Parameters only: model.to() would also round
+    # the rotary frequencies, which a loaded model computes afresh.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    model.eval()
     losses = {name: text_loss(model, ids, recipe.exit_layers) for name, ids in tokens.items()}
     for name, values in losses.items():
         show.console.print(f"loss on {name}: " + " ".join(f"{x:.3f}" for x in values))
