@@ -303,7 +303,8 @@ def test_combinations(options: dict[str, Any], words: list[str]) -> None:
 
 
 def test_runner_v1_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    # As the variable is read: an engine in this process has made vLLM remember its environment.
+    monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", False)
     message = refused(DEMO_MODEL)
     assert "Model Runner V2" in message
     assert "unset VLLM_USE_V2_MODEL_RUNNER" in message
