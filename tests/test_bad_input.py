@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 from transformers import GPT2Config, PreTrainedConfig, WhisperConfig
-from vllm import LLM, EngineArgs
+from vllm import LLM, EngineArgs, envs
 from vllm.config import ModelConfig, SpeculativeConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import registry
