@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.v1.engine import core
 
 DEMO_MODEL = Path(__file__).parent.parent / "benchmarks" / "demo" / "model"
 MAX_ENGINES = 4
@@ -50,6 +51,9 @@ class EnginePool:
 
     def __init__(self) -> None:
         self._engines: OrderedDict[str, LLM] = OrderedDict()
+        # An engine that ends, here or when it is collected, would take down the process groups that
+        # all engines of a process share, whatever another one is doing.
+        core.cleanup_dist_env_and_memory = gc.collect
 
     def get(self, model: Path | str = DEMO_MODEL, **options: Any) -> LLM:
         """An engine with these options over `DEFAULTS`; the same one for the same options."""
@@ -77,7 +81,6 @@ class EnginePool:
 def stop(engine: LLM) -> None:
     """Free an engine's memory now rather than when Python gets to it."""
     engine.llm_engine.engine_core.shutdown()
-    del engine
     gc.collect()
 
 
