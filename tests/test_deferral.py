@@ -7,7 +7,7 @@ loop if a `propose` is running, else in verification.
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -240,10 +240,11 @@ def test_prefill_beside_decoding_recomputes(engines: EnginePool, prompts: list[s
 # --- KV slots ----------------------------------------------------------------------------------
 
 
-def run_with_lookahead(lookahead: int, *prompt_lengths: int) -> None:
-    """K drafts after each prompt, with so many slots reserved past the scheduled tokens."""
+def draft_after_prompts(*prompt_lengths: int, lookahead: int | None = None) -> None:
+    """K drafts after each prompt, with ``lookahead`` slots reserved instead of what we ask for."""
     register()  # or the plugin's own patch would come after this one
-    with patch.object(VllmConfig, "num_lookahead_tokens", lookahead):
+    lookahead_patch = patch.object(VllmConfig, "num_lookahead_tokens", lookahead)
+    with nullcontext() if lookahead is None else lookahead_patch:
         engine = LLM(
             str(DEMO_MODEL),
             **DEFAULTS,
@@ -263,8 +264,8 @@ def run_with_lookahead(lookahead: int, *prompt_lengths: int) -> None:
 @pytest.mark.parametrize("lookahead", [0, K - 1])
 def test_kv_past_the_blocks_is_caught(lookahead: int) -> None:
     with pytest.raises(AssertionError, match="KV written past the allocated blocks"):
-        run_with_lookahead(lookahead, 28)
+        draft_after_prompts(28, lookahead=lookahead)
 
 
-def test_lookahead_of_k_is_enough() -> None:
-    run_with_lookahead(K, 27, 28, 29, 31, 32, 33)
+def test_our_lookahead_is_enough() -> None:
+    draft_after_prompts(27, 28, 29, 31, 32, 33)

@@ -79,8 +79,9 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
         options["frequency_penalty"] = float(rng.uniform(-0.5, 1))
     if maybe():
         options["repetition_penalty"] = float(rng.uniform(1.02, 1.5))
-    if maybe(0.1):
-        options["allowed_token_ids"] = sorted(set(some_tokens(600)))
+    if maybe(0.15):
+        # Of few tokens, the end of the sequence (0) is soon the best.
+        options["allowed_token_ids"] = [0, *sorted(set(some_tokens(int(rng.choice([3, 600])))))]
     if maybe():
         options["bad_words"] = ["self", "return", " =", "):\n"][: rng.integers(1, 5)]
     if maybe(0.3):
@@ -206,7 +207,7 @@ def test_each_request_as_its_vanilla_twin(
     assert len(finished) < len(requests_)
     preemptions = [m for m in engine.get_metrics() if m.name == "vllm:num_preemptions"]
     assert preemptions[0].value > 10
-    assert sum((o.num_cached_tokens or 0) > 0 for o in finished.values()) > 30
+    assert sum((o.num_cached_tokens or 0) > 0 for o in finished.values()) > 10
     counts = stats(engine)
     assert min(counts["prefill_batches"], counts["deferred_batches"]) > 50
     assert counts["accepted"] > 1000
