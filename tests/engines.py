@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.v1.engine import core
 
 DEMO_MODEL = Path(__file__).parent.parent / "benchmarks" / "demo" / "model"
@@ -54,6 +55,11 @@ class EnginePool:
         # An engine that ends, here or when it is collected, would take down the process groups that
         # all engines of a process share, whatever another one is doing.
         core.cleanup_dist_env_and_memory = gc.collect
+
+    def restart(self) -> None:
+        """Stop all engines, and let the next one make process groups for a model of its kind."""
+        self.close()
+        cleanup_dist_env_and_memory()
 
     def get(self, model: Path | str = DEMO_MODEL, **options: Any) -> LLM:
         """An engine with these options over `DEFAULTS`; the same one for the same options."""
