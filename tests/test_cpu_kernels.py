@@ -26,8 +26,7 @@ TWINS = import_twins()
 @pytest.fixture(scope="session")
 def comparison() -> dict[str, Any]:
     """What compare.py found."""
-    if find_spec("triton") is None:
-        pytest.skip("the reference needs Triton's interpreter")
+    assert find_spec("triton"), "the reference is Triton's interpreter: install the test extra"
     run = subprocess.run(
         [sys.executable, "-m", "tests.cpu_kernels.compare"],
         capture_output=True,
