@@ -107,7 +107,7 @@ def build_config(
     _check_engine(model_config, parallel_config, enable_lora)
     heads, heads_path = _load_heads(options, model_config)
     if (exit_layers := options.get("exit_layers")) is not None:
-        heads = _select_exits(heads, heads_path, exit_layers, model_config)
+        heads = _select_exits(heads, exit_layers)
     fields = {
         "method": METHOD,
         "model": heads_path or model_config.model,
@@ -212,9 +212,7 @@ def _load_heads(
     return heads, str(path)
 
 
-def _select_exits(
-    heads: HeadsConfig, heads_path: str | None, exit_layers: Any, model_config: ModelConfig
-) -> HeadsConfig:
+def _select_exits(heads: HeadsConfig, exit_layers: Any) -> HeadsConfig:
     if not isinstance(exit_layers, list | tuple) or not exit_layers:
         raise AdaDecodeError(f"exit_layers must be a list of layer numbers, not {exit_layers!r}")
     return heads.select(exit_layers)
