@@ -12,11 +12,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_adadecode.cli import train_options
 from vllm_adadecode.errors import AdaDecodeError
 
 if TYPE_CHECKING:
     from vllm_adadecode.heads import HeadsConfig
-    from vllm_adadecode.training.run import Request
+    from vllm_adadecode.training.request import Request
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -42,155 +43,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="DIR",
         help="for generations and unfinished runs",
     )
-    _add_data(parser.add_argument_group("data"))
-    _add_generation(parser.add_argument_group("generation"))
-    _add_heads(parser.add_argument_group("heads"))
-    _add_training(parser.add_argument_group("training"))
+    train_options.add_data(parser.add_argument_group("data"))
+    train_options.add_generation(parser.add_argument_group("generation"))
+    train_options.add_heads(parser.add_argument_group("heads"))
+    train_options.add_training(parser.add_argument_group("training"))
     parser.set_defaults(run=run)
-
-
-def _add_data(group: Any) -> None:
-    group.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="SPEC",
-        help=".jsonl (fields prompt, messages, text, or prompt_ids with output_ids), .txt (a "
-        "prompt a line), xsum, code or gsm8k (the paper's), or a hub data set NAME[@CONFIG]:SPLIT",
-    )
-    group.add_argument("--field", metavar="NAME", help="field of the prompt, if it has another")
-    group.add_argument(
-        "--chat", action="store_true", help="put prompts into the target's chat template"
-    )
-    group.add_argument(
-        "--skip-malformed", action="store_true", help="leave malformed lines out, do not refuse"
-    )
-    group.add_argument("--max-records", type=_positive, metavar="N", help="of each data set")
-    group.add_argument(
-        "--max-prompt-tokens",
-        type=_positive,
-        default=1024,
-        metavar="N",
-        help="longer prompts are left out",
-    )
-    group.add_argument(
-        "--max-length", type=_positive, default=2048, metavar="N", help="tokens of a sequence"
-    )
-    group.add_argument(
-        "--held-out", type=_share, default=0.1, metavar="SHARE", help="not trained on"
-    )
-    group.add_argument(
-        "--outputs-only", action="store_true", help="do not learn at positions inside of prompts"
-    )
-
-
-def _add_generation(group: Any) -> None:
-    group.add_argument(
-        "--generate",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="let the target continue the prompts, with vLLM; else take the data as it is",
-    )
-    group.add_argument(
-        "--max-tokens", type=_positive, default=512, metavar="N", help="of a continuation"
-    )
-    group.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    group.add_argument("--top-p", type=float, default=1.0, help="at a temperature above 0")
-    group.add_argument("--ignore-eos", action="store_true", help="go on behind the end of text")
-    group.add_argument(
-        "--engine-args",
-        type=_json_object,
-        default={},
-        metavar="JSON",
-        help="more arguments of vllm.LLM, e.g. '{\"tensor_parallel_size\": 4}'",
-    )
-
-
-def _add_heads(group: Any) -> None:
-    group.add_argument(
-        "--exit-layers",
-        type=int,
-        nargs="+",
-        metavar="E",
-        help="heads sit after so many layers (default: 1/4, 1/2 and 3/4 of the depth)",
-    )
-    group.add_argument(
-        "--transform",
-        choices=("full", "low_rank", "adapter", "identity"),
-        default="full",
-        help="T of a head; full is the paper's",
-    )
-    group.add_argument("--rank", type=_positive, help="of low_rank and adapter (default: 64)")
-    group.add_argument(
-        "--norm",
-        choices=("before", "after", "none"),
-        default="after",
-        help="where the target's final norm is applied, relative to T",
-    )
-    group.add_argument(
-        "--confidence-threshold",
-        type=float,
-        default=0.75,
-        help="draft where a head is surer than that",
-    )
-    group.add_argument(
-        "--num-speculative-tokens", type=_positive, default=5, metavar="K", help="drafts at most"
-    )
-    group.add_argument("--gate", action="store_true", help="foresee where a head is confident")
-    group.add_argument(
-        "--draft-vocab", type=_positive, metavar="N", help="predict the N most frequent tokens only"
-    )
-    group.add_argument(
-        "--lm-head-quantization", choices=("fp8", "int8"), help="of the heads' copy of the LM head"
-    )
-
-
-def _add_training(group: Any) -> None:
-    group.add_argument(
-        "--loss",
-        choices=("kl", "reverse_kl", "top_k_kl"),
-        default="kl",
-        help="kl(final || head), which is the paper's; kl(head || final); kl over --top-k tokens",
-    )
-    group.add_argument("--top-k", type=_positive, default=64, metavar="K", help="of top_k_kl")
-    group.add_argument(
-        "--loss-temperature",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="below 1 heads learn a sharper final distribution",
-    )
-    group.add_argument(
-        "--confidence-weight",
-        type=float,
-        default=0.0,
-        metavar="W",
-        help="of a term that makes confidence the probability of agreement",
-    )
-    group.add_argument("--learning-rate", type=float, default=1e-3, help="the highest; cosine")
-    group.add_argument("--epochs", type=float, default=4.0, help="passes over the data")
-    group.add_argument(
-        "--batch-size", type=_positive, default=16, metavar="N", help="sequences of a step"
-    )
-    group.add_argument(
-        "--micro-batch-tokens", type=_positive, default=8192, metavar="N", help="of a forward pass"
-    )
-    group.add_argument(
-        "--eval-every", type=_positive, default=50, metavar="N", help="steps between evaluations"
-    )
-    group.add_argument(
-        "--patience",
-        type=_positive,
-        default=5,
-        metavar="N",
-        help="evaluations without a better one",
-    )
-    group.add_argument("--checkpoint-every", type=_positive, default=50, metavar="N", help="steps")
-    group.add_argument("--seed", type=int, default=0, help="of everything random")
-    group.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of products")
-    group.add_argument(
-        "--device-map", help='"auto" spreads a large target over all devices, with accelerate'
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -229,7 +86,7 @@ def make_request(args: argparse.Namespace) -> Request:
     """The run that the options ask for."""
     from vllm_adadecode.training.generate import GenerationSettings
     from vllm_adadecode.training.losses import Loss
-    from vllm_adadecode.training.run import DataSettings, HeadSettings, Request
+    from vllm_adadecode.training.request import DataSettings, HeadSettings, Request
     from vllm_adadecode.training.trainer import TrainSettings
 
     ranked = args.transform in ("low_rank", "adapter")
@@ -336,29 +193,3 @@ def _print(console: Any, request: Request, config: HeadsConfig) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not {text}")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {text}")
-    return value
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, not {text}")
-    return value
