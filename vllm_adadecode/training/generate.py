@@ -25,6 +25,7 @@ from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.json_lines import write_json_lines
 from vllm_adadecode.training.sequences import Sequence, read_sequences
 from vllm_adadecode.training.target_digest import target_digest
+from vllm_adadecode.training.target_model import load_tokenizer
 
 Prompt = tuple[tuple[int, ...], str]  # token ids, source
 SHARD_PROMPTS = 128
@@ -107,6 +108,7 @@ def generate_sequences(
         ]
         job = {
             "target": target,
+            "has_tokenizer": load_tokenizer(target) is not None,
             "engine": settings.engine,
             "sampling": settings.sampling(),
             "shards": parts,

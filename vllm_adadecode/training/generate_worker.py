@@ -50,7 +50,7 @@ def _run(job: dict[str, Any]) -> None:
         chosen.pop(name, None)
     seed = chosen.pop("seed", None)
     engine = dict(job["engine"])
-    if not _has_tokenizer(job["target"]):
+    if not job["has_tokenizer"]:
         engine.setdefault("skip_tokenizer_init", True)
     llm = LLM(job["target"], **engine)
     longest = llm.llm_engine.model_config.max_model_len
@@ -79,12 +79,6 @@ def _run(job: dict[str, Any]) -> None:
         ]
         write_sequences(Path(shard["file"]), made)
         print(f"\nadadecode-done {len(made)}", flush=True)
-
-
-def _has_tokenizer(target: str) -> bool:
-    from vllm_adadecode.training.target_model import load_tokenizer
-
-    return load_tokenizer(target) is not None
 
 
 if __name__ == "__main__":

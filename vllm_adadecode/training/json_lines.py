@@ -46,18 +46,23 @@ def read_json_lines(
                 try:
                     line = raw.decode("utf-8")
                     if line.strip():
-                        items.append(parse(json.loads(line)))
+                        items.append(parse(_json(line)))
                 except UnicodeDecodeError:
                     bad.append(f"{path}:{number}: is not UTF-8")
                 except BadLineError as error:
                     bad.append(f"{path}:{number}: {error}")
-                except (ValueError, RecursionError):
-                    bad.append(f"{path}:{number}: is not JSON")
     except OSError as error:
         raise AdaDecodeError(f"{path} can't be read ({error.strerror}): check the path") from None
     if bad and not skip_malformed:
         raise AdaDecodeError(f"{complaint(bad)}; correct them, or leave them out: --skip-malformed")
     return items, bad
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        raise BadLineError("is not JSON") from None
 
 
 def complaint(bad: list[str]) -> str:
