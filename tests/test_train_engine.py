@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from tests.engines import (
     DEMO_MODEL,
     EnginePool,
@@ -64,17 +62,19 @@ def test_trained_heads_serve_their_target(
         generate(vanilla, prompts[:8], greedy(48)),
     )
     counts = stats(ours)
-    assert counts["drafts"] > 50, counts
-    assert counts["accepted"] > 0.8 * counts["drafts"], counts
+    assert counts["drafted"] > 50, counts
+    assert counts["accepted"] > 0.8 * counts["drafted"], counts
 
 
-@pytest.mark.parametrize("temperature", [0.8])
-def test_sampled_generations(prompts: list[str], tmp_path: Path, temperature: float) -> None:
-    data, output = tmp_path / "prompts.txt", tmp_path / "heads"
-    data.write_text("import os\nimport sys\nclass A:\ndef f(x):\n")
-    command = ["train", str(DEMO_MODEL), "--data", str(data), "--output", str(output)]
-    command += ["--cache", str(tmp_path / "cache"), "--engine-args", json.dumps(ENGINE)]
-    command += ["--max-tokens", "8", "--held-out", "0.5", "--epochs", "1", "--exit-layers", "4"]
-    assert main([*command, "--temperature", str(temperature)]) == 0
-    settings = HeadsConfig.load(output).provenance["settings"]["generation"]
-    assert (settings["temperature"], settings["seed"]) == (temperature, 0)
+def test_sampling_of_generations() -> None:
+    from vllm_adadecode.training.generate import GenerationSettings
+    from vllm_adadecode.training.generate_worker import sampling_params
+
+    greedy_params = sampling_params(GenerationSettings(max_tokens=9).sampling(), 3, room=5)
+    assert (greedy_params.temperature, greedy_params.max_tokens) == (0.0, 5)
+    assert greedy_params.seed is None
+    settings = GenerationSettings(9, 0.8, 0.9, seed=10, ignore_eos=True, engine={"dtype": "auto"})
+    drawn = sampling_params(settings.sampling(), 3, room=50)
+    assert (drawn.temperature, drawn.top_p, drawn.max_tokens) == (0.8, 0.9, 9)
+    # Prompts have draws of their own, the same in a run that goes on.
+    assert (drawn.seed, drawn.ignore_eos) == (13, True)

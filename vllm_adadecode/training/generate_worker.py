@@ -42,13 +42,9 @@ def _end_with_parent() -> None:
 
 
 def _run(job: dict[str, Any]) -> None:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     prompts = [ids for shard in job["shards"] for ids, _ in shard["prompts"]]
-    chosen = dict(job["sampling"])
-    for name in ("dtype", "quantization"):
-        chosen.pop(name, None)
-    seed = chosen.pop("seed", None)
     engine = dict(job["engine"])
     if not job["has_tokenizer"]:
         engine.setdefault("skip_tokenizer_init", True)
@@ -63,11 +59,7 @@ def _run(job: dict[str, Any]) -> None:
     for shard in job["shards"]:
         given = shard["prompts"]
         params = [
-            SamplingParams(
-                **(chosen | {"max_tokens": min(chosen["max_tokens"], longest - len(ids))}),
-                seed=None if seed is None else seed + shard["first"] + i,
-                detokenize=False,
-            )
+            sampling_params(job["sampling"], shard["first"] + i, room=longest - len(ids))
             for i, (ids, _) in enumerate(given)
         ]
         outputs = llm.generate(
@@ -79,6 +71,21 @@ def _run(job: dict[str, Any]) -> None:
         ]
         write_sequences(Path(shard["file"]), made)
         print(f"\nadadecode-done {len(made)}", flush=True)
+
+
+def sampling_params(chosen: dict[str, Any], number: int, room: int) -> Any:
+    """vLLM's parameters for prompt ``number``, with at most ``room`` new tokens.
+
+    Args:
+        chosen: `GenerationSettings.sampling`.
+    """
+    from vllm import SamplingParams
+
+    kept = {k: v for k, v in chosen.items() if k not in ("dtype", "quantization", "seed")}
+    kept["max_tokens"] = min(kept["max_tokens"], room)
+    seed = chosen.get("seed")
+    own_seed = None if seed is None else seed + number
+    return SamplingParams(**kept, seed=own_seed, detokenize=False)
 
 
 if __name__ == "__main__":
