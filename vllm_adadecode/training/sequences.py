@@ -1,0 +1,135 @@
+"""Token sequences, the data of training and evaluation: a prompt and what followed it.
+
+Owns their form in memory and on disk, their digest, and the split into a part to train on and a
+part held out. How they come about is `generate.py`'s and `prompts.py`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.training.json_lines import BadLineError, read_json_lines, write_json_lines
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A prompt and its continuation.
+
+    Attributes:
+        prompt_ids: tokens given; may be empty.
+        output_ids: tokens that followed, the target's own if it has generated them.
+        source: name of the data set, for reports by set.
+    """
+
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    source: str
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.prompt_ids + self.output_ids
+
+
+def read_sequences(path: str | Path, skip_malformed: bool = False) -> list[Sequence]:
+    """The sequences of a file of JSON lines, each
+    ``{"prompt_ids": [...], "output_ids": [...], "source": "name"}``.
+
+    Args:
+        path: the file.
+        skip_malformed: leave malformed lines out instead of refusing the file.
+
+    Raises:
+        AdaDecodeError: the file can't be read, is empty, or has malformed lines.
+    """
+    sequences, _ = read_json_lines(path, parse_sequence, skip_malformed)
+    if not sequences:
+        raise AdaDecodeError(f"{path} holds no sequences: give a file with at least one")
+    return sequences
+
+
+def write_sequences(path: str | Path, sequences: Iterable[Sequence]) -> None:
+    """Write what `read_sequences` reads, whole or not at all.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    write_json_lines(path, map(asdict, sequences))
+
+
+def parse_sequence(value: Any) -> Sequence:
+    """A sequence from a line's JSON value.
+
+    Raises:
+        BadLineError: it is none.
+    """
+    if not isinstance(value, dict):
+        raise BadLineError("is no JSON object")
+    parts = []
+    for key in ("prompt_ids", "output_ids"):
+        ids = value.get(key)
+        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+            raise BadLineError(f"{key} is no list of token ids")
+        parts.append(tuple(ids))
+    if not any(parts):
+        raise BadLineError("has no tokens")
+    source = value.get("source", "")
+    if not isinstance(source, str):
+        raise BadLineError("source is no string")
+    return Sequence(parts[0], parts[1], source)
+
+
+def check_vocabulary(sequences: Iterable[Sequence], vocab_size: int, where: str) -> None:
+    """Refuse tokens that the target does not have.
+
+    Raises:
+        AdaDecodeError: a token id is ``vocab_size`` or larger.
+    """
+    largest = max((max(s.ids) for s in sequences if s.ids), default=0)
+    if largest >= vocab_size:
+        raise AdaDecodeError(
+            f"{where}: token {largest} is outside of the target's vocabulary of {vocab_size}: "
+            "these sequences were made for another target"
+        )
+
+
+def sequences_digest(sequences: Iterable[Sequence]) -> str:
+    """``"sha256:<hex>"`` of their tokens, in order; sources do not count."""
+    digest = hashlib.sha256()
+    for s in sequences:
+        digest.update(json.dumps([s.prompt_ids, s.output_ids]).encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def split_held_out(
+    sequences: Iterable[Sequence], share: float
+) -> tuple[list[Sequence], list[Sequence]]:
+    """Part to train on and part held out, decided by each prompt alone.
+
+    Equal prompts (of sequences without one, equal first tokens) go to the same side, whatever else
+    is in the set: a sequence once held out is not trained on when data is added.
+
+    Args:
+        sequences: any.
+        share: expected share of prompts held out, in (0, 1).
+
+    Raises:
+        AdaDecodeError: one of the parts is empty.
+    """
+    parts: tuple[list[Sequence], list[Sequence]] = ([], [])
+    for s in sequences:
+        key = json.dumps(s.prompt_ids or s.output_ids[:32]).encode()
+        number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
+        parts[number < share * 2**64].append(s)
+    if not all(parts):
+        total = len(parts[0]) + len(parts[1])
+        raise AdaDecodeError(
+            f"{total} sequences with {share:g} of them held out leave none to "
+            f"{'hold out' if parts[0] else 'train on'}: give more data, or another --held-out"
+        )
+    return parts
