@@ -5,9 +5,9 @@ engine: after K drafts, at the end of the request, or where no head is confident
 deferred rides along with the window's last token, so a round costs the exit layer of each draft
 plus all layers once.
 
-Behind a wrong draft the engine goes on drafting on a text that no trace has. Those positions are
-read off the true text, where the heads fare a little better: the engine drafts slightly less
-behind a wrong draft than is counted here. Emitted tokens are not affected.
+Behind a wrong draft the engine goes on drafting on a text that no trace has: until the round ends,
+what it does there is read off the true text. Emitted tokens, verifications and accepted drafts do
+not depend on it; layer passes and checks do, a little (tests/test_simulate_engine.py compares).
 """
 
 from __future__ import annotations

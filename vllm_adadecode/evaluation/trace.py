@@ -139,7 +139,7 @@ class Trace:
                         for name, dtype in _ARRAYS.items()
                     },
                 )
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             if isinstance(error, AdaDecodeError):
                 raise AdaDecodeError(f"{os.fspath(path)}: {error}") from None
             raise AdaDecodeError(
