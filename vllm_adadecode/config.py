@@ -18,7 +18,7 @@ from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import HeadsConfig, check_fits, check_weights, find_heads
-from vllm_adadecode.heads.config import one_line
+from vllm_adadecode.heads.sections import one_line
 from vllm_adadecode.staged import check_architectures
 
 # Under vLLM's logger, whose level and format users know.

@@ -62,10 +62,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> StagedTarget:
-        heads, transforms = load_configured_heads(self.speculative_config, self.dtype, self.device)
-        return StagedTarget(
-            target_model, heads.exit_layers, transforms, heads.norm, self.vllm_config
-        )
+        config, heads = load_configured_heads(self.speculative_config, self.dtype, self.device)
+        return StagedTarget(target_model, config.exit_layers, heads, self.vllm_config)
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         # The early layers are the target's: to the runner we have no attention layers of our own.

@@ -2,18 +2,19 @@
 
 Owns how a span of layers, a head and the end of the model are called. The target's modules are
 used as they are and stay registered with the target alone; nothing here holds weights except the
-heads' transforms.
+heads'.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads import EarlyHead
 from vllm_adadecode.span_module import make_span
 
 # Architectures whose decoder layers are `layer(positions, hidden, residual)` between
@@ -46,9 +47,7 @@ class StagedTarget(nn.Module):
     Args:
         target: the loaded vLLM model (``...ForCausalLM``).
         exit_layers: strictly increasing; exit layer ``e`` sits after ``e`` decoder layers.
-        transforms: the heads' transforms by exit layer (paper, section "Light LM heads").
-        norm: where a head applies the target's final norm: "before" the transform, "after" it,
-            or "none".
+        heads: by exit layer (paper, section "Light LM heads").
         vllm_config: the engine's; says whether and how spans are compiled.
     """
 
@@ -56,8 +55,7 @@ class StagedTarget(nn.Module):
         self,
         target: nn.Module,
         exit_layers: Sequence[int],
-        transforms: Mapping[int, nn.Module],
-        norm: str,
+        heads: Mapping[int, EarlyHead],
         vllm_config: VllmConfig,
     ) -> None:
         super().__init__()
@@ -70,8 +68,7 @@ class StagedTarget(nn.Module):
         self.__dict__["inner"] = inner
         self.num_layers = num_layers
         self.exit_layers = tuple(exit_layers)
-        self.transforms = nn.ModuleList(transforms[e] for e in exit_layers)
-        self.norm_placement = norm
+        self.heads = nn.ModuleList(heads[e] for e in exit_layers)
         # Span s runs layers [spans[s][0], spans[s][1]).
         self.spans = tuple(pairwise((0, *self.exit_layers, num_layers)))
         self.span_modules = nn.ModuleList(
@@ -147,13 +144,7 @@ class StagedTarget(nn.Module):
 
         The inputs are left as they are: they go on to the next span.
         """
-        x = hidden + residual
-        transform, norm = self.transforms[exit_index], self.inner.norm
-        if self.norm_placement == "before":
-            x = transform(norm(x))
-        else:
-            x = transform(x)
-            if self.norm_placement == "after":
-                x = norm(x)
+        head = cast(EarlyHead, self.heads[exit_index])
+        x = head.features(hidden + residual, self.inner.norm)
         logits: Any = self.target.compute_logits(x)
         return logits
