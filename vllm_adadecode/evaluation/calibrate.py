@@ -21,7 +21,7 @@ from vllm_adadecode.heads.config import default_exit_layers
 COARSE_THRESHOLDS = (0.3, 0.5, 0.65, 0.75, 0.85, 0.95)
 COARSE_DRAFTS = (2, 4, 6, 9, 14)
 COARSE_GATES = (0.0, 0.2, 0.4, 0.6)
-FINE_THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(2, 20)) + (0.97, 0.99, 1.0)
+FINE_THRESHOLDS = (*(round(0.05 * i, 2) for i in range(2, 20)), 0.97, 0.99, 1.0)
 FINE_GATES = tuple(round(0.05 * i, 2) for i in range(20))
 FINE_DRAFTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24)
 # With more exits than this, subsets of up to three and the whole are tried, not all.
@@ -121,7 +121,9 @@ def calibrate(
     paper = paper_setting(first.exit_layers, first.num_layers)
     predictions = {
         name: Prediction(
-            m.measure(setting), m.measure(paper), m.measure(current) if current else m.measure(paper)
+            m.measure(setting),
+            m.measure(paper),
+            m.measure(current) if current else m.measure(paper),
         )
         for name, m in checking.items()
     }

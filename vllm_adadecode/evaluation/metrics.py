@@ -20,7 +20,7 @@ from vllm_adadecode.evaluation.trace import Trace
 
 BINS = 15
 # Threshold grid of the curves; the last value still lets a certain head through.
-CURVE = tuple(round(0.02 * i, 2) for i in range(50)) + (0.99,)
+CURVE = (*(round(0.02 * i, 2) for i in range(50)), 0.99)
 # Below this share of positions where the text is the target's greedy choice, it is not its own.
 OWN_TEXT = 0.97
 

@@ -30,7 +30,7 @@ class Setting:
         thresholds: gamma per exit layer of the traces, in [0, 1]; 1 turns an exit off.
         max_drafts: K, most drafts of a round.
         gate_thresholds: per exit layer, in [0, 1]: its head is evaluated where gate > threshold; 0
-            evaluates it always, without asking the gate. None: no gates.
+            evaluates it always, without asking the gate; 1 turns the exit off. None: no gates.
     """
 
     thresholds: tuple[float, ...]
@@ -49,8 +49,9 @@ class Setting:
 
     @property
     def used(self) -> tuple[bool, ...]:
-        """Per exit, whether its head can be followed (a probability is never above 1)."""
-        return tuple(t < 1.0 for t in self.thresholds)
+        """Per exit, whether its head can be followed: a probability is never above 1."""
+        gates = self.gate_thresholds or (0.0,) * len(self.thresholds)
+        return tuple(t < 1.0 and g < 1.0 for t, g in zip(self.thresholds, gates, strict=True))
 
     @property
     def gated(self) -> tuple[bool, ...]:
@@ -127,8 +128,12 @@ class Simulator:
         if not traces:
             raise AdaDecodeError("no traces: give data with at least one sequence")
         first = traces[0]
-        if any((t.exit_layers, t.num_layers) != (first.exit_layers, first.num_layers) for t in traces):
-            raise AdaDecodeError("traces of different exit layers or targets can't be counted together")
+        if any(
+            (t.exit_layers, t.num_layers) != (first.exit_layers, first.num_layers) for t in traces
+        ):
+            raise AdaDecodeError(
+                "traces of different exit layers or targets can't be counted together"
+            )
         self.exit_layers, self.num_layers = first.exit_layers, first.num_layers
         lengths = np.array([t.num_positions for t in traces])
         self._ends = np.cumsum(lengths)
@@ -202,7 +207,7 @@ class Simulator:
                 len(values) != num_exits or not all(0.0 <= v <= 1.0 for v in values)
             ):
                 raise AdaDecodeError(
-                    f"{name} must be {num_exits} numbers in [0, 1], one per exit layer, not {values}"
+                    f"{name} must be {num_exits} numbers in [0, 1], one per exit, not {values}"
                 )
         if setting.max_drafts < 1:
             raise AdaDecodeError(f"K must be at least 1, not {setting.max_drafts}")
@@ -221,12 +226,12 @@ class _Attempts:
             ~gated[:, None] | (sim._gate > gate_thresholds.astype(np.float32)[:, None])
         )
         confident = is_open & (sim._confidence > thresholds)
-        self.drafts_here = confident.any(axis=0)
+        self.drafts_here: NDArray[np.bool_] = confident.any(axis=0)
         last_used = int(np.flatnonzero(used)[-1])
         first = np.where(self.drafts_here, confident.argmax(axis=0), last_used)
         reached = np.arange(num_exits)[:, None] <= first
         chosen = (np.arange(num_exits)[:, None] == first) & self.drafts_here
-        self.right_here = (chosen & sim._correct).any(axis=0)
+        self.right_here: NDArray[np.bool_] = (chosen & sim._correct).any(axis=0)
         self.draft_layers = _running(np.array(sim.exit_layers)[first] * self.drafts_here)
         self.gate_checks = _running(reached & gated[:, None])
         self.head_checks = _running(reached & is_open)
