@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.config import write_temporary
+from vllm_adadecode.heads.files import write_temporary
 
 T = TypeVar("T")
 NAMED = 3  # bad lines quoted in a message

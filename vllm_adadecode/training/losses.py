@@ -55,8 +55,9 @@ class Loss:
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) = sum p (log p - log q)."""
-    # The floor keeps 0 * (-inf) from being NaN; it is far below what float32 tells from 0.
-    return (p.exp() * (p.clamp_min(-200.0) - q.clamp_min(-200.0))).sum(-1)
+    # The floor keeps 0 * (-inf) from being NaN; exp of it is 0 in float32. There is none for q: it
+    # would take the gradient from a head that is far off.
+    return (p.exp() * (p.clamp_min(-200.0) - q)).sum(-1)
 
 
 def top_k_kl(final: torch.Tensor, head: torch.Tensor, k: int) -> torch.Tensor:
@@ -75,7 +76,7 @@ def confidence_loss(head: torch.Tensor, final: torch.Tensor, num_tokens: int) ->
     """
     confidence, token = head[:, :num_tokens].max(dim=-1)
     doubt = _rest(head, token.unsqueeze(-1)).squeeze(-1)
-    return -torch.where(token == final.argmax(dim=-1), confidence, doubt.clamp_min(-200.0))
+    return -torch.where(token == final.argmax(dim=-1), confidence, doubt)
 
 
 def _rest(log_probs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
