@@ -37,7 +37,7 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-PANEL = (3.1, 2.8)  # inches
+PANEL = (3.1, 3.0)  # inches
 # A point that fewer positions stand for is noise.
 LEAST_COUNT = 10
 
@@ -74,7 +74,8 @@ def save_plots(folder: str | Path, sets: Mapping[str, Measurer], setting: Settin
                 axis.set_title(title, fontsize=9)
                 if axis is not axes[0][0]:
                     axis.set_ylabel("")
-            axes[0][0].legend(loc="best")
+            handles, labels = axes[0][0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png")
             pyplot.close(figure)

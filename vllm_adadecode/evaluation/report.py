@@ -55,17 +55,17 @@ def sets_table(sets: Mapping[str, Metrics], title: str) -> Table:
 
 
 def exits_table(sets: Mapping[str, Metrics]) -> Table:
-    """One row per set and exit layer."""
-    table = Table()
+    """One row per set and exit layer, see `ExitMetrics`; checks are an emitted token."""
+    table = Table(title="Heads, each by itself", title_justify="left")
     table.add_column("set")
     for column in (
         "exit",
-        "threshold",
-        "agreement",
-        "coverage",
-        "precision",
-        "calibration error",
-        "checks a token",
+        "from",
+        "agrees",
+        "covers",
+        "precise",
+        "ECE",
+        "checks",
         "drafts",
         "accepted",
     ):
