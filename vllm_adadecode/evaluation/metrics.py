@@ -91,15 +91,18 @@ class Metrics:
 
 
 class Measurer:
-    """Measures one set of traces under as many settings as wanted.
+    """Measures one set of traces under as many settings as wanted; without ``costs``, layers are
+    all that costs.
 
     Raises:
         AdaDecodeError: there is nothing to measure.
     """
 
-    def __init__(self, traces: Sequence[Trace], costs: Costs) -> None:
-        self.traces, self.costs = list(traces), costs
+    def __init__(self, traces: Sequence[Trace], costs: Costs | None = None) -> None:
+        self.traces = list(traces)
         self.simulator = Simulator(self.traces)
+        costs = costs or Costs(num_layers=self.simulator.num_layers, head=0.0, lm_head=0.0)
+        self.costs = costs
         if costs.num_layers != self.simulator.num_layers:
             raise AdaDecodeError(
                 f"costs are of {costs.num_layers} layers, the target has "
@@ -158,7 +161,7 @@ class Measurer:
         )
 
 
-def measure(traces: Sequence[Trace], setting: Setting, costs: Costs) -> Metrics:
+def measure(traces: Sequence[Trace], setting: Setting, costs: Costs | None = None) -> Metrics:
     """`Measurer.measure` for a single setting."""
     return Measurer(traces, costs).measure(setting)
 

@@ -226,12 +226,12 @@ class _Attempts:
             ~gated[:, None] | (sim._gate > gate_thresholds.astype(np.float32)[:, None])
         )
         confident = is_open & (sim._confidence > thresholds)
-        self.drafts_here: NDArray[np.bool_] = confident.any(axis=0)
+        self.drafts_here: NDArray[np.bool_] = np.asarray(confident.any(axis=0))
         last_used = int(np.flatnonzero(used)[-1])
         first = np.where(self.drafts_here, confident.argmax(axis=0), last_used)
         reached = np.arange(num_exits)[:, None] <= first
         chosen = (np.arange(num_exits)[:, None] == first) & self.drafts_here
-        self.right_here: NDArray[np.bool_] = (chosen & sim._correct).any(axis=0)
+        self.right_here: NDArray[np.bool_] = np.asarray((chosen & sim._correct).any(axis=0))
         self.draft_layers = _running(np.array(sim.exit_layers)[first] * self.drafts_here)
         self.gate_checks = _running(reached & gated[:, None])
         self.head_checks = _running(reached & is_open)
