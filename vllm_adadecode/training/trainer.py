@@ -35,7 +35,7 @@ class TrainSettings:
         epochs: passes over the rows.
         batch_size: rows of an optimizer step.
         micro_batch_tokens: tokens of one forward pass; gradients of a step add up over them.
-        eval_every: steps between evaluations on held-out rows.
+        eval_every: steps between evaluations on held-out rows; None: a tenth of all steps.
         patience: evaluations without a better head at any exit, after which training ends.
         checkpoint_every: steps between two states on disk.
         max_gradient: longer gradients of a head are cut to this norm.
@@ -48,9 +48,9 @@ class TrainSettings:
     epochs: float = 4.0
     batch_size: int = 16
     micro_batch_tokens: int = 8192
-    eval_every: int = 50
-    patience: int = 5
-    checkpoint_every: int = 50
+    eval_every: int | None = None
+    patience: int = 3
+    checkpoint_every: int = 100
     max_gradient: float = 1.0
     seed: int = 0
 
@@ -105,6 +105,7 @@ def train_heads(
         return state
     epoch_steps = math.ceil(len(rows) / settings.batch_size)
     steps = max(1, round(settings.epochs * epoch_steps))
+    eval_every = settings.eval_every or max(1, steps // 10)
     # Decay would draw T to zero, not to the identity.
     optimizer = torch.optim.AdamW(
         list(parameters.values()), settings.learning_rate, weight_decay=0.0
@@ -130,7 +131,7 @@ def train_heads(
         optimizer.zero_grad()
         state.step += 1
         ended = state.step == steps
-        if ended or state.step % settings.eval_every == 0:
+        if ended or state.step % eval_every == 0:
             _evaluate_and_keep(distributions, held_out, settings, thresholds, state, parameters)
             state.finished = ended or state.stale >= settings.patience
         if state.finished or state.step % settings.checkpoint_every == 0:

@@ -1,0 +1,195 @@
+"""``adadecode train``: trains heads for a target.
+
+Owns the options; the run itself is `vllm_adadecode.training.run`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_adadecode.cli import train_options
+from vllm_adadecode.errors import AdaDecodeError
+
+if TYPE_CHECKING:
+    from vllm_adadecode.heads import HeadsConfig
+    from vllm_adadecode.training.request import Request
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train heads for a target",
+        description="Train early-exit heads for a target, on its own continuations of prompts. "
+        "A stopped run goes on when the same command is given again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("target", metavar="TARGET", help="folder or hub id of the model")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="heads folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace heads that are there")
+    parser.add_argument(
+        "--target-name", metavar="NAME", help="what the heads call their target, e.g. its hub id"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=default_cache(),
+        metavar="DIR",
+        help="for generations and unfinished runs",
+    )
+    train_options.add_data(parser.add_argument_group("data"))
+    train_options.add_generation(parser.add_argument_group("generation"))
+    train_options.add_heads(parser.add_argument_group("heads"))
+    train_options.add_training(parser.add_argument_group("training"))
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from vllm_adadecode.training.run import run_training
+
+    request = make_request(args)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    console = Console(highlight=False)
+    try:
+        with Progress(*columns, console=console) as progress:
+            config = run_training(request, progress)
+    except OSError as error:
+        raise _disk_error(error) from None
+    _print(console, request, config)
+    return 0
+
+
+def make_request(args: argparse.Namespace) -> Request:
+    """The run that the options ask for."""
+    from vllm_adadecode.training.generate import GenerationSettings
+    from vllm_adadecode.training.losses import Loss
+    from vllm_adadecode.training.request import DataSettings, HeadSettings, Request
+    from vllm_adadecode.training.trainer import TrainSettings
+
+    ranked = args.transform in ("low_rank", "adapter")
+    _check_numbers(args)
+    return Request(
+        target=args.target,
+        output=args.output.expanduser(),
+        target_name=args.target_name,
+        overwrite=args.overwrite,
+        cache=args.cache.expanduser(),
+        device_map=args.device_map,
+        precision=args.precision,
+        data=DataSettings(
+            specs=tuple(args.data),
+            generate=args.generate,
+            held_out=args.held_out,
+            max_length=args.max_length,
+            max_prompt_tokens=args.max_prompt_tokens,
+            max_records=args.max_records,
+            outputs_only=args.outputs_only,
+            field=args.field,
+            chat=args.chat,
+            skip_malformed=args.skip_malformed,
+        ),
+        heads=HeadSettings(
+            exit_layers=tuple(args.exit_layers) if args.exit_layers else None,
+            transform=args.transform,
+            rank=args.rank or (64 if ranked else None),
+            norm=args.norm,
+            confidence_threshold=args.confidence_threshold,
+            num_speculative_tokens=args.num_speculative_tokens,
+            gate=args.gate,
+            draft_vocab_size=args.draft_vocab,
+            lm_head_quantization=args.lm_head_quantization,
+        ),
+        generation=GenerationSettings(
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            ignore_eos=args.ignore_eos,
+            engine=args.engine_args,
+        ),
+        training=TrainSettings(
+            loss=Loss(args.loss, args.top_k, args.confidence_weight, args.loss_temperature),
+            learning_rate=args.learning_rate,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            micro_batch_tokens=args.micro_batch_tokens,
+            eval_every=args.eval_every,
+            patience=args.patience,
+            checkpoint_every=args.checkpoint_every,
+            seed=args.seed,
+        ),
+    )
+
+
+def default_cache() -> Path:
+    """``adadecode`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "adadecode"
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name in ("learning_rate", "epochs", "loss_temperature"):
+        if not getattr(args, name) > 0:
+            raise AdaDecodeError(f"--{name.replace('_', '-')} must be above 0")
+    for name in ("temperature", "confidence_weight"):
+        if not getattr(args, name) >= 0:
+            raise AdaDecodeError(f"--{name.replace('_', '-')} must be 0 or more")
+    if not 0 < args.top_p <= 1:
+        raise AdaDecodeError("--top-p must be above 0 and at most 1")
+
+
+def _disk_error(error: OSError) -> AdaDecodeError:
+    where = f" ({error.filename})" if error.filename else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in _NO_SPACE:
+        return AdaDecodeError(
+            f"no space left on the disk{where}: free some, or name another --cache and --output; "
+            "the same command then goes on where it was"
+        )
+    return AdaDecodeError(f"can't write{where}: {reason}")
+
+
+def _print(console: Any, request: Request, config: HeadsConfig) -> None:
+    from rich.table import Table
+
+    held_out = config.provenance["held_out"]
+    table = Table(title="held-out positions (before training)")
+    for name in ("exit layer", "loss", "agreement", "coverage", "precision"):
+        table.add_column(name, justify="right")
+    for e, after in held_out["exits"].items():
+        before = held_out["before_training"][e]
+        shares = (
+            f"{after[k]:.1%} ({before[k]:.1%})" for k in ("agreement", "coverage", "precision")
+        )
+        table.add_row(e, f"{after['loss']:.4f} ({before['loss']:.4f})", *shares)
+    console.print(table)
+    console.print(f"written: {request.output}", soft_wrap=True)
+    console.print(
+        f"serve: vllm serve {request.target} --speculative-config "
+        f"'{json.dumps({'method': 'adadecode', 'model': str(request.output)})}'",
+        markup=False,
+        soft_wrap=True,
+    )
