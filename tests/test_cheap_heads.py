@@ -224,3 +224,16 @@ def test_all_parts_at_once(
     assert counts["exits"]["6"]["gated"] == 0
     assert 0 < counts["exits"]["2"]["checked"] < counts["exits"]["2"]["gated"]
     assert counts["accepted"] > 50
+
+    def forget(worker: Any) -> None:
+        model = worker.model_runner.speculator.model
+        for tensor in (*model.heads.parameters(), *model.projection.buffers()):
+            tensor.data.zero_()
+
+    engine.collective_rpc(forget)
+    assert run(engine, prompts)[1]["accepted"] < 50
+    # As after a sleep that gave up the weights: everything is there again.
+    engine.collective_rpc("reload_weights")
+    outputs, again = run(engine, prompts)
+    assert_same(engines.get(), outputs, reference)
+    assert again["exits"] == counts["exits"]

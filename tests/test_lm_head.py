@@ -158,6 +158,8 @@ def test_refresh(weight: torch.Tensor, quantization: Any) -> None:
     assert projection.rows is not None
     address = projection.rows.data_ptr()
     target.lm_head.weight.copy_(weight.flip(0) * 3)
+    assert projection.draft_vocab is not None
+    projection.draft_vocab.fill_(-1)
     projection.refresh()
     fresh = HeadProjection(target, DRAFT_VOCAB, quantization, torch.float32)
     x = torch.eye(HIDDEN)

@@ -77,6 +77,7 @@ class HeadProjection(nn.Module):
     rows: torch.Tensor | None
     scales: torch.Tensor | None
     draft_vocab: torch.Tensor | None
+    draft_vocab_cpu: torch.Tensor
 
     def __init__(
         self,
@@ -97,13 +98,17 @@ class HeadProjection(nn.Module):
         if draft_vocab is not None or quantization is not None:
             self.soft_cap, self.scale = processor.soft_cap, processor.scale
             if draft_vocab is not None:
-                self.draft_vocab = draft_vocab.to(target.lm_head.weight.device)
+                # Not a buffer: it outlives a sleep that gives up the device's memory.
+                self.__dict__["draft_vocab_cpu"] = draft_vocab.cpu().clone()
+                self.draft_vocab = draft_vocab.to(target.lm_head.weight.device, copy=True)
             self.rows, self.scales = self._copy()
 
     def refresh(self) -> None:
-        """Make the copy again, in place, after the target's weights have changed."""
+        """Make everything again, in place, after the target's weights were lost or changed."""
         if self.rows is None:
             return
+        if self.draft_vocab is not None:
+            self.draft_vocab.copy_(self.draft_vocab_cpu)
         rows, scales = self._copy()
         self.rows.copy_(rows)
         if self.scales is not None and scales is not None:

@@ -74,6 +74,16 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         )
         return StagedTarget(target_model, config.exit_layers, heads, projection, self.vllm_config)
 
+    def reload_heads(self) -> None:
+        """Heads and their copy of the LM head again, in place, with the target's new weights.
+
+        A deep sleep gives up their memory as well.
+        """
+        _, heads = load_configured_heads(self.speculative_config, self.dtype, self.device)
+        for ours, stored in zip(self.model.heads, heads.values(), strict=True):
+            ours.load_state_dict(stored.state_dict())
+        self.model.projection.refresh()
+
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         # The early layers are the target's: to the runner we have no attention layers of our own.
         # Only here are they named, so that we get metadata builders that are not the target's.
