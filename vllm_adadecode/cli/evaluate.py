@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vllm_adadecode.errors import AdaDecodeError
 
 if TYPE_CHECKING:
     from vllm_adadecode.evaluation.metrics import Measurer, Metrics
@@ -81,9 +85,9 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from vllm_adadecode.evaluation.metrics import Measurer
-    from vllm_adadecode.evaluation.provenance import provenance
     from vllm_adadecode.evaluation.report import setting_json
     from vllm_adadecode.evaluation.timing import choose_costs
+    from vllm_adadecode.training.provenance import provenance
 
     session, traces, notes = run_heads(args)
     costs = choose_costs(args.costs, session.config, session.target, session.readout)
@@ -143,15 +147,27 @@ def run_heads(args: argparse.Namespace) -> tuple[Session, dict[str, Any], list[s
 def _plots(folder: Path | None, sets: dict[str, Measurer], session: Session) -> list[str]:
     if folder is None:
         return []
-    from vllm_adadecode.errors import AdaDecodeError
-
     try:
         from vllm_adadecode.evaluation.plots import save_plots
     except ImportError as error:
         raise AdaDecodeError(
             f"--plots needs matplotlib ({error}): pip install matplotlib"
         ) from None
-    return [str(path) for path in save_plots(folder, sets, session.setting)]
+    with disk_errors():
+        return [str(path) for path in save_plots(folder, sets, session.setting)]
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Say in one line that the disk has refused."""
+    try:
+        yield
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        reason = error.strerror or type(error).__name__
+        raise AdaDecodeError(
+            f"can't write{where}: {reason}; nothing half-written is left"
+        ) from None
 
 
 def _print(

@@ -31,6 +31,10 @@ STARTS = 4
 LEAST_GAIN = 1e-3
 # Ranked settings that may be refused by the other half before drafting is turned off.
 CANDIDATES = 24
+# How far below the wanted acceptance the other half may come out.
+ACCEPTANCE_SLACK = 0.02
+# What puts a setting that is not allowed below no drafting at all.
+UNDER = 1e-6
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def calibrate(
     costs: Costs,
     current: Setting | None = None,
     has_gate: bool = False,
+    least_acceptance: float = 0.0,
     advance: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Choose the setting with the most expected tokens a unit of cost.
@@ -90,11 +95,16 @@ def calibrate(
         costs: of this target.
         current: the heads' setting so far; None: the paper's.
         has_gate: whether the heads have gates whose thresholds can be chosen.
+        least_acceptance: smallest share of drafts that must be kept on every set. What costs most
+            at batch 1 is passes, which wasted drafts hardly add to; in large batches they do.
         advance: called after every setting that was tried.
 
     Raises:
-        AdaDecodeError: there is no set, or one has fewer than two sequences.
+        AdaDecodeError: there is no set, one has fewer than two sequences, or ``least_acceptance``
+            is no share.
     """
+    if not 0.0 <= least_acceptance <= 1.0:
+        raise AdaDecodeError(f"least acceptance must lie in [0, 1], not {least_acceptance:g}")
     if not sets:
         raise AdaDecodeError("nothing to calibrate on: give --data")
     for name, traces in sets.items():
@@ -106,18 +116,13 @@ def calibrate(
     choosing = {name: Measurer(traces[0::2], costs) for name, traces in sets.items()}
     checking = {name: Measurer(traces[1::2], costs) for name, traces in sets.items()}
     first = next(iter(sets.values()))[0]
-    search = _Search(list(choosing.values()), len(first.exit_layers), has_gate, advance)
-    setting = next(
-        (
-            candidate
-            for candidate in search.ranked()
-            if min(m.speedup(candidate) for m in checking.values()) >= 1.0
-            and _together([m.speedup(candidate) for m in checking.values()]) > 1.0
-        ),
-        None,
-    )
+    num_exits = len(first.exit_layers)
+    search = _Search(list(choosing.values()), num_exits, has_gate, Floor(least_acceptance), advance)
+    check = Floor(least_acceptance - ACCEPTANCE_SLACK)
+    others = list(checking.values())
+    setting = next((s for s in search.ranked() if check.score(others, s) > 1.0), None)
     pays = setting is not None
-    setting = setting or Setting.off(len(first.exit_layers))
+    setting = setting or Setting.off(num_exits)
     paper = paper_setting(first.exit_layers, first.num_layers)
     predictions = {
         name: Prediction(
@@ -130,6 +135,29 @@ def calibrate(
     return Calibration(setting, pays, costs, predictions, len(search.scores))
 
 
+@dataclass(frozen=True)
+class Floor:
+    """What a setting is worth, and what it must not fall below on any set.
+
+    Attributes:
+        acceptance: least share of drafts that is kept; a speed-up of 1.0 is always asked for.
+    """
+
+    acceptance: float
+
+    def score(self, measurers: Sequence[Measurer], setting: Setting) -> float:
+        """Speed-up over all sets, the harmonic mean: that of a server that decodes as many tokens
+        of each. Below 1.0, and less the further off, where one set falls below the floor."""
+        counts = [m.counts(setting) for m in measurers]
+        speedups = [m.costs.speedup(c) for m, c in zip(measurers, counts, strict=True)]
+        together = len(speedups) / sum(1.0 / s for s in speedups)
+        kept = min((c.acceptance for c in counts if c.acceptance is not None), default=1.0)
+        missing = max(0.0, self.acceptance - kept)
+        if missing or min(speedups) < 1.0:
+            return min(1.0, *speedups) - missing - UNDER
+        return together
+
+
 class _Search:
     """A coarse grid over all, then one value at a time from the best of it."""
 
@@ -138,10 +166,11 @@ class _Search:
         measurers: Sequence[Measurer],
         num_exits: int,
         has_gate: bool,
+        floor: Floor,
         advance: Callable[[], None],
     ) -> None:
         self.measurers, self.num_exits, self.has_gate = measurers, num_exits, has_gate
-        self.advance = advance
+        self.floor, self.advance = floor, advance
         self.scores: dict[Setting, float] = {}
 
     def ranked(self) -> list[Setting]:
@@ -154,11 +183,8 @@ class _Search:
         return [s for s in best if self.scores[s] > 1.0]
 
     def _score(self, setting: Setting) -> float:
-        """Speed-up over all sets; of a setting that does not pay on every set, the worst one's."""
         if setting not in self.scores:
-            speedups = [m.speedup(setting) for m in self.measurers]
-            worst = min(speedups)
-            self.scores[setting] = _together(speedups) if worst >= 1.0 else worst
+            self.scores[setting] = self.floor.score(self.measurers, setting)
             self.advance()
         return self.scores[setting]
 
@@ -208,11 +234,6 @@ class _Search:
         exits = range(self.num_exits)
         gates = [gate(e) for e in exits] if self.has_gate else []
         return [drafts, *(threshold(e) for e in exits), *gates]
-
-
-def _together(speedups: Sequence[float]) -> float:
-    """Of a server that decodes as many tokens of each set: the harmonic mean."""
-    return len(speedups) / sum(1.0 / s for s in speedups)
 
 
 def _subsets(num_exits: int) -> Iterable[tuple[int, ...]]:

@@ -83,7 +83,8 @@ def load_sets(
         notes = list(data.malformed)
         own = [Sequence(r.prompt_ids, r.answer_ids, name) for r in data.records if r.own]
         check_vocabulary(own, target.lm_head_weight.shape[0], path)
-        longest = longest_prompt(target, max_tokens)
+        ready_made = all(record.own for record in data.records)
+        longest = 0 if ready_made else longest_prompt(target, max_tokens)
         prompts, left_out = prompts_of(data.records, longest)
         if left_out:
             notes.append(f"{path}: {left_out} prompts of more than {longest} tokens left out")

@@ -87,9 +87,10 @@ def open_session(
     """
     path = Path(heads).expanduser()
     beside = None if is_heads_folder(path) else find_heads(None, heads)
+    if beside is None and path.is_dir() and not is_heads_folder(path):
+        raise AdaDecodeError(f"{heads} holds no heads: train some (adadecode train {heads})")
     folder = beside or find_heads(heads, "")
-    if folder is None:
-        raise AdaDecodeError(f"{heads} holds no heads: give the folder of a heads checkpoint")
+    assert folder is not None, "heads were named"
     config = HeadsConfig.load(folder)
     name = target or (heads if beside else resolve_verifier(config, folder))
     loaded = load_target(name, DTYPES[dtype], device_map)

@@ -20,7 +20,7 @@ from vllm_adadecode.evaluation.costs import (
     costs_from_bytes,
     read_costs,
 )
-from vllm_adadecode.evaluation.provenance import processor
+from vllm_adadecode.evaluation.processor import processor
 from vllm_adadecode.evaluation.readout import HeadReadout
 from vllm_adadecode.heads.config import HeadsConfig
 from vllm_adadecode.training.target_model import FrozenTarget

@@ -49,6 +49,9 @@ def read_json_lines(
                         items.append(parse(json.loads(line)))
                 except UnicodeDecodeError:
                     bad.append(f"{path}:{number}: is not UTF-8")
+                except AdaDecodeError:
+                    # Wrong with all of the data, not with a line; it is a ValueError, too.
+                    raise
                 except BadLineError as error:
                     bad.append(f"{path}:{number}: {error}")
                 except (ValueError, RecursionError):
