@@ -28,6 +28,7 @@ from vllm_adadecode.training.target_digest import target_digest
 
 Prompt = tuple[tuple[int, ...], str]  # token ids, source
 SHARD_PROMPTS = 128
+WORKER = "vllm_adadecode.training.generate_worker"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def generate_sequences(
 
 
 def _run_worker(job: dict[str, Any], progress: Progress, task: Any) -> None:
-    command = [sys.executable, "-m", "vllm_adadecode.training.generate_worker"]
+    command = [sys.executable, "-m", WORKER]
     worker = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -128,14 +128,11 @@ def load_target(
     Raises:
         AdaDecodeError: it can't be loaded, or is not a model that heads can be trained for.
     """
-    if device_map is None:
-        device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    # A single device needs no accelerate.
-    single = device_map == "cpu"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map=None if single else device_map
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
+        if device_map is None and torch.cuda.is_available():
+            # A device_map would need accelerate, for nothing.
+            model = model.to("cuda")
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise AdaDecodeError(
             f"target {path} can't be loaded ({_first_line(error)}): give the folder or hub id of "
