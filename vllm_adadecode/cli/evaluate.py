@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_adadecode.cli.train_options import positive
 from vllm_adadecode.errors import AdaDecodeError
 
 if TYPE_CHECKING:
@@ -42,17 +43,18 @@ def add_data_arguments(parser: argparse.ArgumentParser, costs: str) -> None:
     parser.add_argument(
         "--data",
         metavar="FILE[:NAME]",
-        action="append",
+        action="extend",
+        nargs="+",
         required=True,
         help="JSON lines with prompt_ids and output_ids that the target generated greedily, or "
         "prompts (.jsonl, .txt) that it is to continue; NAME is the set's in reports, such as "
-        "in-domain; may be given several times",
+        "in-domain",
     )
     parser.add_argument(
-        "--max-tokens", type=_positive, default=256, help="new tokens of a prompt (default 256)"
+        "--max-tokens", type=positive, default=256, help="new tokens of a prompt (default 256)"
     )
     parser.add_argument(
-        "--max-sequences", type=_positive, help="at most so many of each file, drawn at random"
+        "--max-sequences", type=positive, help="at most so many of each file, drawn at random"
     )
     parser.add_argument(
         "--skip-malformed", action="store_true", help="leave malformed lines out, not refuse them"
@@ -74,13 +76,6 @@ def add_data_arguments(parser: argparse.ArgumentParser, costs: str) -> None:
     parser.add_argument(
         "--device-map", help="of transformers, such as auto to spread a large target over GPUs"
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
