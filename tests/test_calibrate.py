@@ -218,7 +218,7 @@ class TestSearch:
         for prediction in found.predictions.values():
             assert prediction.calibrated.ideal_speedup_with_head_cost >= 1.0
 
-    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("seed", range(2))
     @pytest.mark.parametrize("head", [0.2, 0.8, 2.5])
     def test_never_below_plain_decoding(self, seed: int, head: float) -> None:
         costs = Costs(num_layers=8, head=head, gate=0.05, lm_head=1.0)

@@ -159,18 +159,19 @@ class Simulator:
             return Counts(self.num_layers, tokens, tokens * self.num_layers, tokens, none)
         plan = _Attempts(self, setting, used)
         starts, drafts, accepted, attempts = self._rounds(plan, setting.max_drafts)
-        after, kept = starts + drafts, starts + accepted
-        tried = starts + attempts
-        draft_layers = _between(plan.draft_layers, starts, after).sum()
-        exits = tuple(
-            ExitCounts(
-                gate_checks=int(_between(plan.gate_checks[e], starts, tried).sum()),
-                head_checks=int(_between(plan.head_checks[e], starts, tried).sum()),
-                drafts=int(_between(plan.drafted[e], starts, after).sum()),
-                accepted=int(_between(plan.drafted[e], starts, kept).sum()),
-            )
-            for e in range(len(used))
+        # How many rounds have tried, drafted and kept at each position.
+        total = len(self._end)
+        tried, drafted, kept = (
+            _coverage(starts, starts + lengths, total) for lengths in (attempts, drafts, accepted)
         )
+        draft_layers = plan.layers.astype(np.float64) @ drafted
+        per_exit = (
+            _weighted(plan.asked_gates, tried),
+            _weighted(plan.asked_heads, tried),
+            _weighted(plan.chosen, drafted),
+            _weighted(plan.chosen, kept),
+        )
+        exits = tuple(ExitCounts(*values) for values in zip(*per_exit, strict=True))
         return Counts(
             num_layers=self.num_layers,
             tokens=int((accepted + 1).sum()),
@@ -194,7 +195,8 @@ class Simulator:
             found.append(active)
             follow = following[active]
             active = follow[follow < self._end[active]]
-        starts = np.concatenate(found) if found else positions[:0]
+        # In order, for the sake of the memory that is read from here on.
+        starts = np.sort(np.concatenate(found)) if found else positions[:0]
         drafts, accepted = drafts[starts], accepted[starts]
         # Below its limit, a round has ended with a try that gave nothing.
         return starts, drafts, accepted, drafts + (drafts < limit[starts])
@@ -214,7 +216,13 @@ class Simulator:
 
 
 class _Attempts:
-    """What trying to draft would do at each position, as running totals (see `_between`)."""
+    """What trying to draft would do at each position.
+
+    Attributes:
+        drafts_here, right_here: bool ``[P]``, whether some head is followed, and rightly so.
+        layers: int64 ``[P]``, layers that the draft takes; meaningless without one.
+        asked_gates, asked_heads, chosen: bool ``[E, P]``.
+    """
 
     def __init__(self, sim: Simulator, setting: Setting, used: NDArray[np.bool_]) -> None:
         num_exits = len(used)
@@ -232,10 +240,10 @@ class _Attempts:
         reached = np.arange(num_exits)[:, None] <= first
         chosen = (np.arange(num_exits)[:, None] == first) & self.drafts_here
         self.right_here: NDArray[np.bool_] = np.asarray((chosen & sim._correct).any(axis=0))
-        self.draft_layers = _running(np.array(sim.exit_layers)[first] * self.drafts_here)
-        self.gate_checks = _running(reached & gated[:, None])
-        self.head_checks = _running(reached & is_open)
-        self.drafted = _running(chosen)
+        self.layers = np.array(sim.exit_layers)[first]
+        self.asked_gates = reached & gated[:, None]
+        self.asked_heads = reached & is_open
+        self.chosen = chosen
 
 
 def simulate(traces: Sequence[Trace], setting: Setting) -> Counts:
@@ -243,18 +251,19 @@ def simulate(traces: Sequence[Trace], setting: Setting) -> Counts:
     return Simulator(traces).run(setting)
 
 
-def _running(values: NDArray) -> NDArray[np.int64]:
-    """Sums of everything before each position, ``[..., P]`` to ``[..., P + 1]``."""
-    total = np.zeros((*values.shape[:-1], values.shape[-1] + 1), dtype=np.int64)
-    np.cumsum(values, axis=-1, out=total[..., 1:])
-    return total
+def _coverage(begin: NDArray[np.int64], end: NDArray[np.int64], total: int) -> NDArray[np.float64]:
+    """How many of the ranges [begin, end) hold each position, ``[total]``."""
+    steps = np.bincount(begin, minlength=total + 1) - np.bincount(end, minlength=total + 1)
+    return np.cumsum(steps)[:total].astype(np.float64)
 
 
-def _between(
-    running: NDArray[np.int64], begin: NDArray[np.int64], end: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Sums over positions [begin, end)."""
-    return running[end] - running[begin]
+def _weighted(flags: NDArray[np.bool_], weights: NDArray[np.float64]) -> list[int]:
+    """Weights where flags are set, summed over positions, ``[E, P]`` to ``[E]``.
+
+    Sums of whole numbers below 2 ** 53: exact.
+    """
+    sums = flags.astype(np.float64) @ weights
+    return [round(value) for value in sums.tolist()]
 
 
 def _run_lengths(flags: NDArray[np.bool_], end: NDArray[np.int64]) -> NDArray[np.int64]:
