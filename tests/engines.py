@@ -4,6 +4,8 @@ Owns how an engine is started, kept and stopped, and how outputs of two engines 
 """
 
 import gc
+import random
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +46,26 @@ def async_scheduling_on_cpu() -> Iterator[None]:
         vllm_config.scheduler_config.async_scheduling = True
 
     with patch.object(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config)):
+        yield
+
+
+@contextmanager
+def slow_outputs(seconds: float = 0.005) -> Iterator[None]:
+    """Let async scheduling be ahead of the outputs, now and then by two steps.
+
+    They are read in a thread, here within microseconds: the scheduler would mostly know them before
+    it schedules the next step.
+    """
+    from vllm.v1.worker.gpu.async_utils import AsyncOutput
+
+    original = AsyncOutput.get_output
+    rng = random.Random(0)
+
+    def get_output(self: Any) -> Any:
+        time.sleep(seconds * rng.random())
+        return original(self)
+
+    with patch.object(AsyncOutput, "get_output", get_output):
         yield
 
 

@@ -5,7 +5,8 @@ preempted, hit the prefix cache and are verified in batches of any mix. All of i
 seed.
 """
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.engines import (
     EnginePool,
     assert_same,
     set_thresholds,
+    slow_outputs,
     speculative,
     stats,
 )
@@ -184,7 +186,8 @@ def test_each_request_as_its_vanilla_twin(
     engine = engines.get(speculative_config=SPEC, **TIGHT, **options)
     set_thresholds(engine, 0.4, 0.5, 0.3)
     stats(engine, reset=True)
-    finished = serve(engine, requests_)
+    with slow_outputs() if asynchronous else nullcontext():
+        finished = serve(engine, requests_)
 
     chosen = [i for i in sorted(finished) if requests_[i].is_deterministic]
     ours, theirs = [finished[i] for i in chosen], [reference[i] for i in chosen]
@@ -223,6 +226,29 @@ def test_each_request_as_its_vanilla_twin(
         ("stop", int),
         ("stop", str),
     }
+
+
+def test_drafts_by_batch_size(
+    engines: EnginePool,
+    vanilla: LLM,
+    requests_: list[Request],
+    reference: list[RequestOutput],
+) -> None:
+    """K follows the batch from step to step while async scheduling is ahead of the outputs."""
+    by_batch_size = [(1, 2, 5), (3, 4, 2), (5, 6, 0), (7, 8, 3)]
+    options = {"num_speculative_tokens_per_batch_size": by_batch_size}
+    engine = engines.get(speculative_config=SPEC | options, async_scheduling=True, **TIGHT)
+    set_thresholds(engine, 0.0)
+    some = [replace(r, arrival=2 * r.arrival) for r in requests_[:100]]
+    stats(engine, reset=True)
+    with slow_outputs():
+        finished = serve(engine, some)
+    chosen = [i for i in sorted(finished) if some[i].is_deterministic]
+    ours, theirs = [finished[i] for i in chosen], [reference[i] for i in chosen]
+    assert_same(vanilla, ours, theirs, [some[i].params for i in chosen])
+    counts = stats(engine)
+    assert counts["accepted"] > 200
+    assert counts["plain_batches"] > 10
 
 
 @pytest.mark.parametrize("draft_sample_method", ["greedy", "probabilistic"])

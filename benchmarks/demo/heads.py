@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from benchmarks.demo.recipe import HeadRecipe, Norm, rate_factor
+from benchmarks.demo.stages import autocast
 from vllm_adadecode.heads import HeadsConfig, checkpoint, target_fingerprint
 
 
@@ -89,7 +90,7 @@ def train_heads(
     for step in range(recipe.steps):
         half = [torch.from_numpy(rng.integers(0, len(rows), 4)) for rows in (text, generated)]
         rows = torch.cat([text[half[0]], generated[half[1]]])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast():
             hidden, final = hidden_states(model, rows, exit_layers)
         if optimizer is None:
             variants = [starting_heads(model, *variant, hidden) for variant in recipe.variants]
@@ -98,7 +99,7 @@ def train_heads(
         for heads in variants:
             goal = (final.float() / heads.temperature).log_softmax(-1).flatten(0, 1)
             for layer, h in hidden.items():
-                with torch.autocast("cpu", dtype=torch.bfloat16):
+                with autocast():
                     logits = heads.logits(model, layer, h)
                 guess = logits.float().log_softmax(-1).flatten(0, 1)
                 functional.kl_div(guess, goal, log_target=True, reduction="batchmean").backward()
