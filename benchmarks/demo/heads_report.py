@@ -9,7 +9,9 @@ the target's own greedy text: any machine gives these numbers.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from vllm_adadecode.training.provenance import provenance
 HERE = Path(__file__).parent
 # Asked of `calibrated_accepting` on the files it is chosen on.
 LEAST_ACCEPTANCE = 0.9
+COMMAND = ["python", "-m", "benchmarks.demo.heads_report"]
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
@@ -114,7 +117,7 @@ def make_report(
         "calibrated_on": {name: files[name] for name in CHOOSING.values()},
         "least_acceptance": LEAST_ACCEPTANCE,
         "costs": costs.model_dump(),
-        "made_with": provenance(),
+        "made_with": provenance() | {"command": shlex.join(COMMAND + sys.argv[1:])},
     }
 
 
@@ -124,7 +127,7 @@ def print_report(console: Console, result: Mapping[str, Any]) -> None:
 
     table = Table(title="Ideal speed-up", title_justify="left")
     for column in ("files", "setting"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("heads counted", "layers alone", "accepted", "tokens a verif."):
         table.add_column(column, justify="right")
     parts = {name: result[name] for name in CHOOSING} | dict(result["out_of_domain"])
@@ -147,7 +150,7 @@ def print_report(console: Console, result: Mapping[str, Any]) -> None:
         console.print("head_held_out: these heads do not say that they left these files out")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.demo.heads_report",
         description=__doc__.splitlines()[0] if __doc__ else None,
@@ -158,7 +161,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/heads.json"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     console = Console(highlight=False)
     # The stored weights are bf16; computing in fp32 makes the numbers those of every machine.
