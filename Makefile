@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 OVERRIDES := requirements-cpu-overrides.txt
-# More arguments for `make demo`, `make demo-model` and pytest, e.g. ARGS="-k windows".
+# More arguments for the commands in benchmarks/ and pytest, e.g. ARGS="-k windows".
 ARGS ?=
 
-.PHONY: help setup demo demo-model test lint
+.PHONY: help setup demo demo-model heads-report test lint
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test        lint, then all tests"
 	@echo "make lint        ruff and mypy"
 	@echo "make demo-model  train the demo model again"
+	@echo "make heads-report  what the demo model's heads are worth: results/heads.json"
 
 setup: $(INSTALLED)
 
@@ -49,6 +50,9 @@ demo: setup
 
 demo-model: setup
 	$(BIN)/python -m benchmarks.demo.train $(ARGS)
+
+heads-report: setup
+	$(BIN)/python -m benchmarks.demo.heads_report $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest --durations=15 $(ARGS)

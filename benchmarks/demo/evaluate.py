@@ -42,9 +42,14 @@ def rows(reports: Mapping[str, Report]) -> list[list[str]]:
     add("distinct 4-grams", [r.distinct_four_grams for r in all_of], ".2f")
     for i, first in enumerate(all_of[0].exits):
         for field in ("agreement", "coverage", "precision"):
-            values = [getattr(r.exits[i], field) for r in all_of]
+            values = [_share(getattr(r.exits[i], field)) for r in all_of]
             add(f"exit {first.layer}: {field}", values, ".2f")
     return [[name, *values] for name, values in measures]
+
+
+def _share(value: float | None) -> float:
+    """Precision of a head that is never sure is taken as 1."""
+    return 1.0 if value is None else value
 
 
 def table(reports: Mapping[str, Report], title: str) -> Table:

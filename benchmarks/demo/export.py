@@ -16,7 +16,12 @@ import transformers
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from benchmarks.demo.corpus import END_OF_TEXT, Corpus
+from benchmarks.demo.corpus import (
+    END_OF_TEXT,
+    HEADS_CHOOSE_FILES,
+    HEADS_MEASURE_FILES,
+    Corpus,
+)
 from benchmarks.demo.evaluate import NAMES, rows
 from benchmarks.demo.heads import Heads, save_heads
 from benchmarks.demo.measure import Report
@@ -103,6 +108,7 @@ def provenance(recipe: Recipe, corpus_digest: str) -> dict[str, Any]:
         "tokenizers": tokenizers.__version__,
         "data": f"standard library of Python {sys.version_info[0]}.{sys.version_info[1]}",
         "data_sha1": corpus_digest,
+        "heads_left_out": [*HEADS_CHOOSE_FILES, *HEADS_MEASURE_FILES],
         "git": commit or None,
         "recipe": asdict(recipe),
     }

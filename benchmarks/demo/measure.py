@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.demo.heads import Heads, hidden_states
-from benchmarks.demo.simulate import Counts, Setting, loops, simulate
+from vllm_adadecode.evaluation.metrics import ExitMetrics, measure
+from vllm_adadecode.evaluation.simulate import Setting
+from vllm_adadecode.evaluation.trace import Trace
 
 NEW_TOKENS = 128
 
@@ -43,28 +45,26 @@ def generations(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -
     return result
 
 
-def head_guesses(model: Any, heads: Heads, text: Generation) -> tuple[NDArray, NDArray]:
-    """[exits, new tokens] each: confidence of the guess at each generated token, and whether it
-    is right."""
+def trace(model: Any, heads: Heads, text: Generation) -> Trace:
+    """Of all generated tokens, the first one included."""
     # The last token is only ever guessed at.
-    hidden, _ = hidden_states(model, text.tokens[None, :-1], heads.exit_layers)
-    generated = text.tokens[text.prompt :]
-    confidence, correct = [], []
+    hidden, final = hidden_states(model, text.tokens[None, :-1], heads.exit_layers)
+    confidence, tokens = [], []
     for layer, h in hidden.items():
         with torch.no_grad():
             logits = heads.logits(model, layer, h[0, text.prompt - 1 :]).float()
         best, token = logits.softmax(-1).max(-1)
         confidence.append(best.numpy())
-        correct.append((token == generated).numpy())
-    return np.stack(confidence), np.stack(correct)
-
-
-@dataclass(frozen=True)
-class ExitReport:
-    layer: int
-    agreement: float  # with the last layer
-    coverage: float  # share of positions above the threshold
-    precision: float  # agreement among those
+        tokens.append(token.numpy())
+    return Trace(
+        exit_layers=heads.exit_layers,
+        num_layers=model.config.num_hidden_layers,
+        generated=text.tokens[text.prompt :].numpy(),
+        final=final[0, text.prompt - 1 :].argmax(-1).numpy(),
+        token=np.stack(tokens),
+        confidence=np.stack(confidence),
+        gate=np.ones_like(confidence),
+    )
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,16 @@ class Report:
     drafts_accepted: float  # share
     looping: float  # share of generations
     distinct_four_grams: float  # mean share of a generation's four-grams that differ
-    exits: tuple[ExitReport, ...]
+    exits: tuple[ExitMetrics, ...]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def loops(tokens: NDArray, tail: int = 64, longest: int = 32) -> bool:
+    """Whether the end of a generation repeats itself exactly, with a period of up to `longest`."""
+    end = np.asarray(tokens)[-tail:]
+    return any(np.array_equal(end[p:], end[:-p]) for p in range(1, longest + 1))
 
 
 def distinct_four_grams(tokens: NDArray) -> float:
@@ -95,31 +101,19 @@ def report(
     threshold: float = 0.75,
     max_drafts: int = 5,
 ) -> Report:
-    layers = model.config.num_hidden_layers
-    setting = Setting(heads.exit_layers, layers, threshold, max_drafts)
-    guesses = [head_guesses(model, heads, text) for text in texts]
-    counts = sum((simulate(*guess, setting) for guess in guesses), Counts())
-    confidence, correct = (np.concatenate(part, axis=1) for part in zip(*guesses, strict=True))
-    confident = confidence > threshold
+    setting = Setting.uniform(len(heads.exit_layers), threshold, max_drafts)
+    found = measure([trace(model, heads, text) for text in texts], setting)
     new = [text.tokens[text.prompt :].numpy() for text in texts]
     return Report(
         prompts=len(texts),
         new_tokens=len(new[0]),
-        tokens_per_verification=counts.tokens / counts.verifications,
-        layer_passes_per_token=counts.layer_passes / counts.tokens / layers,
-        head_checks_per_token=counts.head_checks / counts.tokens,
-        drafts_accepted=counts.accepted / max(1, counts.drafts),
+        tokens_per_verification=found.tokens_per_verification,
+        layer_passes_per_token=found.layer_passes_per_token,
+        head_checks_per_token=found.head_checks_per_token,
+        drafts_accepted=found.acceptance or 0.0,
         looping=float(np.mean([loops(tokens) for tokens in new])),
         distinct_four_grams=float(np.mean([distinct_four_grams(tokens) for tokens in new])),
-        exits=tuple(
-            ExitReport(
-                layer,
-                agreement=float(correct[i].mean()),
-                coverage=float(confident[i].mean()),
-                precision=float(correct[i][confident[i]].mean()) if confident[i].any() else 1.0,
-            )
-            for i, layer in enumerate(heads.exit_layers)
-        ),
+        exits=found.exits,
     )
 
 

@@ -23,7 +23,7 @@ LENGTHS = (48, 64, 96, 112)  # tokens; few different ones, so that equal ones ru
 class Prompt:
     text: str
     source: str
-    files: str  # "held_out" or "second_stage"
+    files: str  # name of the set of files, such as "held_out"
     tokens: int
 
 

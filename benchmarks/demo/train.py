@@ -46,11 +46,12 @@ def make_heads(
 ) -> tuple[Heads, dict[str, Report]]:
     """The best of the trained variants and the identity, and what all of them reached."""
     half, length = recipe.heads.generations // 2, recipe.heads.length
+    sets = ("heads_train", "heads_second_stage")
     prompt = length // 4
     show.console.print("heads: generating text of the target's own")
-    starts = [windows(tokens[f], half, prompt, recipe.seed) for f in ("train", "second_stage")]
+    starts = [windows(tokens[f], half, prompt, recipe.seed) for f in sets]
     own = generate(model, torch.cat(starts), length - prompt)
-    plain = [windows(tokens[f], 512, length, recipe.seed + 1) for f in ("train", "second_stage")]
+    plain = [windows(tokens[f], 512, length, recipe.seed + 1) for f in sets]
     args = (torch.cat(plain), own, recipe.exit_layers, recipe.heads, recipe.seed, show)
     candidates = [Heads(recipe.exit_layers), *train_heads(model, *args)]
 
@@ -85,6 +86,10 @@ def run(
         name: text.encode(tokenizer, getattr(corpus, name))
         for name in ("train", "second_stage", "held_out")
     }
+    tokens_for_heads = {
+        f"heads_{name}": text.encode(tokenizer, corpus.for_heads(name))
+        for name in ("train", "second_stage")
+    }
     torch.manual_seed(recipe.seed)
     model = new_model(recipe.shape)
     preparing = time.process_time() - started
@@ -104,7 +109,7 @@ def run(
         tokenizer, choosing_files, "held_out", CHOOSING_PROMPTS, recipe.seed + 2
     )
     choosing_ids = demo_prompts.encoded_sets(choosing, tokenizer)["held_out"]
-    heads, variants = make_heads(model, tokens, choosing_ids, recipe, show)
+    heads, variants = make_heads(model, tokens_for_heads, choosing_ids, recipe, show)
     prompts = demo_prompts.demo_prompts(tokenizer, corpus, seed=recipe.seed)
     measured = report_sets(model, heads, demo_prompts.encoded_sets(prompts, tokenizer))
 

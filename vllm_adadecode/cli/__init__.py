@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from vllm_adadecode import __version__
-from vllm_adadecode.cli import doctor, info, train
+from vllm_adadecode.cli import calibrate, doctor, evaluate, info, train
 from vllm_adadecode.errors import AdaDecodeError
 
-COMMANDS = (train, info, doctor)
+COMMANDS = (train, evaluate, calibrate, info, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -49,6 +49,9 @@ def read_json_lines(
                         items.append(parse(_json(line)))
                 except UnicodeDecodeError:
                     bad.append(f"{path}:{number}: is not UTF-8")
+                except AdaDecodeError:
+                    # Wrong with all of the data, not with a line; it is a ValueError, too.
+                    raise
                 except BadLineError as error:
                     bad.append(f"{path}:{number}: {error}")
     except OSError as error:

@@ -1,0 +1,248 @@
+"""Chooses exits, thresholds, gate thresholds and K that pay best on held-out traces.
+
+Owns the search and its honesty: settings are chosen on one half of the traces of every set, and
+what is predicted for them is measured on the other half. A setting is only chosen if it pays on
+every set; if none does, drafting is turned off, which costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.evaluation.costs import Costs
+from vllm_adadecode.evaluation.metrics import Measurer, Metrics
+from vllm_adadecode.evaluation.simulate import Setting
+from vllm_adadecode.evaluation.trace import Trace
+from vllm_adadecode.heads.config import default_exit_layers
+
+COARSE_THRESHOLDS = (0.3, 0.5, 0.65, 0.75, 0.85, 0.95)
+COARSE_DRAFTS = (2, 4, 6, 9, 14)
+COARSE_GATES = (0.0, 0.2, 0.4, 0.6)
+FINE_THRESHOLDS = (*(round(0.05 * i, 2) for i in range(2, 20)), 0.97, 0.99, 1.0)
+FINE_GATES = tuple(round(0.05 * i, 2) for i in range(20))
+FINE_DRAFTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24)
+# With more exits than this, subsets of up to three and the whole are tried, not all.
+ALL_SUBSETS = 5
+STARTS = 4
+# A smaller gain on the choosing half is taken for noise.
+LEAST_GAIN = 1e-3
+# Ranked settings that may be refused by the other half before drafting is turned off.
+CANDIDATES = 24
+# How far below the wanted acceptance the other half may come out.
+ACCEPTANCE_SLACK = 0.02
+# What puts a setting that is not allowed below no drafting at all.
+UNDER = 1e-6
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One set's numbers on the half that did not choose."""
+
+    calibrated: Metrics
+    paper: Metrics
+    current: Metrics
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was chosen and what is to be expected of it.
+
+    Attributes:
+        setting: the choice; thresholds of 1 throughout if nothing pays.
+        pays: whether anything does.
+        costs: the prices it is chosen for.
+        predictions: by name of set.
+        settings_tried: evaluated in all.
+    """
+
+    setting: Setting
+    pays: bool
+    costs: Costs
+    predictions: dict[str, Prediction]
+    settings_tried: int
+
+
+def paper_setting(exit_layers: Sequence[int], num_layers: int) -> Setting:
+    """The paper's: threshold 0.75, K = 5, three exits, here those nearest to 1/4, 1/2 and 3/4."""
+    left = list(exit_layers)
+    chosen = set()
+    for wanted in default_exit_layers(num_layers):
+        if left:
+            nearest = min(left, key=lambda e: (abs(e - wanted), e))
+            left.remove(nearest)
+            chosen.add(nearest)
+    return Setting(tuple(0.75 if e in chosen else 1.0 for e in exit_layers), 5)
+
+
+def calibrate(
+    sets: Mapping[str, Sequence[Trace]],
+    costs: Costs,
+    current: Setting | None = None,
+    has_gate: bool = False,
+    least_acceptance: float = 0.0,
+    advance: Callable[[], None] = lambda: None,
+) -> Calibration:
+    """Choose the setting with the most expected tokens a unit of cost.
+
+    Sets weigh the same, whatever their size: what is maximised is the speed-up of a server that
+    decodes as many tokens of each.
+
+    Args:
+        sets: traces by name, held out from training; at least two of each set.
+        costs: of this target.
+        current: the heads' setting so far; None: the paper's.
+        has_gate: whether the heads have gates whose thresholds can be chosen.
+        least_acceptance: smallest share of drafts that must be kept on every set. What costs most
+            at batch 1 is passes, which wasted drafts hardly add to; in large batches they do.
+        advance: called after every setting that was tried.
+
+    Raises:
+        AdaDecodeError: there is no set, one has fewer than two sequences, or ``least_acceptance``
+            is no share.
+    """
+    if not 0.0 <= least_acceptance <= 1.0:
+        raise AdaDecodeError(f"least acceptance must lie in [0, 1], not {least_acceptance:g}")
+    if not sets:
+        raise AdaDecodeError("nothing to calibrate on: give --data")
+    for name, traces in sets.items():
+        if len(traces) < 2:
+            raise AdaDecodeError(
+                f"{name} has {len(traces)} usable sequence{'s' * (len(traces) != 1)}: calibration "
+                "chooses on one half and predicts on the other, give at least two, better a hundred"
+            )
+    choosing = {name: Measurer(traces[0::2], costs) for name, traces in sets.items()}
+    checking = {name: Measurer(traces[1::2], costs) for name, traces in sets.items()}
+    first = next(iter(sets.values()))[0]
+    num_exits = len(first.exit_layers)
+    search = _Search(list(choosing.values()), num_exits, has_gate, Floor(least_acceptance), advance)
+    check = Floor(least_acceptance - ACCEPTANCE_SLACK)
+    others = list(checking.values())
+    setting = next((s for s in search.ranked() if check.score(others, s) > 1.0), None)
+    pays = setting is not None
+    setting = setting or Setting.off(num_exits)
+    paper = paper_setting(first.exit_layers, first.num_layers)
+    predictions = {
+        name: Prediction(
+            m.measure(setting),
+            m.measure(paper),
+            m.measure(current) if current else m.measure(paper),
+        )
+        for name, m in checking.items()
+    }
+    return Calibration(setting, pays, costs, predictions, len(search.scores))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a setting is worth, and what it must not fall below on any set.
+
+    Attributes:
+        acceptance: least share of drafts that is kept; a speed-up of 1.0 is always asked for.
+    """
+
+    acceptance: float
+
+    def score(self, measurers: Sequence[Measurer], setting: Setting) -> float:
+        """Speed-up over all sets, the harmonic mean: that of a server that decodes as many tokens
+        of each. Below 1.0, and less the further off, where one set falls below the floor."""
+        counts = [m.counts(setting) for m in measurers]
+        speedups = [m.costs.speedup(c) for m, c in zip(measurers, counts, strict=True)]
+        together = len(speedups) / sum(1.0 / s for s in speedups)
+        kept = min((c.acceptance for c in counts if c.acceptance is not None), default=1.0)
+        missing = max(0.0, self.acceptance - kept)
+        if missing or min(speedups) < 1.0:
+            return min(1.0, *speedups) - missing - UNDER
+        return together
+
+
+class _Search:
+    """A coarse grid over all, then one value at a time from the best of it."""
+
+    def __init__(
+        self,
+        measurers: Sequence[Measurer],
+        num_exits: int,
+        has_gate: bool,
+        floor: Floor,
+        advance: Callable[[], None],
+    ) -> None:
+        self.measurers, self.num_exits, self.has_gate = measurers, num_exits, has_gate
+        self.floor, self.advance = floor, advance
+        self.scores: dict[Setting, float] = {}
+
+    def ranked(self) -> list[Setting]:
+        """The best settings, best first, none below 1.0."""
+        for setting in self._grid():
+            self._score(setting)
+        for start in self._starts():
+            self._climb(start)
+        best = sorted(self.scores, key=lambda s: -self.scores[s])[:CANDIDATES]
+        return [s for s in best if self.scores[s] > 1.0]
+
+    def _score(self, setting: Setting) -> float:
+        if setting not in self.scores:
+            self.scores[setting] = self.floor.score(self.measurers, setting)
+            self.advance()
+        return self.scores[setting]
+
+    def _grid(self) -> Iterator[Setting]:
+        gates = COARSE_GATES if self.has_gate else (None,)
+        for subset in _subsets(self.num_exits):
+            for threshold in COARSE_THRESHOLDS:
+                values = tuple(threshold if e in subset else 1.0 for e in range(self.num_exits))
+                for gate in gates:
+                    closed = None if gate is None else (gate,) * self.num_exits
+                    for drafts in COARSE_DRAFTS:
+                        yield Setting(values, drafts, closed)
+
+    def _starts(self) -> list[Setting]:
+        """The best settings of different sets of exits."""
+        found: dict[tuple[bool, ...], Setting] = {}
+        for setting in sorted(self.scores, key=lambda s: -self.scores[s]):
+            found.setdefault(setting.used, setting)
+        return list(found.values())[:STARTS]
+
+    def _climb(self, setting: Setting) -> None:
+        while True:
+            before = self._score(setting)
+            for moves in self._moves():
+                best = max(moves(setting), key=self._score, default=setting)
+                if self._score(best) > self._score(setting) + LEAST_GAIN:
+                    setting = best
+            if self._score(setting) <= before:
+                return
+
+    def _moves(self) -> list[Callable[[Setting], list[Setting]]]:
+        def drafts(s: Setting) -> list[Setting]:
+            return [replace(s, max_drafts=k) for k in FINE_DRAFTS]
+
+        def threshold(e: int) -> Callable[[Setting], list[Setting]]:
+            return lambda s: [
+                replace(s, thresholds=_put(s.thresholds, e, t)) for t in FINE_THRESHOLDS
+            ]
+
+        def gate(e: int) -> Callable[[Setting], list[Setting]]:
+            return lambda s: [
+                replace(s, gate_thresholds=_put(s.gate_thresholds, e, g))
+                for g in FINE_GATES
+                if s.gate_thresholds and s.used[e]
+            ]
+
+        exits = range(self.num_exits)
+        gates = [gate(e) for e in exits] if self.has_gate else []
+        return [drafts, *(threshold(e) for e in exits), *gates]
+
+
+def _subsets(num_exits: int) -> Iterable[tuple[int, ...]]:
+    sizes: Iterable[int] = range(1, num_exits + 1)
+    if num_exits > ALL_SUBSETS:
+        sizes = (1, 2, 3, num_exits)
+    return (subset for size in sizes for subset in combinations(range(num_exits), size))
+
+
+def _put(values: tuple[float, ...] | None, index: int, value: float) -> tuple[float, ...]:
+    assert values is not None
+    return (*values[:index], value, *values[index + 1 :])

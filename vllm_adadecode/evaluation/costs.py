@@ -1,0 +1,198 @@
+"""What the parts of a round cost, in passes of one decoder layer of the target.
+
+Owns the cost model and two of its sources, a file and bytes of weights read, which is what a
+decoding step at batch 1 waits for; times are `timing.py`'s. A vanilla token costs all layers and
+one pass of the LM head, a verification the same: its few more tokens read the same weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads.config import HeadsConfig, one_line, read_json
+
+if TYPE_CHECKING:
+    from vllm_adadecode.evaluation.simulate import Counts
+
+Cost = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
+
+
+class Costs(BaseModel):
+    """Costs in passes of one layer of a target of ``num_layers`` layers.
+
+    Raises:
+        AdaDecodeError: a field is missing, unknown or out of its range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_layers: Annotated[int, Field(gt=0, strict=True)] = Field(
+        description="Of the model that the costs are of."
+    )
+    head: Cost = Field(description="A head check: transform, norm, LM head, confidence.")
+    gate: Cost = Field(default=0.0, description="A gate check.")
+    lm_head: Cost = Field(description="Final norm and LM head of a vanilla step or verification.")
+    verification: Cost = Field(
+        default=0.0, description="What a verification costs beside its layers and LM head."
+    )
+    source: str = Field(default="given", description="Where the costs come from, for reports.")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise AdaDecodeError(f"costs: {one_line(error)}") from None
+
+    def for_depth(self, num_layers: int) -> Costs:
+        """The same shares of a whole model for one of ``num_layers`` layers.
+
+        A head that costs 2.4 layers of 32 is to a target of 8 layers what 0.6 layers are.
+        """
+        factor = num_layers / self.num_layers
+        return Costs(
+            num_layers=num_layers,
+            head=self.head * factor,
+            gate=self.gate * factor,
+            lm_head=self.lm_head * factor,
+            verification=self.verification * factor,
+            source=self.source,
+        )
+
+    @property
+    def vanilla_token(self) -> float:
+        """Of a token without the method."""
+        return self.num_layers + self.lm_head
+
+    def total(self, counts: Counts) -> float:
+        """Of everything counted."""
+        return (
+            counts.layer_passes
+            + self.head * counts.head_checks
+            + self.gate * counts.gate_checks
+            + (self.lm_head + self.verification) * counts.verifications
+        )
+
+    def speedup(self, counts: Counts) -> float:
+        """Ideal speed-up over vanilla decoding, heads, gates and verifications counted.
+
+        1.0 where there is nothing to count, and where nothing is drafted: then no head runs and
+        verification is the vanilla step.
+        """
+        if not counts.tokens or not counts.head_checks + counts.gate_checks:
+            return 1.0
+        return counts.tokens * self.vanilla_token / self.total(counts)
+
+
+def speedup_in_passes(counts: Counts) -> float:
+    """Ideal speed-up if layers were all that costs; 1.0 without tokens."""
+    return counts.tokens * counts.num_layers / counts.layer_passes if counts.tokens else 1.0
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Of a decoder-only target, as far as it decides what a decoding step reads."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    # Of a mixture of experts: those a token goes through.
+    num_active_experts: int = 1
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelShape:
+        """From a transformers config (of the language model).
+
+        Raises:
+            AdaDecodeError: it lacks a size.
+        """
+        try:
+            experts = getattr(config, "num_experts_per_tok", None)
+            heads = int(config.num_attention_heads)
+            return cls(
+                num_layers=int(config.num_hidden_layers),
+                hidden_size=int(config.hidden_size),
+                intermediate_size=int(
+                    config.moe_intermediate_size if experts else config.intermediate_size
+                ),
+                num_heads=heads,
+                num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+                head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+                vocab_size=int(config.vocab_size),
+                num_active_experts=int(experts or 1),
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise AdaDecodeError(
+                f"the target's config lacks a size ({error}): give --costs a file"
+            ) from None
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights that one token reads of one layer; norms and biases are left out."""
+        d, q, kv = (
+            self.hidden_size,
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+        )
+        attention = 2 * d * q + 2 * d * kv
+        return attention + 3 * d * self.intermediate_size * self.num_active_experts
+
+
+# Llama 3.1.
+LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
+LLAMA_70B = ModelShape(80, 8192, 28672, 64, 8, 128, 128256)
+PRESETS = {"8b": LLAMA_8B, "70b": LLAMA_70B}
+
+
+def costs_from_bytes(shape: ModelShape, heads: HeadsConfig, source: str) -> Costs:
+    """Costs as bytes of weights read, for heads like ``heads`` on a target of ``shape``.
+
+    The target is taken to be in 16 bits. A rank and a draft vocabulary are taken as the same share
+    of the hidden size and the vocabulary as in ``heads``.
+
+    Args:
+        shape: the target's.
+        heads: say what a head check reads.
+        source: name of the result.
+    """
+    d = shape.hidden_size
+    width = d / heads.target.hidden_size
+    per_weight = 2  # bytes
+    layer = per_weight * shape.layer_weights
+    lm_head = per_weight * d * shape.vocab_size
+    rank = (heads.rank or 0) * width
+    transform = per_weight * {"identity": 0.0, "full": float(d * d)}.get(
+        heads.transform, 2 * d * rank
+    )
+    rows = (heads.draft_vocab_size or heads.target.vocab_size) / heads.target.vocab_size
+    quantized = 0.5 if heads.lm_head_quantization else 1.0
+    return Costs(
+        num_layers=shape.num_layers,
+        head=(transform + lm_head * rows * quantized) / layer,
+        gate=per_weight * d / layer if heads.gate else 0.0,
+        lm_head=lm_head / layer,
+        source=source,
+    )
+
+
+def read_costs(path: str | Path) -> Costs:
+    """Costs from a JSON file with the fields of `Costs`.
+
+    Raises:
+        AdaDecodeError: it can't be read or is not valid.
+    """
+    data = read_json(Path(path))
+    if not isinstance(data, dict):
+        raise AdaDecodeError(f"{path} holds no JSON object: give the fields of a cost file")
+    try:
+        return Costs(**({"source": str(path)} | data))
+    except AdaDecodeError as error:
+        raise AdaDecodeError(f"{path}: {error}") from None

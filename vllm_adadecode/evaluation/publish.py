@@ -1,0 +1,138 @@
+"""Calibrated heads as a folder of their own: the same weights, another config, and why.
+
+Owns what is written; the choice is `calibrate.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from vllm_adadecode.evaluation.files import write_whole
+from vllm_adadecode.evaluation.simulate import Setting
+from vllm_adadecode.heads import HeadsConfig, save_heads
+from vllm_adadecode.heads.files import WEIGHTS_NAME
+from vllm_adadecode.heads.resolve import is_heads_folder, is_relative
+
+RESULT_NAME = "calibration.json"
+CARD_NAME = "README.md"
+
+_SECTION = """
+## Calibrated
+
+`{command}` has chosen exits, thresholds and K anew; those in config.json count, what is said above
+is of the settings before. Predicted ideal speed-up on sequences that took no part in the choice,
+simulated at batch 1, greedy, heads counted ({source}):
+
+| data | calibrated | paper's setting | before |
+| --- | --- | --- | --- |
+{rows}
+"""
+
+
+def publish(source: Path, config: HeadsConfig, output: Path, result: Mapping[str, Any]) -> None:
+    """Write the heads of ``source`` with ``config``, ``calibration.json`` and the model card.
+
+    A new folder appears whole; in one that holds heads already each file is replaced in one step.
+
+    Args:
+        source: the heads folder that was calibrated.
+        config: its config with the new setting, see `with_setting`.
+        output: the folder to write, may be ``source``.
+        result: of `report.calibration_json`, with ``made_with``.
+
+    Raises:
+        AdaDecodeError: the folder holds something else.
+        OSError: the disk refuses.
+    """
+    weights = source / WEIGHTS_NAME
+    tensors = load_file(weights) if weights.is_file() else {}
+    card = source / CARD_NAME
+    contents = {RESULT_NAME: json.dumps(result, indent=2) + "\n"}
+    if card.is_file():
+        before = card.read_text(encoding="utf-8").partition("\n## Calibrated\n")[0].rstrip()
+        contents[CARD_NAME] = before + "\n" + card_section(result)
+    if is_heads_folder(output):
+        _fill(output, config, tensors, contents)
+        return
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}."))
+    try:
+        _fill(unfinished, config, tensors, contents)
+        # mkdtemp makes folders private; a checkpoint is read by servers under other accounts.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(unfinished, 0o777 & ~umask)
+        os.rename(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _fill(
+    folder: Path, config: HeadsConfig, tensors: Mapping[str, Any], contents: Mapping[str, str]
+) -> None:
+    save_heads(folder, config, tensors)
+    for name, text in contents.items():
+        write_whole(folder / name, text.encode())
+
+
+def card_section(result: Mapping[str, Any]) -> str:
+    """What is added to the model card."""
+    rows = []
+    for name, predicted in result["predictions"].items():
+        cells = (
+            f"{predicted[setting]['ideal_speedup_with_head_cost']:.3f}"
+            for setting in ("calibrated", "paper", "before")
+        )
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return _SECTION.format(
+        command=result["made_with"]["command"],
+        source=result["costs"]["source"],
+        rows="\n".join(rows),
+    )
+
+
+def with_setting(
+    source: Path,
+    config: HeadsConfig,
+    setting: Setting,
+    result: Mapping[str, Any],
+    output: Path,
+    target: str,
+) -> HeadsConfig:
+    """The config of ``source`` with another setting, for the folder ``output``.
+
+    How the setting came about goes to its provenance. A target that ``source`` names relative to
+    itself is named by its absolute path unless the relative name holds from ``output``, too.
+
+    Args:
+        target: folder or hub id of the target.
+    """
+    data = config.model_dump(mode="json")
+    data["confidence_threshold"] = list(setting.thresholds)
+    if config.gate and setting.gate_thresholds is not None:
+        data["gate_threshold"] = list(setting.gate_thresholds)
+    section = data["speculators_config"]
+    if any(setting.used):
+        section["proposal_methods"][0]["speculative_tokens"] = setting.max_drafts
+    verifier = section["verifier"]["name_or_path"]
+    if is_relative(verifier) and (output / verifier).resolve() != (source / verifier).resolve():
+        local = Path(target).expanduser()
+        section["verifier"]["name_or_path"] = str(local.resolve()) if local.is_dir() else target
+    data["provenance"]["calibration"] = {
+        "command": result["made_with"]["command"],
+        "data": result["data"],
+        "costs": result["costs"],
+        "predicted_speedup": {
+            name: round(p["calibrated"]["ideal_speedup_with_head_cost"], 4)
+            for name, p in result["predictions"].items()
+        },
+    }
+    return HeadsConfig(**data)

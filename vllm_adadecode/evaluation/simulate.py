@@ -1,0 +1,275 @@
+"""Counts what the engine would do on known generations, without running it (batch 1, greedy).
+
+Owns the replay of rounds (draft_loop.py, policy.py, scorer.py) on traces. A round ends as in the
+engine: after K drafts, at the end of the request, or where no head is confident; what drafts had
+deferred rides along with the window's last token, so a round costs the exit layer of each draft
+plus all layers once.
+
+Behind a wrong draft the engine goes on drafting on a text that no trace has: until the round ends,
+what it does there is read off the true text. Emitted tokens, verifications and accepted drafts do
+not depend on it; layer passes and checks do, a little (tests/test_simulate_engine.py compares).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.evaluation.trace import Trace
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a user can choose without training again.
+
+    Attributes:
+        thresholds: gamma per exit layer of the traces, in [0, 1]; 1 turns an exit off.
+        max_drafts: K, most drafts of a round.
+        gate_thresholds: per exit layer, in [0, 1]: its head is evaluated where gate > threshold; 0
+            evaluates it always, without asking the gate; 1 turns the exit off. None: no gates.
+    """
+
+    thresholds: tuple[float, ...]
+    max_drafts: int = 5
+    gate_thresholds: tuple[float, ...] | None = None
+
+    @classmethod
+    def uniform(cls, num_exits: int, threshold: float = 0.75, max_drafts: int = 5) -> Setting:
+        """One threshold for all exits; the defaults are the paper's (section "Confidence")."""
+        return cls((threshold,) * num_exits, max_drafts)
+
+    @classmethod
+    def off(cls, num_exits: int) -> Setting:
+        """No drafting at all."""
+        return cls((1.0,) * num_exits, 1)
+
+    @property
+    def used(self) -> tuple[bool, ...]:
+        """Per exit, whether its head can be followed: a probability is never above 1."""
+        gates = self.gate_thresholds or (0.0,) * len(self.thresholds)
+        return tuple(t < 1.0 and g < 1.0 for t, g in zip(self.thresholds, gates, strict=True))
+
+    @property
+    def gated(self) -> tuple[bool, ...]:
+        """Per exit, whether its gate is asked before its head."""
+        gates = self.gate_thresholds or (0.0,) * len(self.thresholds)
+        return tuple(use and g > 0.0 for use, g in zip(self.used, gates, strict=True))
+
+
+@dataclass(frozen=True)
+class ExitCounts:
+    """Of one exit layer, as `counters.ExitCounters`."""
+
+    gate_checks: int = 0
+    head_checks: int = 0
+    drafts: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Totals over rounds. A layer pass is one layer run once, on however many tokens."""
+
+    num_layers: int
+    tokens: int
+    layer_passes: int
+    verifications: int
+    exits: tuple[ExitCounts, ...]
+
+    def _total(self, name: str) -> int:
+        return sum(getattr(e, name) for e in self.exits)
+
+    @property
+    def gate_checks(self) -> int:
+        return self._total("gate_checks")
+
+    @property
+    def head_checks(self) -> int:
+        return self._total("head_checks")
+
+    @property
+    def drafts(self) -> int:
+        return self._total("drafts")
+
+    @property
+    def accepted(self) -> int:
+        return self._total("accepted")
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of drafts that verification kept; None without drafts."""
+        return self.accepted / self.drafts if self.drafts else None
+
+    @property
+    def tokens_per_verification(self) -> float | None:
+        return self.tokens / self.verifications if self.verifications else None
+
+    @property
+    def layer_passes_per_token(self) -> float | None:
+        """In whole models: 1 is plain decoding."""
+        return self.layer_passes / (self.tokens * self.num_layers) if self.tokens else None
+
+
+class Simulator:
+    """Replays rounds on a set of traces; made once, run for as many settings as wanted.
+
+    Args:
+        traces: of one target with the same exit layers.
+
+    Raises:
+        AdaDecodeError: there is no trace, or they are of different exit layers or targets.
+    """
+
+    def __init__(self, traces: Sequence[Trace]) -> None:
+        if not traces:
+            raise AdaDecodeError("no traces: give data with at least one sequence")
+        first = traces[0]
+        if any(
+            (t.exit_layers, t.num_layers) != (first.exit_layers, first.num_layers) for t in traces
+        ):
+            raise AdaDecodeError(
+                "traces of different exit layers or targets can't be counted together"
+            )
+        self.exit_layers, self.num_layers = first.exit_layers, first.num_layers
+        lengths = np.array([t.num_positions for t in traces])
+        self._ends = np.cumsum(lengths)
+        # End of the trace that each position belongs to, and the first position of each trace.
+        self._end = np.repeat(self._ends, lengths)
+        self._starts = (self._ends - lengths)[lengths > 0]
+        # [E, total positions]
+        self._confidence = np.concatenate([t.confidence for t in traces], axis=1)
+        self._gate = np.concatenate([t.gate for t in traces], axis=1)
+        self._correct = np.concatenate([t.correct for t in traces], axis=1)
+
+    def run(self, setting: Setting) -> Counts:
+        """All rounds of all traces under ``setting``.
+
+        Raises:
+            AdaDecodeError: the setting has other exits than the traces, or a value out of range.
+        """
+        self._check(setting)
+        used = np.array(setting.used)
+        if not used.any():
+            tokens = len(self._end)
+            none = tuple(ExitCounts() for _ in used)
+            return Counts(self.num_layers, tokens, tokens * self.num_layers, tokens, none)
+        plan = _Attempts(self, setting, used)
+        starts, drafts, accepted, attempts = self._rounds(plan, setting.max_drafts)
+        # How many rounds have tried, drafted and kept at each position.
+        total = len(self._end)
+        tried, drafted, kept = (
+            _coverage(starts, starts + lengths, total) for lengths in (attempts, drafts, accepted)
+        )
+        draft_layers = plan.layers.astype(np.float64) @ drafted
+        per_exit = (
+            _weighted(plan.asked_gates, tried),
+            _weighted(plan.asked_heads, tried),
+            _weighted(plan.chosen, drafted),
+            _weighted(plan.chosen, kept),
+        )
+        exits = tuple(ExitCounts(*values) for values in zip(*per_exit, strict=True))
+        return Counts(
+            num_layers=self.num_layers,
+            tokens=int((accepted + 1).sum()),
+            layer_passes=int(draft_layers) + self.num_layers * len(starts),
+            verifications=len(starts),
+            exits=exits,
+        )
+
+    def _rounds(
+        self, plan: _Attempts, max_drafts: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """First position, drafts, accepted drafts and tries to draft, of every round."""
+        positions = np.arange(len(self._end))
+        # A draft is followed by at least the token sampled after it (proposer._draft_limits).
+        limit = np.minimum(max_drafts, self._end - positions - 1)
+        drafts = np.minimum(limit, _run_lengths(plan.drafts_here, self._end))
+        accepted = np.minimum(drafts, _run_lengths(plan.right_here, self._end))
+        following = positions + accepted + 1
+        found, active = [], self._starts
+        while active.size:
+            found.append(active)
+            follow = following[active]
+            active = follow[follow < self._end[active]]
+        # In order, for the sake of the memory that is read from here on.
+        starts = np.sort(np.concatenate(found)) if found else positions[:0]
+        drafts, accepted = drafts[starts], accepted[starts]
+        # Below its limit, a round has ended with a try that gave nothing.
+        return starts, drafts, accepted, drafts + (drafts < limit[starts])
+
+    def _check(self, setting: Setting) -> None:
+        num_exits = len(self.exit_layers)
+        for name in ("thresholds", "gate_thresholds"):
+            values = getattr(setting, name)
+            if values is not None and (
+                len(values) != num_exits or not all(0.0 <= v <= 1.0 for v in values)
+            ):
+                raise AdaDecodeError(
+                    f"{name} must be {num_exits} numbers in [0, 1], one per exit, not {values}"
+                )
+        if setting.max_drafts < 1:
+            raise AdaDecodeError(f"K must be at least 1, not {setting.max_drafts}")
+
+
+class _Attempts:
+    """What trying to draft would do at each position.
+
+    Attributes:
+        drafts_here, right_here: bool ``[P]``, whether some head is followed, and rightly so.
+        layers: int64 ``[P]``, layers that the draft takes; meaningless without one.
+        asked_gates, asked_heads, chosen: bool ``[E, P]``.
+    """
+
+    def __init__(self, sim: Simulator, setting: Setting, used: NDArray[np.bool_]) -> None:
+        num_exits = len(used)
+        gated = np.array(setting.gated)
+        gate_thresholds = np.array(setting.gate_thresholds or (0.0,) * num_exits)
+        # Float32 as in the engine; a NaN is never above a threshold.
+        thresholds = np.array(setting.thresholds, dtype=np.float32)[:, None]
+        is_open = used[:, None] & (
+            ~gated[:, None] | (sim._gate > gate_thresholds.astype(np.float32)[:, None])
+        )
+        confident = is_open & (sim._confidence > thresholds)
+        self.drafts_here: NDArray[np.bool_] = np.asarray(confident.any(axis=0))
+        last_used = int(np.flatnonzero(used)[-1])
+        first = np.where(self.drafts_here, confident.argmax(axis=0), last_used)
+        reached = np.arange(num_exits)[:, None] <= first
+        chosen = (np.arange(num_exits)[:, None] == first) & self.drafts_here
+        self.right_here: NDArray[np.bool_] = np.asarray((chosen & sim._correct).any(axis=0))
+        self.layers = np.array(sim.exit_layers)[first]
+        self.asked_gates = reached & gated[:, None]
+        self.asked_heads = reached & is_open
+        self.chosen = chosen
+
+
+def simulate(traces: Sequence[Trace], setting: Setting) -> Counts:
+    """`Simulator.run` for a single setting."""
+    return Simulator(traces).run(setting)
+
+
+def _coverage(begin: NDArray[np.int64], end: NDArray[np.int64], total: int) -> NDArray[np.float64]:
+    """How many of the ranges [begin, end) hold each position, ``[total]``."""
+    steps = np.bincount(begin, minlength=total + 1) - np.bincount(end, minlength=total + 1)
+    return np.cumsum(steps)[:total].astype(np.float64)
+
+
+def _weighted(flags: NDArray[np.bool_], weights: NDArray[np.float64]) -> list[int]:
+    """Weights where flags are set, summed over positions, ``[E, P]`` to ``[E]``.
+
+    Sums of whole numbers below 2 ** 53: exact.
+    """
+    sums = flags.astype(np.float64) @ weights
+    return [round(value) for value in sums.tolist()]
+
+
+def _run_lengths(flags: NDArray[np.bool_], end: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many positions in a row are set from each position on, within its trace."""
+    positions = np.arange(len(flags))
+    stops = np.where(flags, len(flags), positions)
+    # The nearest position at or behind each one that is not set.
+    stops = np.minimum.accumulate(stops[::-1])[::-1]
+    return np.minimum(stops, end) - positions
