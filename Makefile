@@ -9,6 +9,8 @@ INSTALLED := $(VENV)/.installed-$(ENGINE)
 OVERRIDES := requirements-cpu-overrides.txt
 # More arguments for the commands in benchmarks/ and pytest, e.g. ARGS="-k windows".
 ARGS ?=
+# Processes of `make test`; each file of tests stays in one, which keeps its engines.
+WORKERS ?= 2
 
 .PHONY: help setup demo demo-model heads-report test lint
 .DELETE_ON_ERROR:
@@ -55,7 +57,7 @@ heads-report: setup
 	$(BIN)/python -m benchmarks.demo.heads_report $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

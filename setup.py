@@ -39,6 +39,7 @@ setup(
             "matplotlib>=3.8,<4",
             "pytest>=8,<10",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.14",
             "mypy>=1.18",
             "triton",
