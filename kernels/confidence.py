@@ -77,10 +77,7 @@ def head_confidence_reference(
         live: bool ``[num_rows]``; None: all.
     """
     logits = head_logits(x, head)
-    token, p = top1_confidence(
-        logits if other is None else torch.cat((logits, other[:, None]), dim=1),
-        head.vocab_size,
-    )
+    token, p = top1_confidence(logits, other)
     token = head.vocab_ids[token] if head.vocab_ids is not None else token + head.first_id
     if live is not None:
         token, p = torch.where(live, token, 0), torch.where(live, p, 0.0)
@@ -90,18 +87,23 @@ def head_confidence_reference(
 def top1_confidence(
     # [num_rows, vocab_size]
     logits: torch.Tensor,
-    num_tokens: int | None = None,
+    # [num_rows] float32
+    other: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Most likely token and its softmax probability, per row.
+    """Most likely token and its probability, per row: ``p = exp(max - logsumexp)``.
 
     Args:
         logits: ``[num_rows, vocab_size]``, any floating dtype; computed in float32.
-        num_tokens: columns from here on count in the denominator but are never chosen; None: none.
+        other: logit of all tokens that have no column (outside a draft vocabulary), float32
+            ``[num_rows]``: ``p = exp(max - logaddexp(logsumexp, other))``. It is never the token.
 
     Returns:
         ``token`` int64 ``[num_rows]`` (the lowest id wins ties) and ``p`` float32 ``[num_rows]``.
         A row with a NaN has ``p = NaN``, which no threshold accepts.
     """
     logits = logits.float()
-    top, token = logits[:, :num_tokens].max(dim=-1)
-    return token, torch.exp(top - logits.logsumexp(dim=-1))
+    top, token = logits.max(dim=-1)
+    total = logits.logsumexp(dim=-1)
+    if other is not None:
+        total = torch.logaddexp(total, other)
+    return token, torch.exp(top - total)

@@ -68,22 +68,3 @@ class HeadWeight:
     @property
     def hidden_size(self) -> int:
         return self.weight.shape[1]
-
-
-def quantize_rows(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of an LM head in 8 bits, ``weight[v] ~ row_scale[v] * quantized[v]``.
-
-    Args:
-        weight: ``[vocab_size, hidden_size]``.
-        dtype: ``torch.int8`` or ``torch.float8_e4m3fn``.
-
-    Returns:
-        Quantised ``[vocab_size, hidden_size]`` and float32 row scales ``[vocab_size]``.
-    """
-    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    weight = weight.float()
-    scale = weight.abs().amax(dim=1).clamp(min=1e-12) / largest
-    quantized = weight / scale[:, None]
-    if dtype == torch.int8:
-        quantized = quantized.round()
-    return quantized.clamp(-largest, largest).to(dtype), scale

@@ -102,7 +102,7 @@ def set_thresholds(engine: LLM, *thresholds: float) -> None:
 
         speculator = worker.model_runner.speculator
         values = thresholds * (len(speculator.model.exit_layers) // len(thresholds))
-        speculator.policy = ThresholdPolicy(values)
+        speculator.policy = ThresholdPolicy(values, speculator.policy.gate_thresholds)
 
     engine.collective_rpc(change)
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_adadecode.heads import HeadsConfig, make_transforms, save_heads
-from vllm_adadecode.heads.transform import transform_tensors
+from vllm_adadecode.heads import HeadsConfig, head_tensors, save_heads
+from vllm_adadecode.heads import make_heads as new_heads
+from vllm_adadecode.heads.tensors import DRAFT_VOCAB
 
 HIDDEN, VOCAB, LAYERS = 64, 128, 4
 
@@ -49,12 +50,14 @@ def heads_fields(**changes: Any) -> dict[str, Any]:
 
 
 def random_tensors(config: HeadsConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights for ``config``, none of them zero."""
+    """Weights for ``config``, none of them zero, and a draft vocabulary if it has one."""
     torch.manual_seed(seed)
-    transforms = make_transforms(config, torch.float32, "cpu")
-    return {
-        name: torch.randn_like(tensor) for name, tensor in transform_tensors(transforms).items()
-    }
+    heads = new_heads(config, torch.float32, "cpu")
+    tensors = {name: torch.randn_like(tensor) for name, tensor in head_tensors(heads).items()}
+    if config.draft_vocab_size is not None:
+        ids = torch.randperm(config.target.vocab_size)[: config.draft_vocab_size]
+        tensors[DRAFT_VOCAB] = ids.sort().values
+    return tensors
 
 
 def make_heads(path: Path, **changes: Any) -> tuple[Path, HeadsConfig, dict[str, torch.Tensor]]:

@@ -91,6 +91,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"confidence_threshold": "0.5"}, ["confidence_threshold", "number", "'0.5'"]),
     ({"confidence_threshold": True}, ["confidence_threshold", "number", "True"]),
     ({"confidence_threshold": {"2": 0.5}}, ["confidence_threshold", "number"]),
+    ({"gate_threshold": 0.5}, ["gate_threshold", "heads with a gate", "drop it"]),
     # K.
     ({"num_speculative_tokens": 0}, ["num_speculative_tokens", ">= 1", "0"]),
     ({"num_speculative_tokens": -3}, ["num_speculative_tokens", ">= 1", "-3"]),
@@ -145,6 +146,54 @@ def test_options(spec: dict[str, Any], words: list[str]) -> None:
     message = refused(DEMO_MODEL, spec)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (1.5, ["[0, 1]", "1.5"]),
+        (-1, ["[0, 1]", "-1"]),
+        (float("nan"), ["[0, 1]", "nan"]),
+        ("0.5", ["number", "'0.5'"]),
+        (False, ["number", "False"]),
+        ([0.5], ["1 values for 2 exit layers [1, 3]", "one per exit layer"]),
+        ([0.5, None], ["number", "None"]),
+    ],
+    ids=str,
+)
+def test_gate_threshold(target: Path, tmp_path: Path, value: Any, words: list[str]) -> None:
+    heads = make_heads(tmp_path / "heads", gate=True)[0]
+    message = refused(target, {"model": str(heads), "gate_threshold": value})
+    for word in ["gate_threshold", *words]:
+        assert word in message
+
+
+def test_gate_threshold_is_the_users_or_the_heads(target: Path, tmp_path: Path) -> None:
+    heads = str(make_heads(tmp_path / "heads", gate=True, gate_threshold=[0.2, 0.4])[0])
+
+    def resolved(**spec: Any) -> Any:
+        return create(target, {"model": heads, **spec}).speculative_config.gate_threshold
+
+    assert resolved() == [0.2, 0.4]
+    assert resolved(exit_layers=[3]) == [0.4]
+    assert resolved(gate_threshold=0) == [0.0, 0.0]
+    assert resolved(gate_threshold=[0.1, 1]) == [0.1, 1.0]
+    assert create(DEMO_MODEL).speculative_config.gate_threshold is None
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"draft_vocab_size": 8}, {"lm_head_quantization": "int8"}],
+    ids=lambda parts: next(iter(parts)),
+)
+def test_copies_of_the_lm_head_and_tensor_parallelism(
+    target: Path, tmp_path: Path, parts: dict[str, Any]
+) -> None:
+    heads = str(make_heads(tmp_path / "heads", **parts)[0])
+    message = refused(target, {"model": heads}, tensor_parallel_size=2)
+    for word in [*parts, "tensor parallelism", "--tensor-parallel-size 1"]:
+        assert word in message
+    create(target, {"model": heads})
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,8 @@ class FakeTarget:
     first_pos: dict[int, int]
     calls: list[SpanCall] = field(default_factory=list)
     checks: list[tuple[int, list[tuple[int, int]]]] = field(default_factory=list)
+    gate: Confidence = lambda *_: 1.0
+    gate_checks: list[tuple[int, list[tuple[int, int]]]] = field(default_factory=list)
     exit_layers: tuple[int, ...] = EXIT_LAYERS
     spans: tuple[tuple[int, int], ...] = SPANS
 
@@ -102,7 +104,7 @@ class FakeTarget:
 
     def head_logits(
         self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, None]:
         assert torch.equal(residual, -hidden)
         assert (hidden[:, 3] == exit_index + 1).all(), "a head read a state of another depth"
         logits = torch.empty(len(hidden), VOCAB)
@@ -112,6 +114,26 @@ class FakeTarget:
             p = self.confidence(slot, offset, exit_index)
             logits[row] = np.log((1 - p) / (VOCAB - 1))
             logits[row, head_token(slot, offset, exit_index)] = np.log(p)
+        return logits, None
+
+    def gate_probability(
+        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        assert torch.equal(residual, -hidden)
+        assert (hidden[:, 3] == exit_index + 1).all(), "a gate read a state of another depth"
+        rows = [(int(s), int(o)) for s, o in hidden[:, 1:3]]
+        self.gate_checks.append((exit_index, rows))
+        return torch.tensor([self.gate(slot, offset, exit_index) for slot, offset in rows])
+
+    # Stands for `HeadProjection` as well: all tokens.
+    @property
+    def projection(self) -> "FakeTarget":
+        return self
+
+    def to_token_ids(self, columns: torch.Tensor) -> torch.Tensor:
+        return columns
+
+    def over_all_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
 
 
@@ -134,12 +156,14 @@ def draft(
     max_drafts: int = 5,
     sample: Any = None,
     policy: ThresholdPolicy | None = None,
+    gate: Confidence = lambda *_: 1.0,
+    gate_thresholds: tuple[float, ...] | None = None,
 ) -> Run:
     """Run one draft loop for ``len(limits)`` requests."""
     slots = slots or list(range(len(limits)))
     first_pos = {slot: 7 + 13 * slot for slot in slots}
-    target = FakeTarget(confidence, first_pos)
-    policy = policy or ThresholdPolicy(thresholds)
+    target = FakeTarget(confidence, first_pos, gate=gate)
+    policy = policy or ThresholdPolicy(thresholds, gate_thresholds)
     counters = Counters.create(NUM_LAYERS, EXIT_LAYERS)
     deferred = DeferredStates(MAX_SLOTS, max_drafts + 1, 4, torch.float32, torch.device("cpu"))
     loop = DraftLoop(
@@ -300,11 +324,62 @@ def test_sampled_draft_replaces_the_token_and_not_the_decision() -> None:
     assert run.state.tokens[:, 1:3].tolist() == [[5, 5], [5, 5]]
 
 
+# --- the gate ----------------------------------------------------------------------------------
+
+
+def test_the_gate_decides_which_heads_are_evaluated() -> None:
+    """Slots 0 and 2 pass the first gate, 1 and 2 the second, none the third."""
+    opened = {(0, 0), (2, 0), (1, 1), (2, 1)}
+    run = draft(
+        at((0, 0, 0), (1, 0, 0), (1, 0, 1), (1, 0, 2)),
+        [1, 1, 1],
+        gate=lambda slot, _, exit_index: 0.8 if (slot, exit_index) in opened else 0.2,
+        gate_thresholds=(0.5, 0.5, 0.5),
+    )
+    # 0 extends at once. 1, held back, is not asked at exit 0, where it would have been confident.
+    assert run.target.gate_checks == [
+        (0, [(0, 0), (1, 0), (2, 0)]),
+        (1, [(1, 0), (2, 0)]),
+        (2, [(2, 0)]),
+    ]
+    assert run.target.checks == [(0, [(0, 0), (2, 0)]), (1, [(1, 0), (2, 0)])]
+    assert run.state.exits[:2, 0].tolist() == [0, 1]
+    # Who is held back at the last exit stops.
+    assert run.state.num_drafts.tolist() == [1, 1, 0]
+    assert run.state.depths[:, 0].tolist() == [1, 2, 3]
+    exits = run.counters.exits
+    assert [exits[e].gated for e in EXIT_LAYERS] == [3, 2, 1]
+    assert [exits[e].checked for e in EXIT_LAYERS] == [2, 2, 0]
+    assert [exits[e].drafted for e in EXIT_LAYERS] == [1, 1, 0]
+
+
+def test_gate_threshold_0_leaves_the_gate_out_and_1_the_exit() -> None:
+    run = draft(lambda *_: 0.9, [2], gate=lambda *_: 0.0, gate_thresholds=(1.0, 0.0, 0.5))
+    assert run.target.gate_checks == []
+    assert run.target.checks == [(1, [(0, 0)]), (1, [(0, 1)])]
+    assert run.state.exits[0, :2].tolist() == [1, 1]
+    assert all(e.gated == 0 for e in run.counters.exits.values())
+
+
+def test_gate_policy() -> None:
+    policy = ThresholdPolicy([0.5, 0.5, 0.5, 1.0], [0.0, 0.5, 1.0, 0.5])
+    assert [policy.uses(i) for i in range(4)] == [True, True, False, False]
+    assert [policy.uses_gate(i) for i in range(4)] == [False, True, True, True]
+    assert policy.num_used_exits == 2
+    gate = torch.tensor([0.4, 0.5, 0.6, float("nan")])
+    assert policy.passes_gate(1, gate).tolist() == [False, False, True, False]
+    assert not ThresholdPolicy([0.5]).uses_gate(0)
+
+
 # --- against a plain reference, at random ------------------------------------------------------
 
 
 def expected(
-    slot: int, limit: int, confidence: Confidence, thresholds: tuple[float, ...]
+    slot: int,
+    limit: int,
+    confidence: Confidence,
+    thresholds: tuple[float, ...],
+    gate: Confidence = lambda *_: 1.0,
 ) -> tuple[list[int], list[int], list[int]]:
     """(drafts, depths, exits) of one request by the paper's rule, one token at a time."""
     used = max((i + 1 for i, t in enumerate(thresholds) if t < 1), default=0)
@@ -313,7 +388,9 @@ def expected(
     for offset in range(limit):
         for e in range(used):
             depths = [max(d, e + 1) for d in depths]
-            if thresholds[e] < 1 and confidence(slot, offset, e) > thresholds[e]:
+            if thresholds[e] == 1 or gate(slot, offset, e) <= 0.5:
+                continue
+            if confidence(slot, offset, e) > thresholds[e]:
                 drafts.append(head_token(slot, offset, e))
                 exits.append(e)
                 depths.append(0)
@@ -335,7 +412,19 @@ def test_as_each_request_alone(seed: int) -> None:
     slots = rng.permutation(MAX_SLOTS)[:num_reqs].tolist()
     limits = rng.integers(0, 6, num_reqs).tolist()
     thresholds = tuple(rng.choice([0.3, 0.5, 0.8, 1.0], size=3).tolist())
-    run = draft(confidence, limits, slots=slots, thresholds=thresholds)
+    gates = rng.choice([0.1, 0.9], size=table.shape) if seed % 2 else np.ones(table.shape)
+
+    def gate(slot: int, offset: int, exit_index: int) -> float:
+        return float(gates[slot, offset, exit_index])
+
+    run = draft(
+        confidence,
+        limits,
+        slots=slots,
+        thresholds=thresholds,
+        gate=gate,
+        gate_thresholds=(0.5, 0.5, 0.5) if seed % 2 else None,
+    )
 
     through: dict[int, set[tuple[int, int]]] = {span: set() for span in range(4)}
     for call in run.target.calls:
@@ -345,7 +434,7 @@ def test_as_each_request_alone(seed: int) -> None:
             assert (slot, offset) not in through[call.span], "a token went through a span twice"
         through[call.span] |= set(call.tokens)
     for row, slot in enumerate(slots):
-        drafts, depths, exits = expected(slot, limits[row], confidence, thresholds)
+        drafts, depths, exits = expected(slot, limits[row], confidence, thresholds, gate)
         count = len(drafts)
         assert run.state.num_drafts[row] == count
         assert run.state.tokens[row, : count + 1].tolist() == [1000 + slot, *drafts]
@@ -370,6 +459,8 @@ def test_as_each_request_alone(seed: int) -> None:
     for i, layer in enumerate(EXIT_LAYERS):
         rows = [r for exit_index, r in run.target.checks if exit_index == i]
         assert run.counters.exits[layer].checked == sum(map(len, rows))
+        rows = [r for exit_index, r in run.target.gate_checks if exit_index == i]
+        assert run.counters.exits[layer].gated == sum(map(len, rows))
     assert sum(e.drafted for e in run.counters.exits.values()) == run.state.num_drafts.sum()
 
 
@@ -520,7 +611,13 @@ def test_ratios() -> None:
     # 100 passes for 25 tokens of 8 layers each.
     assert stats["layer_passes_per_token"] == 0.5
     assert (stats["drafted"], stats["accepted"]) == (20, 15)
-    assert stats["exits"]["4"] == {"checked": 0, "drafted": 8, "accepted": 5, "rejected": 3}
+    assert stats["exits"]["4"] == {
+        "gated": 0,
+        "checked": 0,
+        "drafted": 8,
+        "accepted": 5,
+        "rejected": 3,
+    }
     assert json.loads(json.dumps(stats)) == stats
 
 

@@ -30,10 +30,10 @@ from vllm_adadecode.heads import (
     find_mismatches,
     load_configured_heads,
     load_heads,
-    make_transforms,
     save_heads,
     target_fingerprint,
 )
+from vllm_adadecode.heads import make_heads as new_heads
 
 SHAPE = {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_hidden_layers": LAYERS}
 
@@ -76,11 +76,24 @@ WRONG_FIELDS = [
     ({"confidence_threshold": [0.5]}, "1 values for 2 exit layers"),
     ({"confidence_threshold": []}, "0 values for 2 exit layers"),
     ({"confidence_treshold": 0.5}, "confidence_treshold is an unknown key"),
-    ({"transform": "medium"}, "transform: input should be 'identity', 'full' or 'low_rank'"),
+    (
+        {"transform": "medium"},
+        "transform: input should be 'identity', 'full', 'low_rank' or 'adapt",
+    ),
     ({"rank": None}, "low_rank needs a rank"),
     ({"rank": 0}, "rank: input should be greater than 0"),
     ({"rank": HIDDEN}, "rank 64 must be below the hidden size 64"),
-    ({"transform": "full"}, "rank is for transform low_rank, not for full"),
+    ({"transform": "full"}, "rank is for transform low_rank and adapter, not for full"),
+    ({"transform": "adapter", "rank": None}, "adapter needs a rank"),
+    ({"gate": 1}, "gate: input should be a valid boolean, not 1"),
+    ({"gate": True, "gate_threshold": 1.5}, "gate_threshold must lie in [0, 1], not 1.5"),
+    ({"gate": True, "gate_threshold": [0.5]}, "gate_threshold has 1 values for 2 exit layers"),
+    ({"gate": True, "gate_threshold": None}, "gate_threshold must lie in [0, 1], not None"),
+    ({"gate_threshold": 0.2}, "gate_threshold is for heads with a gate"),
+    ({"draft_vocab_size": 0}, "draft_vocab_size: input should be greater than 0"),
+    ({"draft_vocab_size": 8.0}, "draft_vocab_size: input should be a valid integer"),
+    ({"draft_vocab_size": VOCAB + 1}, "draft_vocab_size 129 is more than the target's 128 tokens"),
+    ({"lm_head_quantization": "int4"}, "lm_head_quantization: input should be 'fp8' or 'int8'"),
     ({"norm": "twice"}, "norm: input should be 'before', 'after' or 'none'"),
     ({"target": SHAPE | {"hidden_size": 0}}, "target.hidden_size: input should be greater than 0"),
     ({"target": SHAPE | {"fingerprint": "md5:1"}}, "target.fingerprint: string should match"),
@@ -143,6 +156,8 @@ def test_wrong_file(tmp_path: Path, content: str | None, message: str) -> None:
         {"transform": "identity", "rank": None, "norm": "after"},
         {"transform": "full", "rank": None, "norm": "before"},
         {"target": SHAPE | {"fingerprint": "sha256:" + "0" * 64}},
+        {"transform": "adapter", "gate": True, "gate_threshold": [0.0, 1.0]},
+        {"gate": True, "draft_vocab_size": 32, "lm_head_quantization": "int8"},
     ],
 )
 def test_config_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -199,39 +214,39 @@ def test_logit_lens_exits() -> None:
 
 def test_full_round_trip(tmp_path: Path) -> None:
     folder, config, tensors = make_heads(tmp_path / "heads", transform="full", rank=None)
-    transforms = load_heads(folder, config, torch.float32, "cpu")
-    assert list(transforms) == [1, 3]
+    heads = load_heads(folder, config, torch.float32, "cpu")
+    assert list(heads) == [1, 3]
     x = torch.randn(5, HIDDEN)
-    for exit_layer, transform in transforms.items():
-        torch.testing.assert_close(transform(x), x @ tensors[f"exit_{exit_layer}.weight"].T)
-        assert not any(p.requires_grad for p in transform.parameters())
+    for exit_layer, head in heads.items():
+        torch.testing.assert_close(head.transform(x), x @ tensors[f"exit_{exit_layer}.weight"].T)
+        assert not any(p.requires_grad for p in head.parameters())
 
 
 def test_low_rank_round_trip(tmp_path: Path) -> None:
     folder, config, tensors = make_heads(tmp_path / "heads")
-    transforms = load_heads(folder, config, torch.float32, "cpu")
+    heads = load_heads(folder, config, torch.float32, "cpu")
     x = torch.randn(5, HIDDEN)
-    for exit_layer, transform in transforms.items():
+    for exit_layer, head in heads.items():
         matrix = (
             torch.eye(HIDDEN)
             + tensors[f"exit_{exit_layer}.up"] @ tensors[f"exit_{exit_layer}.down"]
         )
         # Sums of 64 products of size 1, in another order.
-        torch.testing.assert_close(transform(x), x @ matrix.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(head.transform(x), x @ matrix.T, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_take_the_engines_dtype(tmp_path: Path) -> None:
     folder, config, tensors = make_heads(tmp_path / "heads", transform="full", rank=None)
-    transform = load_heads(folder, config, torch.bfloat16, "cpu")[1]
+    transform = load_heads(folder, config, torch.bfloat16, "cpu")[1].transform
     assert torch.equal(transform.weight, tensors["exit_1.weight"].bfloat16())
     assert transform(torch.randn(2, HIDDEN, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_selected_exits_only(tmp_path: Path) -> None:
     folder, config, tensors = make_heads(tmp_path / "heads")
-    transforms = load_heads(folder, config.select([3]), torch.float32, "cpu")
-    assert list(transforms) == [3]
-    assert torch.equal(transforms[3].up, tensors["exit_3.up"])
+    heads = load_heads(folder, config.select([3]), torch.float32, "cpu")
+    assert list(heads) == [3]
+    assert torch.equal(heads[3].transform.up, tensors["exit_3.up"])
 
 
 def test_identity_has_no_file(tmp_path: Path) -> None:
@@ -240,19 +255,19 @@ def test_identity_has_no_file(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["config.json"]
     x = torch.randn(2, HIDDEN)
     for folder in (tmp_path, None):
-        assert torch.equal(load_heads(folder, config, torch.float32, "cpu")[2](x), x)
+        assert torch.equal(load_heads(folder, config, torch.float32, "cpu")[2].transform(x), x)
     low_rank = HeadsConfig(**heads_fields())
     with pytest.raises(AdaDecodeError, match="need their folder"):
         load_heads(None, low_rank, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("transform", ["identity", "full", "low_rank"])
+@pytest.mark.parametrize("transform", ["identity", "full", "low_rank", "adapter"])
 def test_new_transforms_are_the_identity(transform: str) -> None:
-    rank = 4 if transform == "low_rank" else None
+    rank = 4 if transform in ("low_rank", "adapter") else None
     config = HeadsConfig(**heads_fields(transform=transform, rank=rank))
     x = torch.randn(3, HIDDEN)
-    for module in make_transforms(config, torch.float32, "cpu").values():
-        torch.testing.assert_close(module(x), x)
+    for module in new_heads(config, torch.float32, "cpu").values():
+        torch.testing.assert_close(module.transform(x), x)
         assert all(p.requires_grad for p in module.parameters())
 
 
@@ -483,16 +498,16 @@ def test_files_are_readable_by_others(tmp_path: Path) -> None:
 def test_load_configured_heads(tmp_path: Path) -> None:
     folder, _, _ = make_heads(tmp_path / "heads")
     given = SimpleNamespace(heads_path=str(folder), exit_layers=[3])
-    config, transforms = load_configured_heads(given, torch.float32, "cpu")
-    assert (config.norm, list(transforms)) == ("none", [3])
+    config, heads = load_configured_heads(given, torch.float32, "cpu")
+    assert (config.norm, list(heads)) == ("none", [3])
     model_config = SimpleNamespace(
         get_hidden_size=lambda: HIDDEN,
         get_vocab_size=lambda: VOCAB,
         get_total_num_hidden_layers=lambda: LAYERS,
     )
     none = SimpleNamespace(heads_path=None, exit_layers=[1, 2], target_model_config=model_config)
-    config, transforms = load_configured_heads(none, torch.float32, "cpu")
-    assert (config.norm, list(transforms)) == ("after", [1, 2])
+    config, heads = load_configured_heads(none, torch.float32, "cpu")
+    assert (config.norm, list(heads)) == ("after", [1, 2])
 
 
 # --- fingerprint -------------------------------------------------------------------------------

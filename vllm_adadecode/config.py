@@ -18,7 +18,7 @@ from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import HeadsConfig, check_fits, check_weights, find_heads
-from vllm_adadecode.heads.config import one_line
+from vllm_adadecode.heads.sections import one_line
 from vllm_adadecode.staged import check_architectures
 
 # Under vLLM's logger, whose level and format users know.
@@ -43,6 +43,7 @@ USER_OPTIONS = PASSED_ON | {
     "model",
     "num_speculative_tokens",
     "confidence_threshold",
+    "gate_threshold",
     "exit_layers",
 }
 
@@ -54,6 +55,8 @@ class AdaDecodeSpeculativeConfig(SpeculativeConfig):
     method: SpeculativeMethod | Literal["adadecode"] | None = None
     confidence_threshold: list[float] | None = None
     """Gamma per exit layer, in [0, 1]; 1 turns an exit off."""
+    gate_threshold: list[float] | None = None
+    """Per exit layer, in [0, 1]; None for heads without a gate."""
     exit_layers: list[int] | None = None
     """Layers after which the heads sit, strictly increasing."""
     heads_path: str | None = None
@@ -71,6 +74,7 @@ class AdaDecodeSpeculativeConfig(SpeculativeConfig):
             f"AdaDecodeSpeculativeConfig(heads={self.heads_path or 'logit lens'}, "
             f"num_speculative_tokens={self.num_speculative_tokens}, "
             f"exit_layers={self.exit_layers}, confidence_threshold={self.confidence_threshold}, "
+            f"gate_threshold={self.gate_threshold}, "
             f"draft_sample_method={self.draft_sample_method!r})"
         )
 
@@ -108,6 +112,7 @@ def build_config(
     heads, heads_path = _load_heads(options, model_config)
     if (exit_layers := options.get("exit_layers")) is not None:
         heads = _select_exits(heads, exit_layers)
+    _check_copy(heads, parallel_config)
     fields = {
         "method": METHOD,
         "model": heads_path or model_config.model,
@@ -115,7 +120,10 @@ def build_config(
             options.get("num_speculative_tokens"), heads
         ),
         "exit_layers": list(heads.exit_layers),
-        "confidence_threshold": _thresholds(options.get("confidence_threshold"), heads),
+        "confidence_threshold": _thresholds(
+            "confidence_threshold", options.get("confidence_threshold"), heads, heads.thresholds
+        ),
+        "gate_threshold": _gate_thresholds(options.get("gate_threshold"), heads),
         "heads_path": heads_path,
         "target_model_config": model_config,
         "target_parallel_config": parallel_config,
@@ -231,18 +239,42 @@ def _num_speculative_tokens(value: Any, heads: HeadsConfig) -> int:
     return value
 
 
-def _thresholds(value: Any, heads: HeadsConfig) -> list[float]:
+def _check_copy(heads: HeadsConfig, parallel_config: ParallelConfig) -> None:
+    """The heads' copy of the LM head is made of whole ones, not of one rank's rows."""
+    fields = ("draft_vocab_size", "lm_head_quantization")
+    used = [name for name in fields if getattr(heads, name) is not None]
+    if used and parallel_config.tensor_parallel_size > 1:
+        raise AdaDecodeError(
+            f"heads with {' and '.join(used)} do not support tensor parallelism yet: use heads "
+            "without, or --tensor-parallel-size 1"
+        )
+
+
+def _thresholds(
+    name: str, value: Any, heads: HeadsConfig, default: tuple[float, ...]
+) -> list[float]:
+    """One number per exit, from one number or one per exit."""
     if value is None:
-        return list(heads.thresholds)
+        return list(default)
     values = list(value) if isinstance(value, list | tuple) else [value] * len(heads.exit_layers)
     if len(values) != len(heads.exit_layers):
         raise AdaDecodeError(
-            f"confidence_threshold has {len(values)} values for {len(heads.exit_layers)} exit "
+            f"{name} has {len(values)} values for {len(heads.exit_layers)} exit "
             f"layers {list(heads.exit_layers)}: give one number, or one per exit layer"
         )
     for threshold in values:
         if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-            raise AdaDecodeError(f"confidence_threshold must be a number, not {threshold!r}")
+            raise AdaDecodeError(f"{name} must be a number, not {threshold!r}")
         if not 0.0 <= threshold <= 1.0:
-            raise AdaDecodeError(f"confidence_threshold must lie in [0, 1], not {threshold}")
+            raise AdaDecodeError(f"{name} must lie in [0, 1], not {threshold}")
     return [float(threshold) for threshold in values]
+
+
+def _gate_thresholds(value: Any, heads: HeadsConfig) -> list[float] | None:
+    if heads.gate_thresholds is None:
+        if value is not None:
+            raise AdaDecodeError(
+                "gate_threshold is for heads with a gate, which these do not have: drop it"
+            )
+        return None
+    return _thresholds("gate_threshold", value, heads, heads.gate_thresholds)

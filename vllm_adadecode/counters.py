@@ -10,8 +10,12 @@ from typing import Any
 
 @dataclass
 class ExitCounters:
-    """Per exit layer: head checks, drafts they gave, and what verification made of those."""
+    """Per exit layer: gate and head checks, drafts they gave, and what verification made of those.
 
+    Both kinds of checks are counted by rows: one per request whose newest token was looked at.
+    """
+
+    gated: int = 0
     checked: int = 0
     drafted: int = 0
     accepted: int = 0

@@ -94,32 +94,75 @@ class DraftLoop:
             hidden, residual = self._run_span(state, exit_index, rows, offset)
             if not self.policy.uses(exit_index):
                 continue
-            rows_device = torch.from_numpy(rows).to(self._first_pos.device)
-            logits = self.staged.head_logits(exit_index, hidden, residual)
-            token, confidence = top1_confidence(logits)
-            if self.sample is not None:
-                # Drawn from the head's distribution; whether to follow depends on that
-                # distribution alone (see policy.py).
-                token = self.sample(
-                    logits,
-                    self._slots_device[rows_device],
-                    self._first_pos[rows_device] + offset,
-                    offset,
+            # Rows that the gate holds back go deeper, or stop here if this is the last exit.
+            actions = np.full(len(rows), Action.PROMOTE, dtype=np.int8)
+            checked = self._pass_gate(exit_index, hidden, residual)
+            if checked is None:
+                actions[:] = self._check(state, exit_index, rows, offset, hidden, residual)
+            elif checked.size:
+                index = torch.from_numpy(checked).to(hidden.device)
+                actions[checked] = self._check(
+                    state, exit_index, rows[checked], offset, hidden[index], residual[index]
                 )
-            # The one host synchronisation of a head check.
-            actions = self.policy.decide(exit_index, confidence).cpu().numpy()
-            confident = actions == Action.EXTEND
-            counters = self.counters.exits[self.staged.exit_layers[exit_index]]
-            counters.checked += len(rows)
-            counters.drafted += int(confident.sum())
-            if confident.any():
-                chosen = torch.from_numpy(np.flatnonzero(confident)).to(token.device)
-                state.tokens[rows_device[chosen], offset + 1] = token[chosen]
-                state.num_drafts[rows[confident]] += 1
-                state.exits[rows[confident], offset] = exit_index
             rows = rows[actions == Action.PROMOTE]
             if rows.size == 0:
                 return
+
+    def _pass_gate(
+        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> np.ndarray | None:
+        """Indices of the rows whose head is to be evaluated; None for all, without asking."""
+        if not self.policy.uses_gate(exit_index):
+            return None
+        self.counters.exits[self.staged.exit_layers[exit_index]].gated += len(hidden)
+        gate = self.staged.gate_probability(exit_index, hidden, residual)
+        # The one host synchronisation of a gate: the rows for the LM head are picked out, so that
+        # it never reads its weights for a row that it is not worth.
+        return np.flatnonzero(self.policy.passes_gate(exit_index, gate).cpu().numpy())
+
+    def _check(
+        self,
+        state: DraftState,
+        exit_index: int,
+        rows: np.ndarray,
+        offset: int,
+        # [len(rows), hidden_size]
+        hidden: torch.Tensor,
+        # [len(rows), hidden_size]
+        residual: torch.Tensor,
+    ) -> np.ndarray:
+        """Evaluate a head, and give the confident ones of ``rows`` their next draft.
+
+        Returns:
+            int8 ``[len(rows)]`` `Action` per row.
+        """
+        rows_device = torch.from_numpy(rows).to(self._first_pos.device)
+        projection = self.staged.projection
+        logits, other = self.staged.head_logits(exit_index, hidden, residual)
+        column, confidence = top1_confidence(logits, other)
+        if self.sample is None:
+            token = projection.to_token_ids(column)
+        else:
+            # Drawn from the head's distribution; whether to follow depends on that
+            # distribution alone (see policy.py).
+            token = self.sample(
+                projection.over_all_tokens(logits),
+                self._slots_device[rows_device],
+                self._first_pos[rows_device] + offset,
+                offset,
+            )
+        # The one host synchronisation of a head check.
+        actions = self.policy.decide(exit_index, confidence).cpu().numpy()
+        confident = actions == Action.EXTEND
+        counters = self.counters.exits[self.staged.exit_layers[exit_index]]
+        counters.checked += len(rows)
+        counters.drafted += int(confident.sum())
+        if confident.any():
+            chosen = torch.from_numpy(np.flatnonzero(confident)).to(token.device)
+            state.tokens[rows_device[chosen], offset + 1] = token[chosen]
+            state.num_drafts[rows[confident]] += 1
+            state.exits[rows[confident], offset] = exit_index
+        return actions
 
     def _run_span(
         self, state: DraftState, span: int, rows: np.ndarray, offset: int

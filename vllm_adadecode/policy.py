@@ -1,9 +1,9 @@
-"""The draft policy: after a head check, extend, promote or stop.
+"""The draft policy: is a head worth its cost, and after a head check, extend, promote or stop.
 
-Owns that decision and nothing else; the proposer carries it out. A policy may look at confidences
-and at how far the window has come, never at the sampled draft itself: were a draft dropped because
-of *which* token was drawn, the proposal distribution would no longer be the one that rejection
-sampling divides by, and sampling would not be exact.
+Owns these decisions and nothing else; the proposer carries them out. A policy may look at gates,
+confidences and how far the window has come, never at the sampled draft itself: were a draft dropped
+because of *which* token was drawn, the proposal distribution would no longer be the one that
+rejection sampling divides by, and sampling would not be exact.
 """
 
 from collections.abc import Sequence
@@ -36,6 +36,24 @@ class DraftPolicy(Protocol):
         """Whether the head at this exit can be followed; if not, it is passed by unevaluated."""
         ...
 
+    def uses_gate(self, exit_index: int) -> bool:
+        """Whether `passes_gate` is to be asked before the head at this exit is evaluated."""
+        ...
+
+    def passes_gate(
+        self,
+        exit_index: int,
+        # [num_rows] float32
+        gate: torch.Tensor,
+    ) -> torch.Tensor:
+        """Which rows' head is worth evaluating, bool ``[num_rows]``.
+
+        Args:
+            gate: probability that the head will be confident. The other rows are promoted, or
+                stop if this is the last exit.
+        """
+        ...
+
     def decide(
         self,
         exit_index: int,
@@ -52,17 +70,32 @@ class ThresholdPolicy:
     Args:
         thresholds: gamma per exit layer, in [0, 1]. A probability is never above 1, so a
             threshold of 1 turns its exit off.
+        gate_thresholds: per exit layer, in [0, 1]; None for heads without a gate. 0 evaluates
+            every head and leaves the gate out, 1 turns the exit off.
     """
 
-    def __init__(self, thresholds: Sequence[float]) -> None:
+    def __init__(
+        self, thresholds: Sequence[float], gate_thresholds: Sequence[float] | None = None
+    ) -> None:
         self.thresholds = tuple(float(t) for t in thresholds)
+        self.gate_thresholds = (
+            None if gate_thresholds is None else tuple(float(t) for t in gate_thresholds)
+        )
 
     @property
     def num_used_exits(self) -> int:
         return max((i + 1 for i in range(len(self.thresholds)) if self.uses(i)), default=0)
 
     def uses(self, exit_index: int) -> bool:
-        return self.thresholds[exit_index] < 1.0
+        gates = self.gate_thresholds
+        return self.thresholds[exit_index] < 1.0 and (gates is None or gates[exit_index] < 1.0)
+
+    def uses_gate(self, exit_index: int) -> bool:
+        return self.gate_thresholds is not None and self.gate_thresholds[exit_index] > 0.0
+
+    def passes_gate(self, exit_index: int, gate: torch.Tensor) -> torch.Tensor:
+        assert self.gate_thresholds is not None
+        return gate > self.gate_thresholds[exit_index]
 
     def decide(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
         otherwise = Action.STOP if exit_index + 1 >= self.num_used_exits else Action.PROMOTE

@@ -23,9 +23,10 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.draft_loop import DraftLoop, DraftSampler
-from vllm_adadecode.heads import load_configured_heads
+from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
+from vllm_adadecode.lm_head import HeadProjection
 from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy
 from vllm_adadecode.span_runner import SpanRunner, run_span
 from vllm_adadecode.staged import StagedTarget
@@ -44,7 +45,9 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.req_states = req_states
         config = self.speculative_config
-        self.policy: DraftPolicy = ThresholdPolicy(config.confidence_threshold)
+        self.policy: DraftPolicy = ThresholdPolicy(
+            config.confidence_threshold, config.gate_threshold
+        )
         self.deferred = DeferredStates(
             self.max_num_reqs, self.num_speculative_steps + 1, self.hidden_size, self.dtype, device
         )
@@ -62,10 +65,24 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> StagedTarget:
-        heads, transforms = load_configured_heads(self.speculative_config, self.dtype, self.device)
-        return StagedTarget(
-            target_model, heads.exit_layers, transforms, heads.norm, self.vllm_config
+        config, heads = load_configured_heads(self.speculative_config, self.dtype, self.device)
+        projection = HeadProjection(
+            target_model,
+            load_draft_vocab(self.speculative_config.heads_path, config),
+            config.lm_head_quantization,
+            self.vllm_config.model_config.head_dtype,
         )
+        return StagedTarget(target_model, config.exit_layers, heads, projection, self.vllm_config)
+
+    def reload_heads(self) -> None:
+        """Heads and their copy of the LM head again, in place, with the target's new weights.
+
+        A deep sleep gives up their memory as well.
+        """
+        _, heads = load_configured_heads(self.speculative_config, self.dtype, self.device)
+        for ours, stored in zip(self.model.heads, heads.values(), strict=True):
+            ours.load_state_dict(stored.state_dict())
+        self.model.projection.refresh()
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         # The early layers are the target's: to the runner we have no attention layers of our own.
@@ -259,4 +276,9 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             hidden, residual = run_span(
                 self.vllm_config, self.model, exit_index, positions, hidden, residual
             )
-            top1_confidence(self.model.head_logits(exit_index, hidden, residual))
+            if self.policy.uses_gate(exit_index):
+                self.model.gate_probability(exit_index, hidden, residual)
+            logits, other = self.model.head_logits(exit_index, hidden, residual)
+            top1_confidence(logits, other)
+            if self.draft_logits is not None:
+                self.model.projection.over_all_tokens(logits)

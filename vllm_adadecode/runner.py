@@ -174,6 +174,7 @@ class AdaDecodeRunnerMixin(_Base):
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         self.speculator.windows.clear()
         super().reload_weights(*args, **kwargs)
+        self.speculator.reload_heads()
 
     def _log(self) -> None:
         """One line of what the method does, at most every `LOG_INTERVAL_S`, from the first rank."""

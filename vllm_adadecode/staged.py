@@ -2,18 +2,20 @@
 
 Owns how a span of layers, a head and the end of the model are called. The target's modules are
 used as they are and stay registered with the target alone; nothing here holds weights except the
-heads' transforms.
+heads and, where they read a copy of the LM head, `lm_head.py`.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import islice, pairwise
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads import EarlyHead
+from vllm_adadecode.lm_head import HeadProjection
 from vllm_adadecode.span_module import make_span
 
 # Architectures whose decoder layers are `layer(positions, hidden, residual)` between
@@ -46,9 +48,8 @@ class StagedTarget(nn.Module):
     Args:
         target: the loaded vLLM model (``...ForCausalLM``).
         exit_layers: strictly increasing; exit layer ``e`` sits after ``e`` decoder layers.
-        transforms: the heads' transforms by exit layer (paper, section "Light LM heads").
-        norm: where a head applies the target's final norm: "before" the transform, "after" it,
-            or "none".
+        heads: by exit layer (paper, section "Light LM heads").
+        projection: the LM head as the heads read it.
         vllm_config: the engine's; says whether and how spans are compiled.
     """
 
@@ -56,8 +57,8 @@ class StagedTarget(nn.Module):
         self,
         target: nn.Module,
         exit_layers: Sequence[int],
-        transforms: Mapping[int, nn.Module],
-        norm: str,
+        heads: Mapping[int, EarlyHead],
+        projection: HeadProjection,
         vllm_config: VllmConfig,
     ) -> None:
         super().__init__()
@@ -70,8 +71,8 @@ class StagedTarget(nn.Module):
         self.__dict__["inner"] = inner
         self.num_layers = num_layers
         self.exit_layers = tuple(exit_layers)
-        self.transforms = nn.ModuleList(transforms[e] for e in exit_layers)
-        self.norm_placement = norm
+        self.heads = nn.ModuleList(heads[e] for e in exit_layers)
+        self.projection = projection
         # Span s runs layers [spans[s][0], spans[s][1]).
         self.spans = tuple(pairwise((0, *self.exit_layers, num_layers)))
         self.span_modules = nn.ModuleList(
@@ -142,18 +143,35 @@ class StagedTarget(nn.Module):
         hidden: torch.Tensor,
         # [num_tokens, hidden_size]
         residual: torch.Tensor,
-    ) -> torch.Tensor:
-        """Logits of the head at an exit, ``E* . T . h`` (``[num_tokens, vocab_size]``).
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the head at an exit, ``E* . T . h``.
 
         The inputs are left as they are: they go on to the next span.
+
+        Returns:
+            ``logits`` ``[num_tokens, vocab]`` over all tokens or the draft vocabulary (see
+            `HeadProjection`), and with the latter ``other`` float32 ``[num_tokens]``, the logit of
+            all tokens outside it.
         """
-        x = hidden + residual
-        transform, norm = self.transforms[exit_index], self.inner.norm
-        if self.norm_placement == "before":
-            x = transform(norm(x))
-        else:
-            x = transform(x)
-            if self.norm_placement == "after":
-                x = norm(x)
-        logits: Any = self.target.compute_logits(x)
-        return logits
+        head = self._head(exit_index)
+        x = head.features(hidden + residual, self.inner.norm)
+        return self.projection.logits(x), head.other_logit(x)
+
+    def gate_probability(
+        self,
+        exit_index: int,
+        # [num_tokens, hidden_size]
+        hidden: torch.Tensor,
+        # [num_tokens, hidden_size]
+        residual: torch.Tensor,
+    ) -> torch.Tensor:
+        """Probability that the head at an exit will be confident, float32 ``[num_tokens]``.
+
+        Reads a vector, not the LM head. The inputs are left as they are.
+        """
+        logit = self._head(exit_index).gate_logit(hidden + residual)
+        assert logit is not None, "the policy asks for a gate that the heads do not have"
+        return logit.sigmoid()
+
+    def _head(self, exit_index: int) -> EarlyHead:
+        return cast(EarlyHead, self.heads[exit_index])

@@ -36,11 +36,12 @@ def make_head(
     rng: torch.Generator, vocab_size: int, hidden_size: int, dtype: torch.dtype, **extra: Any
 ) -> Any:
     """An LM head whose softmax is neither flat nor a single token."""
-    from vllm_adadecode.kernels.head_weight import HeadWeight, quantize_rows
+    from vllm_adadecode.kernels.head_weight import HeadWeight
+    from vllm_adadecode.lm_head import quantize_rows
 
     weight = floats(rng, vocab_size, hidden_size, scale=2.0 * hidden_size**-0.5)
     if dtype in (torch.int8, torch.float8_e4m3fn):
-        quantized, scale = quantize_rows(weight, dtype)
+        quantized, scale = quantize_rows(weight, "int8" if dtype == torch.int8 else "fp8")
         return HeadWeight(quantized, scale, **extra)
     return HeadWeight(weight.to(dtype), **extra)
 

@@ -173,13 +173,15 @@ def _check_weights(report: Report) -> Check:
     import torch
 
     from vllm_adadecode.cli.checks import Check
-    from vllm_adadecode.heads import load_heads
+    from vllm_adadecode.heads import load_draft_vocab, load_heads
+    from vllm_adadecode.heads.tensors import tensor_shapes
 
     try:
         load_heads(report.heads, report.config, torch.float32, "cpu")
+        load_draft_vocab(report.heads, report.config)
     except AdaDecodeError as error:
         return Check("weights", False, str(error))
-    needed = report.config.transform != "identity"
+    needed = bool(tensor_shapes(report.config))
     return Check("weights", True, "complete and finite" if needed else "none needed")
 
 
@@ -200,6 +202,10 @@ def _as_json(report: Report) -> dict[str, Any]:
         "transform": config.transform,
         "rank": config.rank,
         "norm": config.norm,
+        "gate": config.gate,
+        "gate_threshold": list(config.gate_thresholds) if config.gate_thresholds else None,
+        "draft_vocab_size": config.draft_vocab_size,
+        "lm_head_quantization": config.lm_head_quantization,
         "num_parameters": config.num_parameters,
         "share_of_target": report.share,
         "provenance": config.provenance,
@@ -218,11 +224,16 @@ def _print(report: Report) -> None:
         ("heads", str(report.heads) if report.heads else "none: training-free logit lens"),
         ("target", report.target.name if report.target else "unknown"),
         ("exit layers", f"{_numbers(config.exit_layers)} of {config.target.num_hidden_layers}"),
-        ("thresholds", _thresholds(config)),
+        ("thresholds", _thresholds(config.thresholds)),
+        ("gate", f"above {_thresholds(config.gate_thresholds)}" if config.gate_thresholds else ""),
         ("K", f"{config.num_speculative_tokens} early predictions at most"),
         ("transform", _transform(config)),
+        ("draft vocabulary", _draft_vocab(config)),
+        ("LM head copy", _lm_head(config)),
         ("parameters", _parameters(report)),
     ]
+    # A line for what these heads have.
+    pairs = [pair for pair in pairs if pair[1]]
     pairs += [(f"  {key}", _plain(value)) for key, value in config.provenance.items()]
     if config.provenance:
         pairs.insert(len(pairs) - len(config.provenance), ("provenance", ""))
@@ -238,9 +249,18 @@ def _numbers(values: Any) -> str:
     return ", ".join(map(str, values))
 
 
-def _thresholds(config: HeadsConfig) -> str:
-    distinct = dict.fromkeys(config.thresholds)
-    return f"{next(iter(distinct)):g}" if len(distinct) == 1 else _numbers(config.thresholds)
+def _thresholds(values: tuple[float, ...]) -> str:
+    distinct = dict.fromkeys(values)
+    return f"{next(iter(distinct)):g}" if len(distinct) == 1 else _numbers(values)
+
+
+def _draft_vocab(config: HeadsConfig) -> str:
+    size, whole = config.draft_vocab_size, config.target.vocab_size
+    return f"{size:,} of {whole:,} tokens" if size else ""
+
+
+def _lm_head(config: HeadsConfig) -> str:
+    return f"{config.lm_head_quantization}, a scale per row" if config.lm_head_quantization else ""
 
 
 def _transform(config: HeadsConfig) -> str:
@@ -248,6 +268,7 @@ def _transform(config: HeadsConfig) -> str:
         "identity": "identity",
         "full": "full matrix",
         "low_rank": f"identity + rank {config.rank}",
+        "adapter": f"adapter, {config.rank} wide",
     }[config.transform]
     norm = {"before": "before it", "after": "after it", "none": "not applied"}[config.norm]
     return f"{kind}, final norm {norm}"

@@ -6,24 +6,29 @@ Nothing here knows the engine: applying the target's norm and LM head is `vllm_a
 from vllm_adadecode.heads.checkpoint import (
     check_weights,
     load_configured_heads,
+    load_draft_vocab,
     load_heads,
     save_heads,
 )
 from vllm_adadecode.heads.config import HeadsConfig
 from vllm_adadecode.heads.fingerprint import target_fingerprint
+from vllm_adadecode.heads.head import EarlyHead, head_tensors, make_heads
 from vllm_adadecode.heads.resolve import check_fits, find_heads, find_mismatches
-from vllm_adadecode.heads.transform import Transform, make_transforms
+from vllm_adadecode.heads.transform import Transform
 
 __all__ = [
+    "EarlyHead",
     "HeadsConfig",
     "Transform",
     "check_fits",
     "check_weights",
     "find_heads",
     "find_mismatches",
+    "head_tensors",
     "load_configured_heads",
+    "load_draft_vocab",
     "load_heads",
-    "make_transforms",
+    "make_heads",
     "save_heads",
     "target_fingerprint",
 ]

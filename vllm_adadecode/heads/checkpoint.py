@@ -6,9 +6,7 @@ be wrong ends in one line that says which file, what is wrong with it and what t
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.config import ALGORITHM, CONFIG_NAME, HeadsConfig, write_temporary
-from vllm_adadecode.heads.transform import Transform, make_transforms, tensor_name, tensor_shapes
-
-WEIGHTS_NAME = "model.safetensors"
+from vllm_adadecode.heads.config import ALGORITHM, HeadsConfig
+from vllm_adadecode.heads.files import CONFIG_NAME, WEIGHTS_NAME, replace_together
+from vllm_adadecode.heads.head import EarlyHead, make_heads
+from vllm_adadecode.heads.tensors import (
+    DRAFT_VOCAB,
+    check_names,
+    check_shape,
+    check_tensor,
+    tensor_name,
+    tensor_shapes,
+)
 
 
 def save_heads(
     directory: str | Path, config: HeadsConfig, tensors: Mapping[str, torch.Tensor]
 ) -> Path:
-    """Write a heads checkpoint: ``config.json`` and, unless T is the identity, the weights.
+    """Write a heads checkpoint: ``config.json`` and, if the heads have any, the weights.
 
     Both files are complete on disk before either takes its place; if anything fails, what was in
     the folder stays. Other files in the folder are not touched.
@@ -35,8 +40,12 @@ def save_heads(
     Args:
         directory: the heads folder; made if absent.
         config: says which tensors there must be.
-        tensors: ``exit_{e}.weight`` ``[d, d]`` for full transforms, ``exit_{e}.down`` ``[r, d]``
-            and ``exit_{e}.up`` ``[d, r]`` for low rank; floating point, on any device.
+        tensors: on any device. Floating point: ``exit_{e}.weight`` ``[d, d]`` for full transforms,
+            ``exit_{e}.down`` ``[r, d]`` and ``exit_{e}.up`` ``[d, r]`` for low rank and adapter,
+            ``exit_{e}.gate_weight`` ``[d]`` and ``exit_{e}.gate_bias`` ``[1]`` for gates,
+            ``exit_{e}.other_weight`` ``[d]`` and ``exit_{e}.other_bias`` ``[1]`` beside a draft
+            vocabulary; that itself is ``draft_vocab``, int64 ``[draft_vocab_size]``, strictly
+            increasing token ids. `head_tensors` gives all but the last.
 
     Returns:
         The folder.
@@ -49,9 +58,9 @@ def save_heads(
     folder = Path(directory)
     _refuse_other_content(folder)
     source = f"heads to be saved in {folder}"
-    _check_names(source, tensors.keys(), config)
+    check_names(source, tensors.keys(), config)
     for name, shape in tensor_shapes(config).items():
-        _check_tensor(source, name, tensors[name], shape)
+        check_tensor(source, name, tensors[name], shape, config.target.vocab_size)
     contents = {CONFIG_NAME: config.to_json().encode()}
     if tensors:
         contents[WEIGHTS_NAME] = to_safetensors(
@@ -59,7 +68,7 @@ def save_heads(
             metadata={"format": "pt", "heads": _weights_key(config)},
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_together(folder, contents)
+    replace_together(folder, contents)
     return folder
 
 
@@ -68,70 +77,97 @@ def load_heads(
     config: HeadsConfig,
     dtype: torch.dtype,
     device: torch.device | str,
-) -> dict[int, Transform]:
-    """Load the transforms of ``config``'s exit layers, which may be a part of the checkpoint's.
+) -> dict[int, EarlyHead]:
+    """Load the heads of ``config``'s exit layers, which may be a part of the checkpoint's.
 
     Args:
         directory: the heads folder; may be None for training-free heads.
         config: that of the folder, or a `HeadsConfig.select` of it.
-        dtype: of the returned weights (the engine's); the file's may differ.
+        dtype: of the transforms (the engine's); the file's may differ. Gates and "other" logits
+            are float32.
         device: of the returned weights.
 
     Returns:
-        Transform by exit layer, frozen, in the order of ``config.exit_layers``.
+        Head by exit layer, frozen, in the order of ``config.exit_layers``.
 
     Raises:
         AdaDecodeError: the file is missing, damaged or no safetensors file, holds other tensors
             or shapes than its config says, or values that are not finite (in ``dtype``).
     """
-    transforms = make_transforms(config, dtype, device)
-    for transform in transforms.values():
-        transform.requires_grad_(False)
-    if directory is None:
-        if config.transform != "identity":
-            raise AdaDecodeError(f"heads with transform {config.transform} need their folder")
-        return transforms
-    folder = Path(directory)
-    stored = HeadsConfig.load(folder)
-    _check_selection(folder, stored, config)
-    file = _weights_file(folder, stored)
+    heads = make_heads(config, dtype, device)
+    for head in heads.values():
+        head.requires_grad_(False)
+    stored = _stored_config(directory, config)
+    if directory is None or stored is None:
+        return heads
+    file = _weights_file(Path(directory), stored)
     if file is None:
-        return transforms
-    shapes = tensor_shapes(config)
+        return heads
+    shapes, vocab_size = tensor_shapes(config), config.target.vocab_size
     with _open_weights(file, stored) as weights:
-        for exit_layer, transform in transforms.items():
-            for parameter, value in transform.named_parameters():
+        for exit_layer, head in heads.items():
+            for parameter, value in head.checkpoint_parameters().items():
                 name = tensor_name(exit_layer, parameter)
                 tensor = weights.get_tensor(name)
-                _check_tensor(str(file), name, tensor, shapes[name])
-                value.data.copy_(_to_dtype(str(file), name, tensor, dtype))
-    return transforms
+                check_tensor(str(file), name, tensor, shapes[name], vocab_size)
+                value.data.copy_(_to_dtype(str(file), name, tensor, value.dtype))
+    return heads
+
+
+def load_draft_vocab(directory: str | Path | None, config: HeadsConfig) -> torch.Tensor | None:
+    """Load the token ids that the heads can predict.
+
+    Args:
+        directory: the heads folder; may be None for training-free heads.
+        config: that of the folder, or a `HeadsConfig.select` of it.
+
+    Returns:
+        int64 ``[draft_vocab_size]`` on the CPU, strictly increasing; None without a draft
+        vocabulary: the heads predict all of the target's tokens.
+
+    Raises:
+        AdaDecodeError: the file is missing or damaged, or the ids are out of order or range.
+    """
+    if config.draft_vocab_size is None:
+        return None
+    stored = _stored_config(directory, config)
+    assert directory is not None
+    assert stored is not None
+    file = _weights_file(Path(directory), stored)
+    assert file is not None
+    with _open_weights(file, stored) as weights:
+        ids: torch.Tensor = weights.get_tensor(DRAFT_VOCAB)
+    shape = tensor_shapes(config)[DRAFT_VOCAB]
+    check_tensor(str(file), DRAFT_VOCAB, ids, shape, config.target.vocab_size)
+    return ids
 
 
 def check_weights(directory: str | Path, config: HeadsConfig) -> None:
     """Refuse a weights file that does not fit its config, from the file's header alone.
 
-    What only the values can show (NaN, overflow) is left to `load_heads`.
+    What only the values can show (NaN, overflow) is left to `load_heads`; a draft vocabulary,
+    which is small, is read.
 
     Args:
         directory: the heads folder.
         config: that of the folder.
 
     Raises:
-        AdaDecodeError: the file is missing, damaged or no safetensors file, or holds other tensors
-            or shapes than its config says.
+        AdaDecodeError: the file is missing, damaged or no safetensors file, holds other tensors
+            or shapes than its config says, or a draft vocabulary that can't be right.
     """
     file = _weights_file(Path(directory), config)
     if file is None:
         return
     with _open_weights(file, config) as weights:
         for name, shape in tensor_shapes(config).items():
-            _check_shape(str(file), name, weights.get_slice(name).get_shape(), shape)
+            check_shape(str(file), name, weights.get_slice(name).get_shape(), shape)
+    load_draft_vocab(directory, config)
 
 
 def load_configured_heads(
     speculative_config: Any, dtype: torch.dtype, device: torch.device | str
-) -> tuple[HeadsConfig, dict[int, Transform]]:
+) -> tuple[HeadsConfig, dict[int, EarlyHead]]:
     """The heads that an engine's resolved speculative configuration names, restricted to its exits.
 
     Args:
@@ -162,7 +198,7 @@ def _weights_file(folder: Path, stored: HeadsConfig) -> Path | None:
     file = folder / WEIGHTS_NAME
     if file.is_file():
         return file
-    if stored.transform == "identity":
+    if not tensor_shapes(stored):
         return None
     hint = "copy the whole folder"
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
@@ -175,7 +211,7 @@ def _open_weights(file: Path, stored: HeadsConfig) -> Iterator[Any]:
     """The opened file, which has the tensors that ``stored`` says."""
     try:
         with safe_open(file, framework="pt") as weights:
-            _check_names(str(file), weights.keys(), stored)
+            check_names(str(file), weights.keys(), stored)
             key = (weights.metadata() or {}).get("heads")
             if key is not None and key != _weights_key(stored):
                 raise AdaDecodeError(
@@ -192,33 +228,16 @@ def _open_weights(file: Path, stored: HeadsConfig) -> Iterator[Any]:
 # --- checks ------------------------------------------------------------------------------------
 
 
-def _check_names(source: str, names: Collection[str], config: HeadsConfig) -> None:
-    expected = tensor_shapes(config).keys()
-    missing = sorted(expected - set(names))
-    extra = sorted(set(names) - expected)
-    if missing or extra:
-        parts = [f"lacks {', '.join(missing)}"] if missing else []
-        parts += [f"has the unexpected {', '.join(extra)}"] if extra else []
-        raise AdaDecodeError(
-            f"{source}: {' and '.join(parts)}; exit_layers and transform in {CONFIG_NAME} say "
-            "which tensors there must be: use the files of one checkpoint"
-        )
-
-
-def _check_tensor(source: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    _check_shape(source, name, tensor.shape, shape)
-    if not tensor.is_floating_point():
-        raise AdaDecodeError(f"{source}: {name} is {tensor.dtype}, not floating point: train again")
-    if not torch.isfinite(tensor.float()).all():
-        raise AdaDecodeError(f"{source}: {name} has NaN or infinite values: train the heads again")
-
-
-def _check_shape(source: str, name: str, found: Sequence[int], shape: tuple[int, ...]) -> None:
-    if tuple(found) != shape:
-        raise AdaDecodeError(
-            f"{source}: {name} has shape {list(found)}, {CONFIG_NAME} says {list(shape)}: "
-            "use the files of one checkpoint"
-        )
+def _stored_config(directory: str | Path | None, config: HeadsConfig) -> HeadsConfig | None:
+    """The folder's own config, of which ``config`` is a part; None for training-free heads."""
+    if directory is None:
+        if tensor_shapes(config):
+            raise AdaDecodeError(f"heads with transform {config.transform} need their folder")
+        return None
+    folder = Path(directory)
+    stored = HeadsConfig.load(folder)
+    _check_selection(folder, stored, config)
+    return stored
 
 
 def _to_dtype(source: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -246,6 +265,11 @@ def _weights_key(config: HeadsConfig) -> str:
     fields = config.model_dump(
         mode="json", include={"exit_layers", "transform", "rank", "norm", "target"}
     )
+    # Named only where they are used: checkpoints from before they existed keep their digest.
+    if config.gate:
+        fields["gate"] = True
+    if config.draft_vocab_size is not None:
+        fields["draft_vocab_size"] = config.draft_vocab_size
     # The fingerprint may be cleared by hand, to use the heads with a fine-tuned target.
     del fields["target"]["fingerprint"]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -264,41 +288,3 @@ def _refuse_other_content(folder: Path) -> None:
     elif not (folder / WEIGHTS_NAME).exists():
         return
     raise AdaDecodeError(f"{folder} holds another model: save the heads in a folder of their own")
-
-
-def _replace_together(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Put new files in place of old ones; on failure put the old ones back.
-
-    The weights go first: a folder without config.json holds no heads yet.
-    """
-    temporaries: dict[str, Path] = {}
-    weights, backup = folder / WEIGHTS_NAME, folder / f".{WEIGHTS_NAME}.old"
-    try:
-        for name, content in contents.items():
-            temporaries[name] = write_temporary(folder, name, content)
-        backup.unlink(missing_ok=True)
-        if weights.exists():
-            _second_name(weights, backup)
-        try:
-            if WEIGHTS_NAME in temporaries:
-                os.replace(temporaries[WEIGHTS_NAME], weights)
-            os.replace(temporaries[CONFIG_NAME], folder / CONFIG_NAME)
-            if WEIGHTS_NAME not in temporaries:
-                weights.unlink(missing_ok=True)
-        except BaseException:
-            if backup.exists():
-                os.replace(backup, weights)
-            else:
-                weights.unlink(missing_ok=True)
-            raise
-    finally:
-        for leftover in (*temporaries.values(), backup):
-            leftover.unlink(missing_ok=True)
-
-
-def _second_name(file: Path, name: Path) -> None:
-    try:
-        os.link(file, name)
-    except OSError:
-        # Not every file system has hard links.
-        shutil.copy2(file, name)

@@ -6,88 +6,49 @@ training-free heads. Weights are `checkpoint.py`'s, the match with a target is `
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, StrictBool, ValidationError, field_validator, model_validator
 
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads.files import CONFIG_NAME, read_json, write_temporary
+from vllm_adadecode.heads.sections import (
+    MAX_SPECULATIVE_TOKENS,
+    Count,
+    Section,
+    SpeculatorsSection,
+    TargetShape,
+    one_line,
+)
 
-CONFIG_NAME = "config.json"
 ALGORITHM = "adadecode"
 # Version of the *speculators* layout that the file follows; not a version of our own fields.
 SPECULATORS_VERSION = "0.3.0"
-# vLLM's rejection sampler takes no longer proposals.
-MAX_SPECULATIVE_TOKENS = 128
-DEFAULT_SPECULATIVE_TOKENS = 5
 DEFAULT_THRESHOLD = 0.75
+DEFAULT_GATE_THRESHOLD = 0.5
 
-# Strict: JSON's true is no number and 4.0 no count.
-Count = Annotated[int, Field(gt=0, strict=True)]
-
-
-class _Section(BaseModel):
-    # A misspelt key must not pass for an absent one.
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TargetShape(_Section):
-    """What of the target the heads depend on."""
-
-    hidden_size: Count = Field(description="Width d of the hidden states that the heads read.")
-    vocab_size: Count = Field(description="Entries of the target's LM head, as its config says.")
-    num_hidden_layers: Count = Field(description="Decoder layers of the target.")
-    fingerprint: str | None = Field(
-        default=None,
-        pattern=r"^sha256:[0-9a-f]{64}$",
-        description="`target_fingerprint` of the target the heads were trained on; None: any "
-        "target of this shape is accepted.",
-    )
+Norm = Literal["before", "after", "none"]
+TransformKind = Literal["identity", "full", "low_rank", "adapter"]
+Quantization = Literal["fp8", "int8"]
+# Transforms with a rank.
+RANKED = ("low_rank", "adapter")
 
 
-class Proposal(_Section):
-    """One way to propose tokens. vLLM reads the first of the list."""
-
-    proposal_type: Literal["greedy"] = "greedy"
-    speculative_tokens: int = Field(
-        default=DEFAULT_SPECULATIVE_TOKENS,
-        ge=1,
-        le=MAX_SPECULATIVE_TOKENS,
-        strict=True,
-        description="K: most early predictions in flight for a request.",
-    )
-
-
-class Verifier(_Section):
-    """The target, by name."""
-
-    name_or_path: str = Field(
-        min_length=1,
-        description='Hub id or folder of the target. ".", ".." and paths that start with "./" or '
-        '"../" are relative to the heads folder.',
-    )
-    architectures: tuple[str, ...] = Field(
-        default=(), description="The target's architectures, for readers; nothing depends on it."
-    )
-
-
-class SpeculatorsSection(_Section):
-    """The part of the file that vLLM's *speculators* support reads."""
-
-    algorithm: Literal["adadecode"] = "adadecode"
-    default_proposal_method: Literal["greedy"] = "greedy"
-    proposal_methods: tuple[Proposal, ...] = Field(default=(Proposal(),), min_length=1)
-    verifier: Verifier
-
-
-class HeadsConfig(_Section):
+class HeadsConfig(Section):
     """The heads of one target: where they sit, when they are trusted, how they are computed.
 
     Logits of the head at exit layer e, from the hidden state h after e layers (residual added):
     ``E* . T . norm(h)``, ``E* . norm(T . h)`` or ``E* . T . h``, with the target's own final norm
-    and LM head E*, as `norm` says.
+    and LM head E*, as `norm` says. The confidence is the largest softmax probability (paper,
+    section "Confidence"). Three optional parts make a head check cheaper; verification, and so the
+    output, is the same with and without them:
+
+    - a gate, one vector per exit, tells before the head runs whether it will be confident;
+    - a draft vocabulary leaves rows of E* out, with a logit per exit for all that is left out:
+      ``p = exp(max - logaddexp(logsumexp(draft logits), other logit))``;
+    - a quantised copy of (the kept rows of) E* is read instead of E* itself.
 
     Raises:
         AdaDecodeError: a field is missing, unknown or out of its range, or two contradict.
@@ -105,13 +66,35 @@ class HeadsConfig(_Section):
         description="Predict early where the largest probability is above it; one for all exits "
         "or one per exit. 1 turns an exit off.",
     )
-    transform: Literal["identity", "full", "low_rank"] = Field(
-        description="T of each head: identity (no weights), a full d x d matrix, or I + up . down "
-        "of rank `rank`."
+    transform: TransformKind = Field(
+        description="T of each head: identity (no weights), a full d x d matrix, I + up . down of "
+        "rank `rank`, or the adapter h + up . silu(down . h), `rank` wide inside."
     )
-    rank: Count | None = Field(default=None, description="Rank r of `low_rank`, else None.")
-    norm: Literal["before", "after", "none"] = Field(
+    rank: Count | None = Field(
+        default=None, description="Rank r of `low_rank` and `adapter`, else None."
+    )
+    norm: Norm = Field(
         description="Where the target's final norm is applied: before T, after T, or not at all."
+    )
+    gate: StrictBool = Field(
+        default=False,
+        description="Whether there is a gate, gate(h) = sigmoid(w . rmsnorm(h) + b) in float32: "
+        "the probability that the head will be confident.",
+    )
+    gate_threshold: float | tuple[float, ...] = Field(
+        default=DEFAULT_GATE_THRESHOLD,
+        description="The head runs only where the gate is above it; one for all exits or one per "
+        "exit. 0 lets every head run (the gate is not computed), 1 turns an exit off.",
+    )
+    draft_vocab_size: Count | None = Field(
+        default=None,
+        description="Tokens that the heads can predict, listed in the tensor `draft_vocab`; None: "
+        "all of the target's.",
+    )
+    lm_head_quantization: Quantization | None = Field(
+        default=None,
+        description="The heads read a copy of the LM head quantised per row, which the engine "
+        "makes when it loads; None: the target's own.",
     )
     target: TargetShape
     speculators_config: SpeculatorsSection
@@ -140,7 +123,7 @@ class HeadsConfig(_Section):
             raise ValueError(f"must be strictly increasing, not {list(exits)}")
         return exits
 
-    @field_validator("confidence_threshold", mode="before")
+    @field_validator("confidence_threshold", "gate_threshold", mode="before")
     @classmethod
     def _check_threshold(cls, value: Any) -> float | tuple[float, ...]:
         values = tuple(value) if isinstance(value, list | tuple) else (value,)
@@ -157,21 +140,30 @@ class HeadsConfig(_Section):
                 f"{self.target.num_hidden_layers} layers, the last exit can sit after "
                 f"{self.target.num_hidden_layers - 1}"
             )
-        thresholds = self.confidence_threshold
-        if isinstance(thresholds, tuple) and len(thresholds) != len(exits):
-            raise ValueError(
-                f"confidence_threshold has {len(thresholds)} values for {len(exits)} exit layers: "
-                "give one number, or one per exit layer"
-            )
-        if self.transform == "low_rank":
+        for name in ("confidence_threshold", "gate_threshold"):
+            thresholds = getattr(self, name)
+            if isinstance(thresholds, tuple) and len(thresholds) != len(exits):
+                raise ValueError(
+                    f"{name} has {len(thresholds)} values for {len(exits)} exit layers: "
+                    "give one number, or one per exit layer"
+                )
+        if self.transform in RANKED:
             if self.rank is None:
-                raise ValueError("transform low_rank needs a rank")
+                raise ValueError(f"transform {self.transform} needs a rank")
             if self.rank >= self.target.hidden_size:
                 raise ValueError(
                     f"rank {self.rank} must be below the hidden size {self.target.hidden_size}"
                 )
         elif self.rank is not None:
-            raise ValueError(f"rank is for transform low_rank, not for {self.transform}")
+            raise ValueError(
+                f"rank is for transform {' and '.join(RANKED)}, not for {self.transform}"
+            )
+        if not self.gate and self.gate_threshold != DEFAULT_GATE_THRESHOLD:
+            raise ValueError("gate_threshold is for heads with a gate: set gate, or leave it out")
+        if (size := self.draft_vocab_size) is not None and size > self.target.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size {size} is more than the target's {self.target.vocab_size} tokens"
+            )
         return self
 
     # --- what the engine asks -------------------------------------------------------------------
@@ -179,9 +171,15 @@ class HeadsConfig(_Section):
     @property
     def thresholds(self) -> tuple[float, ...]:
         """Confidence threshold per exit layer."""
-        if isinstance(self.confidence_threshold, tuple):
-            return self.confidence_threshold
-        return (self.confidence_threshold,) * len(self.exit_layers)
+        return self._per_exit(self.confidence_threshold)
+
+    @property
+    def gate_thresholds(self) -> tuple[float, ...] | None:
+        """Gate threshold per exit layer; None without a gate."""
+        return self._per_exit(self.gate_threshold) if self.gate else None
+
+    def _per_exit(self, value: float | tuple[float, ...]) -> tuple[float, ...]:
+        return value if isinstance(value, tuple) else (value,) * len(self.exit_layers)
 
     @property
     def num_speculative_tokens(self) -> int:
@@ -195,10 +193,14 @@ class HeadsConfig(_Section):
 
     @property
     def num_parameters(self) -> int:
-        """Weights of all heads together (the shared norm and LM head are the target's)."""
+        """Weights of all heads together, gates and "other" logits included.
+
+        The shared norm and LM head, and copies of its rows, are the target's.
+        """
         d = self.target.hidden_size
-        per_exit = {"identity": 0, "full": d * d, "low_rank": 2 * d * (self.rank or 0)}
-        return per_exit[self.transform] * len(self.exit_layers)
+        per_exit = d * d if self.transform == "full" else 2 * d * (self.rank or 0)
+        per_exit += (d + 1) * (self.gate + (self.draft_vocab_size is not None))
+        return per_exit * len(self.exit_layers)
 
     def select(self, exit_layers: Iterable[int]) -> "HeadsConfig":
         """The same heads, restricted to some of their exits (given in increasing order).
@@ -215,9 +217,10 @@ class HeadsConfig(_Section):
             )
         data = self.model_dump()
         data["exit_layers"] = wanted
-        if isinstance(self.confidence_threshold, tuple):
-            by_exit = dict(zip(self.exit_layers, self.confidence_threshold, strict=True))
-            data["confidence_threshold"] = [by_exit[e] for e in wanted]
+        for name in ("confidence_threshold", "gate_threshold"):
+            if isinstance(values := getattr(self, name), tuple):
+                by_exit = dict(zip(self.exit_layers, values, strict=True))
+                data[name] = [by_exit[e] for e in wanted]
         return HeadsConfig(**data)
 
     # --- making one -----------------------------------------------------------------------------
@@ -307,59 +310,3 @@ def default_exit_layers(num_hidden_layers: int) -> tuple[int, ...]:
             f"a model of {num_hidden_layers} layers has no intermediate layer to put a head after"
         )
     return tuple(sorted({max(1, num_hidden_layers * i // 4) for i in (1, 2, 3)}))
-
-
-def read_json(file: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        AdaDecodeError: it can't be read or is no JSON.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdaDecodeError(f"{file} does not exist: give the folder that holds it") from None
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise AdaDecodeError(f"{file} can't be read as JSON ({reason}): copy it again") from None
-
-
-def write_temporary(folder: Path, name: str, content: bytes) -> Path:
-    """Write ``content`` beside its future place, flushed to disk; the caller renames it."""
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes files private; a checkpoint is read by servers under other accounts.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return Path(temporary)
-
-
-def one_line(error: ValidationError) -> str:
-    """Every complaint of pydantic's, in one line, without its links."""
-    parts = []
-    entries = error.errors()
-    for entry in entries:
-        if entry["type"] == "too_short" and len(entries) > 1:
-            continue  # follows from a complaint about an item
-        path = ".".join(map(str, entry["loc"]))
-        if entry["type"] == "value_error":
-            message = str(entry["ctx"]["error"])
-        elif entry["type"] == "missing":
-            message = "is missing"
-        elif entry["type"] == "extra_forbidden":
-            message = "is an unknown key (misspelt, or of a newer version?)"
-        elif entry["type"] == "too_short":
-            message = "is empty"
-        else:
-            path = f"{path}:"
-            message = f"{entry['msg'][0].lower()}{entry['msg'][1:]}, not {entry['input']!r}"
-        parts.append(f"{path} {message}" if path else message)
-    return "; ".join(parts)

@@ -13,8 +13,8 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.checkpoint import WEIGHTS_NAME
-from vllm_adadecode.heads.config import ALGORITHM, CONFIG_NAME, HeadsConfig
+from vllm_adadecode.heads.config import ALGORITHM, HeadsConfig
+from vllm_adadecode.heads.files import CONFIG_NAME, WEIGHTS_NAME
 from vllm_adadecode.heads.fingerprint import target_fingerprint
 
 # Heads published inside their target's own repository.

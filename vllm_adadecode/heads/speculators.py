@@ -26,7 +26,17 @@ def register() -> None:
 def update_adadecode(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
     """What vLLM's `SpeculatorsConfig` of a heads folder holds besides its type."""
     pre_trained_config["architectures"] = config_dict.get("architectures", ["AdaDecodeHeads"])
-    for key in ("exit_layers", "confidence_threshold", "transform", "rank", "norm"):
+    for key in (
+        "exit_layers",
+        "confidence_threshold",
+        "transform",
+        "rank",
+        "norm",
+        "gate",
+        "gate_threshold",
+        "draft_vocab_size",
+        "lm_head_quantization",
+    ):
         pre_trained_config[key] = config_dict.get(key)
 
 

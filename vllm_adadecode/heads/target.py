@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.config import CONFIG_NAME, read_json
+from vllm_adadecode.heads.files import CONFIG_NAME, read_json
 from vllm_adadecode.heads.fingerprint import tensor_files
 
 

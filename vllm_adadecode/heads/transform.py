@@ -1,9 +1,7 @@
-"""The transform T of a head, and the names and shapes of its weights.
+"""The transform T of a head.
 
-Owns the maths of T alone; the norm and the LM head around it are applied by the engine.
+Owns the maths of T alone; the norm, gate and "other" logit around it are `head.py`'s.
 """
-
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -53,47 +51,23 @@ class LowRankTransform(Transform):
         return hidden + functional.linear(functional.linear(hidden, self.down), self.up)
 
 
-def make_transforms(
+class AdapterTransform(LowRankTransform):
+    """T(h) = h + up . silu(down . h), with weights as `LowRankTransform` has them."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        inner = functional.silu(functional.linear(hidden, self.down))
+        return hidden + functional.linear(inner, self.up)
+
+
+def make_transform(
     config: HeadsConfig, dtype: torch.dtype, device: torch.device | str
-) -> dict[int, Transform]:
-    """A new transform per exit layer, as the config says; trainable."""
+) -> Transform:
+    """A new transform as the config says; trainable."""
     d = config.target.hidden_size
-    transforms: dict[int, Transform] = {}
-    for exit_layer in config.exit_layers:
-        if config.transform == "full":
-            transforms[exit_layer] = FullTransform(d, dtype, device)
-        elif config.transform == "low_rank":
-            assert config.rank is not None
-            transforms[exit_layer] = LowRankTransform(d, config.rank, dtype, device)
-        else:
-            transforms[exit_layer] = Transform()
-    return transforms
-
-
-def tensor_name(exit_layer: int, parameter: str) -> str:
-    """Name in the checkpoint of one parameter of the head at ``exit_layer``."""
-    return f"exit_{exit_layer}.{parameter}"
-
-
-def tensor_shapes(config: HeadsConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the checkpoint holds."""
-    d, r = config.target.hidden_size, config.rank or 0
-    per_exit: dict[str, dict[str, tuple[int, ...]]] = {
-        "identity": {},
-        "full": {"weight": (d, d)},
-        "low_rank": {"down": (r, d), "up": (d, r)},
-    }
-    return {
-        tensor_name(exit_layer, parameter): shape
-        for exit_layer in config.exit_layers
-        for parameter, shape in per_exit[config.transform].items()
-    }
-
-
-def transform_tensors(transforms: Mapping[int, Transform]) -> dict[str, torch.Tensor]:
-    """The transforms' weights under their names in the checkpoint, detached."""
-    return {
-        tensor_name(exit_layer, name): parameter.detach()
-        for exit_layer, transform in transforms.items()
-        for name, parameter in transform.named_parameters()
-    }
+    if config.transform == "full":
+        return FullTransform(d, dtype, device)
+    if config.transform == "identity":
+        return Transform()
+    assert config.rank is not None
+    kind = LowRankTransform if config.transform == "low_rank" else AdapterTransform
+    return kind(d, config.rank, dtype, device)

@@ -1,0 +1,202 @@
+"""The LM head as the early heads read it, without an engine: rows, scales, ids, confidence."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+from vllm_adadecode import lm_head
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.kernels.confidence import top1_confidence
+from vllm_adadecode.lm_head import HeadProjection, quantize_rows
+
+HIDDEN, VOCAB, PADDED = 32, 100, 128
+DRAFT_VOCAB = torch.tensor([3, 4, 17, 50, 51, 98])
+
+
+def make_target(weight: torch.Tensor, scale: float = 1.0, soft_cap: float | None = None) -> Any:
+    """What `HeadProjection` looks at of a vLLM model; rows from `VOCAB` on are padding."""
+
+    def compute_logits(x: torch.Tensor) -> torch.Tensor:
+        logits = functional.linear(x, weight[:VOCAB])
+        if soft_cap is not None:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        return logits * scale
+
+    return SimpleNamespace(
+        lm_head=SimpleNamespace(weight=weight, quant_method=UnquantizedEmbeddingMethod()),
+        logits_processor=SimpleNamespace(org_vocab_size=VOCAB, scale=scale, soft_cap=soft_cap),
+        compute_logits=compute_logits,
+    )
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    torch.manual_seed(0)
+    # Rows of very different sizes: one scale for all of them would lose the small ones.
+    sizes = torch.logspace(-3, 1, PADDED)[torch.randperm(PADDED)]
+    return torch.randn(PADDED, HIDDEN) * sizes[:, None]
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(7, HIDDEN)
+
+
+# --- quantisation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_rows", [8192, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_rows(
+    weight: torch.Tensor, dtype: torch.dtype, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_head, "CHUNK_ROWS", chunk_rows)
+    weight = weight.to(dtype)
+    rows, scales = quantize_rows(weight, "int8")
+    assert (rows.dtype, scales.dtype, scales.shape) == (torch.int8, torch.float32, (PADDED,))
+    # Every row uses its whole range, and is off by half a step at most.
+    assert rows.abs().amax(-1).eq(127).all()
+    error = (rows.float() * scales[:, None] - weight.float()).abs()
+    assert (error <= 0.5001 * scales[:, None]).all()
+
+
+def test_fp8_rows(weight: torch.Tensor) -> None:
+    rows, scales = quantize_rows(weight, "fp8")
+    assert rows.dtype == torch.float8_e4m3fn
+    assert rows.float().abs().amax(-1).eq(448).all()
+    # Three bits of mantissa: relative steps of 1/8, off by half of one; below 2^-6, absolute.
+    error = (rows.float() * scales[:, None] - weight).abs()
+    assert (error <= weight.abs() / 16 + 2.0**-10 * scales[:, None]).all()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_a_row_of_zeros(quantization: Any) -> None:
+    rows, scales = quantize_rows(torch.zeros(2, HIDDEN), quantization)
+    assert (rows.float() == 0).all()
+    assert (scales == 0).all()
+
+
+# --- projection --------------------------------------------------------------------------------
+
+
+def test_without_a_copy_the_target_is_asked(weight: torch.Tensor, x: torch.Tensor) -> None:
+    target = make_target(weight)
+    projection = HeadProjection(target, None, None, torch.float32)
+    assert projection.rows is None
+    logits = projection.logits(x)
+    assert torch.equal(logits, target.compute_logits(x))
+    assert projection.over_all_tokens(logits) is logits
+    assert projection.to_token_ids(torch.tensor([5])).tolist() == [5]
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.25}, {"soft_cap": 3.0}], ids=str)
+def test_draft_vocabulary(weight: torch.Tensor, x: torch.Tensor, options: dict[str, Any]) -> None:
+    target = make_target(weight, **options)
+    projection = HeadProjection(target, DRAFT_VOCAB, None, torch.float32)
+    logits = projection.logits(x)
+    whole = target.compute_logits(x)
+    torch.testing.assert_close(logits, whole[:, DRAFT_VOCAB])
+    assert projection.to_token_ids(torch.tensor([0, 5, 2])).tolist() == [3, 98, 17]
+    full = projection.over_all_tokens(logits)
+    assert full.shape == whole.shape
+    assert torch.equal(full[:, DRAFT_VOCAB], logits)
+    outside = torch.ones(VOCAB, dtype=torch.bool)
+    outside[DRAFT_VOCAB] = False
+    assert (full[:, outside] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("chunk_rows", [8192, 30])
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+@pytest.mark.parametrize("draft_vocab", [None, DRAFT_VOCAB], ids=["all", "draft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_quantised_copy(
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    draft_vocab: torch.Tensor | None,
+    quantization: Any,
+    chunk_rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lm_head, "CHUNK_ROWS", chunk_rows)
+    weight, x = weight.to(dtype), x.to(dtype)
+    projection = HeadProjection(make_target(weight), draft_vocab, quantization, dtype)
+    logits = projection.logits(x)
+    assert logits.dtype == dtype
+    rows = weight[:VOCAB] if draft_vocab is None else weight[draft_vocab]
+    assert logits.shape == (len(x), len(rows))
+    exact = x.double() @ rows.double().T
+    # Errors of the weights add up as a random walk; a scale off by one row is off by far more.
+    step = {"int8": 1 / 127, "fp8": 1 / 16}[quantization]
+    allowed = 3 * step * rows.double().abs().amax(-1) * HIDDEN**0.5
+    assert ((logits.double() - exact).abs() <= allowed).all()
+
+
+def test_logits_take_the_dtype_of_the_heads(weight: torch.Tensor, x: torch.Tensor) -> None:
+    """vLLM's ``head_dtype``: the cache of draft logits has it, too."""
+    target = make_target(weight.bfloat16())
+    projection = HeadProjection(target, DRAFT_VOCAB, None, torch.float32)
+    assert projection.logits(x.bfloat16()).dtype == torch.float32
+
+
+def test_the_copy_is_not_saved_with_the_model(weight: torch.Tensor) -> None:
+    projection = HeadProjection(make_target(weight), DRAFT_VOCAB, "int8", torch.float32)
+    assert projection.state_dict() == {}
+    assert {name for name, _ in projection.named_buffers()} == {"rows", "scales", "draft_vocab"}
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
+def test_refresh(weight: torch.Tensor, quantization: Any) -> None:
+    """The copy follows the target's weights, at the same address."""
+    target = make_target(weight)
+    projection = HeadProjection(target, DRAFT_VOCAB, quantization, torch.float32)
+    assert projection.rows is not None
+    address = projection.rows.data_ptr()
+    target.lm_head.weight.copy_(weight.flip(0) * 3)
+    assert projection.draft_vocab is not None
+    projection.draft_vocab.fill_(-1)
+    projection.refresh()
+    fresh = HeadProjection(target, DRAFT_VOCAB, quantization, torch.float32)
+    x = torch.eye(HIDDEN)
+    assert torch.equal(projection.logits(x), fresh.logits(x))
+    assert projection.rows.data_ptr() == address
+    HeadProjection(target, None, None, torch.float32).refresh()
+
+
+def test_a_quantised_target_is_refused(weight: torch.Tensor) -> None:
+    target = make_target(weight)
+    target.lm_head.quant_method = object()
+    HeadProjection(target, None, None, torch.float32)
+    for draft_vocab, quantization in ((DRAFT_VOCAB, None), (None, "int8")):
+        with pytest.raises(AdaDecodeError, match="the target's LM head is quantised itself"):
+            HeadProjection(target, draft_vocab, quantization, torch.float32)  # type: ignore[arg-type]
+
+
+# --- confidence --------------------------------------------------------------------------------
+
+
+def test_other_is_the_missing_mass() -> None:
+    """With the exact log-sum-exp of what is left out, the confidence is that of all tokens."""
+    torch.manual_seed(0)
+    logits = 5 * torch.randn(50, VOCAB)
+    outside = torch.ones(VOCAB, dtype=torch.bool)
+    outside[DRAFT_VOCAB] = False
+    column, p = top1_confidence(logits[:, DRAFT_VOCAB], logits[:, outside].logsumexp(-1))
+    probabilities = logits.softmax(-1)[:, DRAFT_VOCAB]
+    torch.testing.assert_close(p, probabilities.amax(-1))
+    assert torch.equal(column, probabilities.argmax(-1))
+
+
+def test_other_at_its_extremes() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]]).expand(4, 3)
+    other = torch.tensor([-torch.inf, -1e4, 1e4, torch.nan])
+    column, p = top1_confidence(logits, other)
+    alone = top1_confidence(logits[:1])[1].item()
+    assert column.tolist() == [1, 1, 1, 1]
+    assert p[:3].tolist() == pytest.approx([alone, alone, 0.0])
+    assert p[3].isnan()

@@ -1,0 +1,177 @@
+"""The LM head as the early heads read it: the target's own, or a copy that is cheaper to read.
+
+Owns the copy (rows of the draft vocabulary, quantised or not), made from the target's loaded
+weights, and the way back from draft ids to the target's. Everything here is plain torch: the
+reference for faster kernels, and what runs where there are none.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads.config import Quantization
+
+# Largest magnitude that a row's largest weight is mapped to.
+_STORED: dict[Quantization, tuple[torch.dtype, float]] = {
+    "int8": (torch.int8, 127.0),
+    "fp8": (torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max),
+}
+# Rows that are converted at once: bounds the float32 copies.
+CHUNK_ROWS = 8192
+
+
+def quantize_rows(
+    # [num_rows, hidden_size]
+    weight: torch.Tensor,
+    quantization: Quantization,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a matrix to 8 bits with one scale per row, symmetric about zero.
+
+    Args:
+        weight: ``[num_rows, hidden_size]``, floating point.
+        quantization: "int8" (steps of ``max|row| / 127``) or "fp8" (e4m3, ``max|row|`` at 448).
+
+    Returns:
+        ``rows`` ``[num_rows, hidden_size]`` int8 or float8_e4m3fn, and ``scales`` float32
+        ``[num_rows]``, with ``weight`` about ``rows * scales[:, None]``. A row of zeros stays so.
+    """
+    dtype, largest = _STORED[quantization]
+    rows = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for start in range(0, len(weight), CHUNK_ROWS):
+        chunk = weight[start : start + CHUNK_ROWS].float()
+        scale = chunk.abs().amax(-1) / largest
+        scaled = chunk / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        if quantization == "int8":
+            scaled.round_()
+        rows[start : start + CHUNK_ROWS] = scaled.clamp_(-largest, largest).to(dtype)
+        scales[start : start + CHUNK_ROWS] = scale
+    return rows, scales
+
+
+class HeadProjection(nn.Module):
+    """Projects a head's features on the vocabulary that it may predict.
+
+    Args:
+        target: the loaded vLLM model (``...ForCausalLM``); has ``lm_head``, ``logits_processor``
+            and ``compute_logits``.
+        draft_vocab: int64 ``[draft_vocab_size]`` token ids, strictly increasing; None for all.
+        quantization: of the copy; None to keep the weights' dtype.
+        logits_dtype: of the logits that a copy gives (vLLM's ``head_dtype``).
+
+    Attributes:
+        rows: ``[vocab, hidden_size]`` of the copy; None if the target's own LM head is read.
+        scales: float32 ``[vocab]`` of a quantised copy, else None.
+        draft_vocab: int64 ``[vocab]`` on the device, else None.
+        vocab_size: of the target.
+
+    Raises:
+        AdaDecodeError: there is to be a copy, and the target's LM head is quantised itself.
+    """
+
+    rows: torch.Tensor | None
+    scales: torch.Tensor | None
+    draft_vocab: torch.Tensor | None
+    draft_vocab_cpu: torch.Tensor
+
+    def __init__(
+        self,
+        target: Any,
+        draft_vocab: torch.Tensor | None,
+        quantization: Quantization | None,
+        logits_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        # Plain attributes: the target's weights stay registered with the target alone.
+        self.__dict__["target"] = target
+        self.logits_dtype = logits_dtype
+        processor = target.logits_processor
+        self.vocab_size: int = processor.org_vocab_size
+        self.quantization = quantization
+        for name in ("rows", "scales", "draft_vocab"):
+            self.register_buffer(name, None, persistent=False)
+        if draft_vocab is not None or quantization is not None:
+            self.soft_cap, self.scale = processor.soft_cap, processor.scale
+            if draft_vocab is not None:
+                # Not a buffer: it outlives a sleep that gives up the device's memory.
+                self.__dict__["draft_vocab_cpu"] = draft_vocab.cpu().clone()
+                self.draft_vocab = draft_vocab.to(target.lm_head.weight.device, copy=True)
+            self.rows, self.scales = self._copy()
+
+    def refresh(self) -> None:
+        """Make everything again, in place, after the target's weights were lost or changed."""
+        if self.rows is None:
+            return
+        if self.draft_vocab is not None:
+            self.draft_vocab.copy_(self.draft_vocab_cpu)
+        rows, scales = self._copy()
+        self.rows.copy_(rows)
+        if self.scales is not None and scales is not None:
+            self.scales.copy_(scales)
+
+    def _copy(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        lm_head = self.target.lm_head
+        if not isinstance(
+            lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod
+        ):
+            raise AdaDecodeError(
+                "the target's LM head is quantised itself, of which heads with draft_vocab_size or "
+                "lm_head_quantization can't make a copy: use heads without these"
+            )
+        # Padding rows and, on other ranks, other tokens' rows follow; see config.py on the latter.
+        weight = lm_head.weight.detach()[: self.vocab_size]
+        if self.draft_vocab is not None:
+            weight = weight[self.draft_vocab]
+        if self.quantization is None:
+            return weight, None
+        return quantize_rows(weight, self.quantization)
+
+    def logits(
+        self,
+        # [num_tokens, hidden_size]
+        x: torch.Tensor,
+    ) -> torch.Tensor:
+        """``E* . x``, ``[num_tokens, vocab]``: of the draft vocabulary if there is one."""
+        if self.rows is None:
+            logits: torch.Tensor = self.target.compute_logits(x)
+            return logits
+        x = x.to(self.logits_dtype)
+        if self.scales is None:
+            logits = functional.linear(x, self.rows.to(x.dtype))
+        else:
+            logits = x.new_empty(len(x), len(self.rows))
+            for start in range(0, len(self.rows), CHUNK_ROWS):
+                part = slice(start, start + CHUNK_ROWS)
+                weight = self.rows[part].float() * self.scales[part, None]
+                logits[:, part] = functional.linear(x, weight.to(x.dtype))
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits * self.scale if self.scale != 1.0 else logits
+
+    def to_token_ids(
+        self,
+        # [num_tokens] int64, columns of `logits`
+        columns: torch.Tensor,
+    ) -> torch.Tensor:
+        """The target's token ids, int64 ``[num_tokens]``."""
+        return columns if self.draft_vocab is None else self.draft_vocab[columns]
+
+    def over_all_tokens(
+        self,
+        # [num_tokens, vocab] from `logits`
+        logits: torch.Tensor,
+    ) -> torch.Tensor:
+        """The logits by the target's token ids, ``[num_tokens, vocab_size]``.
+
+        What is outside the draft vocabulary can't be drawn: its logit is ``-inf``, and the
+        proposal distribution is the softmax over the draft vocabulary alone.
+        """
+        if self.draft_vocab is None:
+            return logits
+        full = logits.new_full((len(logits), self.vocab_size), -torch.inf)
+        return full.index_copy_(1, self.draft_vocab, logits)
