@@ -10,15 +10,16 @@ OVERRIDES := requirements-cpu-overrides.txt
 # More arguments for `make demo`, `make demo-model` and pytest, e.g. ARGS="-k windows".
 ARGS ?=
 
-.PHONY: help setup demo demo-model test lint
+.PHONY: help setup demo demo-model kernel-report test lint
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make setup       install everything into $(VENV) (Python 3.11 or 3.12; PYTHON=... names one)"
-	@echo "make demo        serve the demo model with and without AdaDecode and compare"
-	@echo "make test        lint, then all tests"
-	@echo "make lint        ruff and mypy"
-	@echo "make demo-model  train the demo model again"
+	@echo "make setup          install everything into $(VENV) (Python 3.11 or 3.12; PYTHON=... names one)"
+	@echo "make demo           serve the demo model with and without AdaDecode and compare"
+	@echo "make test           lint, then all tests"
+	@echo "make lint           ruff and mypy"
+	@echo "make demo-model     train the demo model again"
+	@echo "make kernel-report  kernels: equal to their references, and compiled; no GPU needed"
 
 setup: $(INSTALLED)
 
@@ -49,6 +50,9 @@ demo: setup
 
 demo-model: setup
 	$(BIN)/python -m benchmarks.demo.train $(ARGS)
+
+kernel-report: setup
+	$(BIN)/python -m benchmarks.kernel_report $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest --durations=15 $(ARGS)

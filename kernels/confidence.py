@@ -5,10 +5,17 @@ Owns the step from a head's features to (token, p, confident), p = exp(max - log
 merge.py), `top1_confidence` starts from logits that are there.
 """
 
+from typing import Any
+
 import torch
 
 from vllm_adadecode.kernels.head_weight import HeadWeight
-from vllm_adadecode.kernels.merge import finish_partials, merge_partials, merge_shards
+from vllm_adadecode.kernels.merge import (
+    AllGather,
+    finish_partials,
+    merge_partials,
+    merge_shards,
+)
 from vllm_adadecode.kernels.merge_twin import HeadResult
 from vllm_adadecode.kernels.projection import head_partials
 from vllm_adadecode.kernels.projection_twin import head_logits
@@ -34,12 +41,13 @@ def head_confidence(
     other: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
     num_live: torch.Tensor | None = None,
+    all_gather: AllGather | None = None,
     blocks: HeadBlocks | None = None,
 ) -> HeadResult:
     """Most likely token of each row, its probability, and whether that passes the threshold.
 
-    Two launches; logits stay in registers; nothing is read by the host. A row's result does not
-    depend on the other rows.
+    Two launches (for a shard three, and an all-gather of 12 bytes a row); logits stay in registers;
+    nothing is read by the host. A row's result does not depend on the other rows.
 
     Args:
         x: ``[num_rows, hidden_size]``, output of the head's transform and norm, in the dtype of
@@ -50,15 +58,23 @@ def head_confidence(
         order: int32 ``[num_rows]`` from `gate.live_first`: rows that passed a gate first.
         num_live: int32 ``[1]``, how many did. The others get p = 0, and tiles of such rows read
             nothing of the LM head.
+        all_gather: for a shard of a vocabulary, see `merge.merge_shards`; None: it is whole.
         blocks: how to cut the work; None: tuned or default.
 
     Raises:
         AdaDecodeError: shape or dtype of ``x`` does not fit the weights.
     """
     partials = head_partials(x, head, order=order, num_live=num_live, blocks=blocks)
-    return finish_partials(
-        partials, threshold, order=order, num_live=num_live, other=other, vocab_ids=head.vocab_ids
-    )
+    finish: dict[str, Any] = {
+        "order": order,
+        "num_live": num_live,
+        "other": other,
+        "vocab_ids": head.vocab_ids,
+    }
+    if all_gather is None:
+        return finish_partials(partials, threshold, **finish)
+    merged = merge_partials(partials, order=order, num_live=num_live)
+    return merge_shards(merged, threshold, all_gather, **finish)
 
 
 def head_confidence_reference(

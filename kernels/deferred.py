@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import cdiv, next_power_of_2
 
 from vllm_adadecode.kernels.launch import check_matrix, register_twins, rows_contiguous
 
@@ -111,11 +112,11 @@ class DeferredStates:
         hidden_size = self.hidden.shape[2]
         return {
             "HIDDEN_SIZE": hidden_size,
-            "BLOCK_D": min(BLOCK_D, triton.next_power_of_2(hidden_size)),
+            "BLOCK_D": min(BLOCK_D, next_power_of_2(hidden_size)),
         }
 
     def _grid(self, num_tokens: int) -> tuple[int, int]:
-        return num_tokens, triton.cdiv(self.hidden.shape[2], BLOCK_D)
+        return num_tokens, cdiv(self.hidden.shape[2], BLOCK_D)
 
     def store(
         self,

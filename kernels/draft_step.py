@@ -10,6 +10,7 @@ Batch rows stay where they are during a round. A row that has no part in a pass 
 
 import torch
 from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import next_power_of_2
 
 from vllm_adadecode.kernels.draft_state import DraftRows, KVBlocks, PassInputs
 from vllm_adadecode.kernels.draft_step_twin import draft_step_twin
@@ -182,7 +183,7 @@ def draft_step(
     if token is None or confident is None:
         assert exit_index is None, "a head's answers are missing"
         token, confident = rows.first_pos, rows.first_pos.bool()
-    block_w = triton.next_power_of_2(window)
+    block_w = next_power_of_2(window)
     _draft_step_kernel[(1,)](
         rows.slots,
         rows.first_pos,
@@ -215,7 +216,7 @@ def draft_step(
         WINDOW=window,
         NUM_GROUPS=len(blocks.block_sizes),
         BLOCK_W=block_w,
-        BLOCK_R=min(triton.next_power_of_2(num_rows), max(16, 2048 // block_w)),
+        BLOCK_R=min(next_power_of_2(num_rows), max(16, 2048 // block_w)),
         BLOCK_T=1024,
         num_warps=8,
     )

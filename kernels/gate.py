@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import next_power_of_2
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels.launch import check_matrix, register_twins, rows_contiguous
@@ -147,7 +148,7 @@ def head_input(
             gate_bias,
             GATE_NORM_EPS,
             HIDDEN_SIZE=hidden_size,
-            BLOCK_D=triton.next_power_of_2(hidden_size),
+            BLOCK_D=next_power_of_2(hidden_size),
             num_warps=8 if hidden_size >= 2048 else 4,
         )
     return x, gate
@@ -183,7 +184,7 @@ def live_first(
         gate.contiguous(),
         float(threshold),
         num_rows,
-        BLOCK=max(16, triton.next_power_of_2(num_rows)),
+        BLOCK=max(16, next_power_of_2(num_rows)),
         num_warps=4,
     )
     return order, num_live

@@ -10,10 +10,14 @@ from collections.abc import Callable
 
 import torch
 from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import next_power_of_2
 
 from vllm_adadecode.kernels.launch import register_twins
 from vllm_adadecode.kernels.merge_twin import HeadResult, merge_partials_twin
 from vllm_adadecode.kernels.projection import NO_TOKEN, PARTIAL_WORDS, finite_shift
+
+# [rows, words] of every rank -> [ranks * rows, words], ranks in order.
+AllGather = Callable[[torch.Tensor], torch.Tensor]
 
 # --- kernel --------------------------------------------------------------------------------------
 
@@ -177,7 +181,7 @@ def _launch(
         result.token if result is not None else None,
         result.p if result is not None else None,
         result.confident if result is not None else None,
-        BLOCK_PARTS=triton.next_power_of_2(num_parts),
+        BLOCK_PARTS=next_power_of_2(num_parts),
         num_warps=4 if num_parts >= 128 else 1,
     )
 
@@ -230,7 +234,7 @@ def merge_shards(
     # int32 [num_rows, 3] from `merge_partials`
     merged: torch.Tensor,
     threshold: float,
-    all_gather: Callable[[torch.Tensor], torch.Tensor],
+    all_gather: AllGather,
     *,
     order: torch.Tensor | None = None,
     num_live: torch.Tensor | None = None,

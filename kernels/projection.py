@@ -11,6 +11,7 @@ and the order in which a row's products are added is the same at every number of
 
 import torch
 from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import cdiv
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels.head_weight import FP8, HeadWeight
@@ -251,14 +252,14 @@ def head_partials(
     x = check_head_inputs(x, head)
     num_rows, vocab_size = len(x), head.vocab_size
     blocks = blocks or head_blocks(head.weight, num_rows)
-    num_splits = triton.cdiv(vocab_size, blocks.BLOCK_V * blocks.tiles_per_split)
+    num_splits = cdiv(vocab_size, blocks.BLOCK_V * blocks.tiles_per_split)
     partials = torch.empty(
         (num_splits, num_rows, PARTIAL_WORDS), dtype=torch.int32, device=x.device
     )
     if num_rows == 0:
         return partials
     weight, row_scale, as_bits = kernel_weight(head)
-    _head_partials_kernel[(num_splits * triton.cdiv(num_rows, blocks.BLOCK_R),)](
+    _head_partials_kernel[(num_splits * cdiv(num_rows, blocks.BLOCK_R),)](
         partials,
         x,
         x.stride(0),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import cdiv, next_power_of_2
 from vllm.v1.worker.gpu.sample.gumbel import (
     _DRAFT_NOISE_SALT,
     _log1p_neg_stable,
@@ -310,7 +311,7 @@ def head_sample(
     x = check_head_inputs(x, head)
     num_rows, vocab_size = len(x), head.vocab_size
     blocks = blocks or head_blocks(head.weight, min(num_rows, MAX_TILE_ROWS))
-    num_splits = triton.cdiv(vocab_size, blocks.BLOCK_V * blocks.tiles_per_split)
+    num_splits = cdiv(vocab_size, blocks.BLOCK_V * blocks.tiles_per_split)
     partials = torch.empty((num_splits, num_rows, SAMPLE_WORDS), dtype=torch.int32, device=x.device)
     result = SampledHead(
         empty_result(num_rows, x.device),
@@ -321,7 +322,7 @@ def head_sample(
         return result
     slots, positions = slots.contiguous(), positions.contiguous()
     weight, row_scale, as_bits = kernel_weight(head)
-    _sample_partials_kernel[(num_splits * triton.cdiv(num_rows, blocks.BLOCK_R),)](
+    _sample_partials_kernel[(num_splits * cdiv(num_rows, blocks.BLOCK_R),)](
         partials,
         x,
         x.stride(0),
@@ -369,7 +370,7 @@ def head_sample(
         result.head.confident,
         result.sampled,
         result.log_prob,
-        BLOCK_PARTS=triton.next_power_of_2(num_splits),
+        BLOCK_PARTS=next_power_of_2(num_splits),
         num_warps=4 if num_splits >= 128 else 1,
     )
     return result

@@ -117,8 +117,9 @@ def load_config(
     """The tuned config of a shape on a device, else the default."""
     if device is not None:
         name = config_file_name(vocab_size, hidden_size, dtype, device)
-        for folder in filter(None, (os.environ.get("VLLM_TUNED_CONFIG_FOLDER"), CONFIGS)):
-            path = Path(folder) / name
+        chosen = os.environ.get("VLLM_TUNED_CONFIG_FOLDER")
+        for folder in (Path(chosen), CONFIGS) if chosen else (CONFIGS,):
+            path = folder / name
             if path.exists():
                 return parse_config(json.loads(path.read_text()), str(path))
     return default_config(vocab_size, element_size)
