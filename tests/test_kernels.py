@@ -19,6 +19,7 @@ import torch
 
 import tests.kernels.head_cases as head_cases
 import tests.kernels.loop_cases as loop_cases
+from tests.gpu.device import on_device
 from tests.kernels.registry import CASES, floats
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels import confidence, draft_step, gate, merge, sampling
@@ -37,7 +38,7 @@ PACKAGE = "vllm_adadecode.kernels."
 
 @pytest.fixture
 def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+    return torch.Generator("cpu").manual_seed(0)
 
 
 # --- kernels against their twins -----------------------------------------------------------------
@@ -108,6 +109,15 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
         assert all(0 < kernel["registers"][a] <= 255 for a in kernel["compiled"])
         # Registers that spill to memory would cost what the fusion saves.
         assert all(kernel["spilled"][a] == 0 for a in kernel["compiled"]), kernel
+
+
+def test_cases_for_a_gpu_have_the_same_inputs() -> None:
+    """What the tests in tests/gpu rely on, here with the CPU as the other device."""
+    case = CASES["deferred-plain"]
+    expected = case.run(torch.Generator("cpu").manual_seed(1))
+    with on_device("cpu"):
+        found = case.run(torch.Generator("cpu").manual_seed(1))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 # --- twins against plain torch -------------------------------------------------------------------
@@ -284,10 +294,10 @@ def account(rows: DraftRows, rng: torch.Generator) -> list[list[int]]:
 @pytest.mark.parametrize("seed", range(5))
 def test_draft_steps_follow_the_rules(seed: int) -> None:
     sizes = {"num_rows": 12, "max_drafts": 4, "num_exits": 3, "num_groups": 1}
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator("cpu").manual_seed(seed)
     rows, _, passes = loop_cases.round_of_steps(rng, **sizes)
 
-    again = torch.Generator().manual_seed(seed)
+    again = torch.Generator("cpu").manual_seed(seed)
     # What `round_of_steps` draws before the answers.
     torch.randperm(16, generator=again)
     torch.randint(0, 5, (12,), generator=again)

@@ -15,7 +15,7 @@ def batch_invariance() -> str:
     """A row's result is the same to the bit alone, among others, and beside NaN and infinity."""
     from vllm_adadecode.kernels.confidence import head_confidence
 
-    rng = torch.Generator().manual_seed(2)
+    rng = torch.Generator("cpu").manual_seed(2)
     for dtype in (torch.float32, torch.bfloat16):
         head = make_head(rng, 300, 64, dtype)
         x = floats(rng, 40, 64, dtype=dtype)
@@ -41,7 +41,7 @@ def same_draw_as_vllm() -> str:
     from vllm_adadecode.kernels.projection_twin import head_logits
     from vllm_adadecode.kernels.sampling import head_sample
 
-    rng = torch.Generator().manual_seed(3)
+    rng = torch.Generator("cpu").manual_seed(3)
     head = make_head(rng, 1500, 32, torch.float32)
     inputs = sampling_inputs(rng, 20)
     x = floats(rng, 20, 32)
@@ -63,7 +63,7 @@ def dead_rows_load_nothing() -> str:
     from vllm_adadecode.kernels.confidence import head_confidence
     from vllm_adadecode.kernels.gate import live_first
 
-    rng = torch.Generator().manual_seed(4)
+    rng = torch.Generator("cpu").manual_seed(4)
     head = make_head(rng, 100, 32, torch.float32)
     head.weight.fill_(torch.nan)
     order, num_live = live_first(torch.zeros(5), 0.5)

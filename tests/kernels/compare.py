@@ -22,7 +22,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from tests.cpu_kernels.compare import _idle, _pretend_cpu_backend, _problems, _run
+from tests.cpu_kernels.compare import _pretend_cpu_backend
+from tests.cpu_kernels.running import idle, problems, run
 
 PACKAGE = "vllm_adadecode.kernels"
 
@@ -85,12 +86,12 @@ def main() -> None:
         for name, case in CASES.items():
             if sys.argv[1:] and sys.argv[1] not in name:
                 continue
-            expected, _ = _run(case, {})
+            expected, _ = run(case, {})
             twins = {f"{PACKAGE}.{k}": TWINS[f"{PACKAGE}.{k}"] for k in case.kernels}
-            differences[name] = _problems(case, expected, twins)
+            differences[name] = problems(case, expected, twins)
             torch.use_deterministic_algorithms(True, warn_only=True)
             for kernel in twins.keys() - noticed:
-                if _problems(case, expected, {**twins, kernel: _idle}):
+                if problems(case, expected, {**twins, kernel: idle}):
                     noticed.add(kernel)
             torch.use_deterministic_algorithms(False)
     checks = {name: check() for name, check in CHECKS.items()}

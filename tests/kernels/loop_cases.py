@@ -137,7 +137,7 @@ def deferred(
 ) -> Outputs:
     from vllm_adadecode.kernels.deferred import DeferredStates
 
-    states = DeferredStates(5, 4, hidden_size, dtype, torch.device("cpu"))
+    states = DeferredStates(5, 4, hidden_size, dtype, torch.get_default_device())
     states.hidden.fill_(-3.0)
     states.residual.fill_(-4.0)
     where = torch.randperm(20, generator=rng)[:num_tokens]
@@ -202,7 +202,7 @@ def round_of_steps(
         num_exits,
     )
     blocks, tables = block_tables(rng, num_groups)
-    inputs = PassInputs.empty(num_rows, 1 + max_drafts, num_groups, torch.device("cpu"))
+    inputs = PassInputs.empty(num_rows, 1 + max_drafts, num_groups, torch.get_default_device())
     inputs.slot_mapping.fill_(-7)
     passes: list[Outputs] = []
 
