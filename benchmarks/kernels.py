@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,11 @@ def measure(
     source = [torch.empty(half, dtype=torch.uint8, device="cuda") for _ in weights]
     target = torch.empty(half, dtype=torch.uint8, device="cuda")
     return {
-        "fused": median_ms([lambda h=h: head_confidence(x, h, THRESHOLD) for h in heads]),
-        "torch": median_ms([lambda w=w: plain_head(x, *w) for w in weights]),
-        "compiled": median_ms([lambda w=w: compiled(x, *w) for w in weights]),
-        "matmul": median_ms([lambda w=w: project(x, *w) for w in weights]),
-        "copy": median_ms([lambda s=s: target.copy_(s) for s in source]),
+        "fused": median_ms([partial(head_confidence, x, head, THRESHOLD) for head in heads]),
+        "torch": median_ms([partial(plain_head, x, *pair) for pair in weights]),
+        "compiled": median_ms([partial(compiled, x, *pair) for pair in weights]),
+        "matmul": median_ms([partial(project, x, *pair) for pair in weights]),
+        "copy": median_ms([partial(target.copy_, part) for part in source]),
     }
 
 

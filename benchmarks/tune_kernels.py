@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def measure(
     x = make_rows(shape)
     heads = [HeadWeight(weight, scale) for weight, scale in weights]
     try:
-        return median_ms([lambda h=h: head_confidence(x, h, 0.5, blocks=blocks) for h in heads])
+        return median_ms([partial(head_confidence, x, head, 0.5, blocks=blocks) for head in heads])
     except OutOfResources:
         return float("inf")
 
@@ -161,7 +162,7 @@ def main() -> int:
             config["triton_version"] = triton.__version__
             path = (options.out or CONFIGS) / config_file_name(vocab, hidden, dtype, device)
             text = json.dumps(config, indent=2) + "\n"
-            write_file(path, lambda file, text=text: file.write_text(text))
+            write_file(path, partial(Path.write_text, data=text))
             console.print(f"written to {path}")
     return 0
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,8 +107,8 @@ def test_report_of_a_kernel() -> None:
         "kernels": {"good": ["a.x"], "other": ["a.x", "a.y"], "third": ["a.z"]},
         "differences": {"good": "", "other": "differs", "third": ""},
     }
-    fine = {"variant": "v", "registers": 40, "shared_memory": 16, "spilled": 0}
-    launches = [
+    fine: dict[str, Any] = {"variant": "v", "registers": 40, "shared_memory": 16, "spilled": 0}
+    launches: list[dict[str, Any]] = [
         {**fine, "architecture": "sm_80"},
         {**fine, "architecture": "sm_80", "registers": 90},
         {**fine, "architecture": "sm_90"},
