@@ -4,11 +4,12 @@ Owns the registration of torch twins with vLLM's kernel dispatcher on platforms 
 the checks on inputs that every wrapper makes. It knows no kernel.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 
 import torch
 from vllm.triton_utils import HAS_TRITON
-from vllm.triton_utils.dispatcher import register_kernels
+from vllm.triton_utils.dispatcher import KernelOverride
 
 from vllm_adadecode.errors import AdaDecodeError
 
@@ -23,15 +24,18 @@ def register_twins(module: str, twins: Mapping[str, Twin]) -> None:
     """Declare the twins of a module's kernels; without Triton they run in the kernels' place.
 
     Called at the end of each kernel module, so importing the module is all that a caller does.
+    What launches a kernel then meets the stand-in of vLLM's dispatcher. `register_kernels` would
+    also search every module of the process for copies; at this moment there are none.
 
     Args:
         module: the module's ``__name__``.
         twins: kernel attribute of that module -> function that takes its launch arguments.
     """
-    named = {f"{module}.{kernel}": twin for kernel, twin in twins.items()}
-    TWINS.update(named)
-    if not HAS_TRITON:
-        register_kernels(named)
+    namespace = vars(sys.modules[module])
+    for kernel, twin in twins.items():
+        TWINS[f"{module}.{kernel}"] = twin
+        if not HAS_TRITON:
+            namespace[kernel] = KernelOverride(namespace[kernel], twin)
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
