@@ -12,7 +12,7 @@ ARGS ?=
 # Processes of `make test`; each file of tests stays in one, which keeps its engines.
 WORKERS ?= 2
 
-.PHONY: help setup demo demo-model heads-report test lint
+.PHONY: help setup demo demo-model heads-report kernel-report test lint
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make demo-model  train the demo model again"
 	@echo "make heads-report  what the demo model's heads are worth: results/heads.json"
+	@echo "make kernel-report  check and compile the Triton kernels (no GPU needed): results/kernels.json"
 
 setup: $(INSTALLED)
 
@@ -55,6 +56,9 @@ demo-model: setup
 
 heads-report: setup
 	$(BIN)/python -m benchmarks.demo.heads_report $(ARGS)
+
+kernel-report: setup
+	$(BIN)/python -m benchmarks.kernel_report $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 $(ARGS)

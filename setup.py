@@ -26,6 +26,8 @@ setup(
         "vllm_adadecode.training",
     ],
     package_dir={"vllm_adadecode.kernels": "kernels"},
+    # Block sizes, tuned and default.
+    package_data={"vllm_adadecode.kernels": ["configs/*.json"]},
     install_requires=["huggingface_hub>=0.30", "pydantic>=2.7", "rich>=13", "safetensors>=0.4"],
     extras_require={
         "cuda": ["vllm>=0.32,<0.34"],

@@ -1,10 +1,103 @@
 """Head confidence: the most likely token of each row and its probability.
 
-Owns the step from head logits to (token, p), p = exp(max - logsumexp) (paper, "Confidence"). The
-torch implementation is what every platform runs today.
+Owns the step from a head's features to (token, p, confident), p = exp(max - logsumexp) (paper,
+"Confidence"): `head_confidence` projects on the LM head without storing logits (projection.py,
+merge.py), `top1_confidence` starts from logits that are there.
 """
 
+from typing import Any
+
 import torch
+
+from vllm_adadecode.kernels.head_weight import HeadWeight
+from vllm_adadecode.kernels.merge import (
+    AllGather,
+    finish_partials,
+    merge_partials,
+    merge_shards,
+)
+from vllm_adadecode.kernels.merge_twin import HeadResult
+from vllm_adadecode.kernels.projection import head_partials
+from vllm_adadecode.kernels.projection_twin import head_logits
+from vllm_adadecode.kernels.tuning import HeadBlocks
+
+__all__ = [
+    "HeadResult",
+    "HeadWeight",
+    "head_confidence",
+    "head_confidence_reference",
+    "merge_partials",
+    "merge_shards",
+    "top1_confidence",
+]
+
+
+def head_confidence(
+    # [num_rows, hidden_size]
+    x: torch.Tensor,
+    head: HeadWeight,
+    threshold: float,
+    *,
+    other: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    num_live: torch.Tensor | None = None,
+    all_gather: AllGather | None = None,
+    blocks: HeadBlocks | None = None,
+) -> HeadResult:
+    """Most likely token of each row, its probability, and whether that passes the threshold.
+
+    Two launches (for a shard three, and an all-gather of 12 bytes a row); logits stay in registers;
+    nothing is read by the host. A row's result does not depend on the other rows.
+
+    Args:
+        x: ``[num_rows, hidden_size]``, output of the head's transform and norm, in the dtype of
+            the weights (any of float32, bfloat16, float16 for 8-bit weights). Rows may be strided.
+        head: the LM head or a draft vocabulary's rows of it.
+        threshold: a row is confident where ``p > threshold``.
+        other: float32 ``[num_rows]``, logit of all tokens outside a draft vocabulary; None: 0 mass.
+        order: int32 ``[num_rows]`` from `gate.live_first`: rows that passed a gate first.
+        num_live: int32 ``[1]``, how many did. The others get p = 0, and tiles of such rows read
+            nothing of the LM head.
+        all_gather: for a shard of a vocabulary, see `merge.merge_shards`; None: it is whole.
+        blocks: how to cut the work; None: tuned or default.
+
+    Raises:
+        AdaDecodeError: shape or dtype of ``x`` does not fit the weights.
+    """
+    partials = head_partials(x, head, order=order, num_live=num_live, blocks=blocks)
+    finish: dict[str, Any] = {
+        "order": order,
+        "num_live": num_live,
+        "other": other,
+        "vocab_ids": head.vocab_ids,
+    }
+    if all_gather is None:
+        return finish_partials(partials, threshold, **finish)
+    merged = merge_partials(partials, order=order, num_live=num_live)
+    return merge_shards(merged, threshold, all_gather, **finish)
+
+
+def head_confidence_reference(
+    x: torch.Tensor,
+    head: HeadWeight,
+    threshold: float,
+    *,
+    other: torch.Tensor | None = None,
+    live: torch.Tensor | None = None,
+) -> HeadResult:
+    """The same from stored logits.
+
+    In the dtype of ``x``; for the exact value pass float32 ``x`` and weights.
+
+    Args:
+        live: bool ``[num_rows]``; None: all.
+    """
+    logits = head_logits(x, head)
+    token, p = top1_confidence(logits, other)
+    token = head.vocab_ids[token] if head.vocab_ids is not None else token + head.first_id
+    if live is not None:
+        token, p = torch.where(live, token, 0), torch.where(live, p, 0.0)
+    return HeadResult(token, p, p > threshold)
 
 
 def top1_confidence(

@@ -1,11 +1,88 @@
 """Deferred states: (hidden, residual) of pending tokens, per request slot and window offset.
 
-Owns the storage and the two moves in and out of it. A pending token that has been through
-``depth`` spans keeps the outputs of its last span here until its next span runs (fill-in or
+Owns the storage and the two moves in and out of it, one launch each. A pending token that has been
+through ``depth`` spans keeps the outputs of its last span here until its next span runs (fill-in or
 verification).
 """
 
+from typing import Any
+
 import torch
+from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import cdiv, next_power_of_2
+
+from vllm_adadecode.kernels.launch import check_matrix, register_twins, rows_contiguous
+
+BLOCK_D = 1024
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _store_states_kernel(  # type: ignore[no-untyped-def]
+    # [max_num_reqs, window, hidden_size] each
+    kept_hidden_ptr,
+    kept_residual_ptr,
+    kept_stride_0,
+    kept_stride_1,
+    # [num_tokens] int64, -1: padding
+    slot_ptr,
+    # [num_tokens] int64
+    offset_ptr,
+    # [num_tokens, hidden_size] each
+    hidden_ptr,
+    hidden_stride,
+    residual_ptr,
+    residual_stride,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_ptr + token)
+    if slot < 0:
+        return
+    kept = slot * kept_stride_0 + tl.load(offset_ptr + token) * kept_stride_1
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = d < HIDDEN_SIZE
+    hidden = tl.load(hidden_ptr + token * hidden_stride + d, mask=mask)
+    residual = tl.load(residual_ptr + token * residual_stride + d, mask=mask)
+    tl.store(kept_hidden_ptr + kept + d, hidden, mask=mask)
+    tl.store(kept_residual_ptr + kept + d, residual, mask=mask)
+
+
+@triton.jit
+def _gather_states_kernel(  # type: ignore[no-untyped-def]
+    # [>= num_tokens, hidden_size] each
+    hidden_ptr,
+    hidden_stride,
+    residual_ptr,
+    residual_stride,
+    # [max_num_reqs, window, hidden_size] each
+    kept_hidden_ptr,
+    kept_residual_ptr,
+    kept_stride_0,
+    kept_stride_1,
+    # [num_tokens] int64, -1: padding
+    slot_ptr,
+    # [num_tokens] int64
+    offset_ptr,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_ptr + token)
+    if slot < 0:
+        return
+    kept = slot * kept_stride_0 + tl.load(offset_ptr + token) * kept_stride_1
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = d < HIDDEN_SIZE
+    hidden = tl.load(kept_hidden_ptr + kept + d, mask=mask)
+    residual = tl.load(kept_residual_ptr + kept + d, mask=mask)
+    tl.store(hidden_ptr + token * hidden_stride + d, hidden, mask=mask)
+    tl.store(residual_ptr + token * residual_stride + d, residual, mask=mask)
+
+
+# --- storage and wrappers ------------------------------------------------------------------------
 
 
 class DeferredStates:
@@ -31,9 +108,19 @@ class DeferredStates:
         self.hidden = torch.zeros(shape, dtype=dtype, device=device)
         self.residual = torch.zeros(shape, dtype=dtype, device=device)
 
+    def _launch_options(self) -> dict[str, int]:
+        hidden_size = self.hidden.shape[2]
+        return {
+            "HIDDEN_SIZE": hidden_size,
+            "BLOCK_D": min(BLOCK_D, next_power_of_2(hidden_size)),
+        }
+
+    def _grid(self, num_tokens: int) -> tuple[int, int]:
+        return num_tokens, cdiv(self.hidden.shape[2], BLOCK_D)
+
     def store(
         self,
-        # [num_tokens] int64
+        # [num_tokens] int64, -1: padding
         slots: torch.Tensor,
         # [num_tokens] int64, in [0, window)
         offsets: torch.Tensor,
@@ -42,19 +129,110 @@ class DeferredStates:
         # [num_tokens, hidden_size]
         residual: torch.Tensor,
     ) -> None:
-        """Keep the states of tokens at (slot, window offset)."""
-        self.hidden[slots, offsets] = hidden
-        self.residual[slots, offsets] = residual
+        """Keep the states of tokens at (slot, window offset). Rows may be strided.
+
+        A (slot, offset) must not occur twice. Padding rows are not read and store nothing.
+        """
+        check_matrix("hidden", hidden, self.hidden.shape[2])
+        check_matrix("residual", residual, self.hidden.shape[2])
+        if len(slots) == 0:
+            return
+        hidden, residual = rows_contiguous(hidden), rows_contiguous(residual)
+        _store_states_kernel[self._grid(len(slots))](
+            self.hidden,
+            self.residual,
+            self.hidden.stride(0),
+            self.hidden.stride(1),
+            slots.contiguous(),
+            offsets.contiguous(),
+            hidden,
+            hidden.stride(0),
+            residual,
+            residual.stride(0),
+            **self._launch_options(),
+        )
 
     def gather(
         self,
-        # [num_tokens] int64
+        # [num_tokens] int64, -1: padding
         slots: torch.Tensor,
         # [num_tokens] int64
         offsets: torch.Tensor,
+        out: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the states at (slot, window offset): two ``[num_tokens, hidden_size]``.
 
         Copies, because the fused add-RMSNorm of the next layer works in place.
+
+        Args:
+            out: persistent buffers ``[>= num_tokens, hidden_size]`` to copy into; padding rows and
+                rows past ``num_tokens`` are left as they are. None: new ones, whose padding rows
+                are undefined.
         """
-        return self.hidden[slots, offsets], self.residual[slots, offsets]
+        num_tokens = len(slots)
+        if out is None:
+            shape = (num_tokens, self.hidden.shape[2])
+            out = self.hidden.new_empty(shape), self.residual.new_empty(shape)
+        hidden, residual = out
+        if num_tokens:
+            _gather_states_kernel[self._grid(num_tokens)](
+                hidden,
+                hidden.stride(0),
+                residual,
+                residual.stride(0),
+                self.hidden,
+                self.residual,
+                self.hidden.stride(0),
+                self.hidden.stride(1),
+                slots.contiguous(),
+                offsets.contiguous(),
+                **self._launch_options(),
+            )
+        return hidden[:num_tokens], residual[:num_tokens]
+
+
+# --- reference -----------------------------------------------------------------------------------
+
+
+def _store_states_twin(
+    kept_hidden: torch.Tensor,
+    kept_residual: torch.Tensor,
+    kept_stride_0: int,
+    kept_stride_1: int,
+    slots: torch.Tensor,
+    offsets: torch.Tensor,
+    hidden: torch.Tensor,
+    hidden_stride: int,
+    residual: torch.Tensor,
+    residual_stride: int,
+    **options: Any,
+) -> None:
+    real = slots >= 0
+    if not bool(real.all()):
+        slots, offsets, hidden, residual = (t[real] for t in (slots, offsets, hidden, residual))
+    kept_hidden[slots, offsets] = hidden
+    kept_residual[slots, offsets] = residual
+
+
+def _gather_states_twin(
+    hidden: torch.Tensor,
+    hidden_stride: int,
+    residual: torch.Tensor,
+    residual_stride: int,
+    kept_hidden: torch.Tensor,
+    kept_residual: torch.Tensor,
+    kept_stride_0: int,
+    kept_stride_1: int,
+    slots: torch.Tensor,
+    offsets: torch.Tensor,
+    **options: Any,
+) -> None:
+    rows = torch.nonzero(slots >= 0)[:, 0]
+    hidden[rows] = kept_hidden[slots[rows], offsets[rows]]
+    residual[rows] = kept_residual[slots[rows], offsets[rows]]
+
+
+register_twins(
+    __name__,
+    {"_store_states_kernel": _store_states_twin, "_gather_states_kernel": _gather_states_twin},
+)

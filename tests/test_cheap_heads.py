@@ -237,3 +237,28 @@ def test_all_parts_at_once(
     outputs, again = run(engine, prompts)
     assert_same(engines.get(), outputs, reference)
     assert again["exits"] == counts["exits"]
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_kernels_in_place_of_logits(
+    engines: EnginePool,
+    prompts: list[str],
+    reference: list[Any],
+    tmp_path: Path,
+    quantization: str | None,
+) -> None:
+    """The way that a GPU takes, with the kernels' twins: the same drafts as from logits."""
+    heads = demo_heads(tmp_path / "heads", lm_head_quantization=quantization)
+    engine = engines.get(speculative_config=speculative(model=heads))
+    _, stored = run(engine, prompts)
+
+    def use_kernels(worker: Any) -> bool:
+        projection = worker.model_runner.speculator.model.projection
+        projection.use_kernels = True
+        return projection.kernel_weight(torch.float32) is not None
+
+    assert engine.collective_rpc(use_kernels) == [True]
+    outputs, counts = run(engine, prompts)
+    assert_same(engines.get(), outputs, reference)
+    assert counts["exits"] == stored["exits"]
+    assert counts["drafted"] > 100

@@ -16,6 +16,7 @@ import torch
 
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.draft_loop import DraftLoop, DraftState
+from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.policy import Action, ThresholdPolicy
 from vllm_adadecode.scorer import make_plan
@@ -116,6 +117,11 @@ class FakeTarget:
             logits[row, head_token(slot, offset, exit_index)] = np.log(p)
         return logits, None
 
+    def head_top1(
+        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return top1_confidence(*self.head_logits(exit_index, hidden, residual))
+
     def gate_probability(
         self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
     ) -> torch.Tensor:
@@ -129,9 +135,6 @@ class FakeTarget:
     @property
     def projection(self) -> "FakeTarget":
         return self
-
-    def to_token_ids(self, columns: torch.Tensor) -> torch.Tensor:
-        return columns
 
     def over_all_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         return logits

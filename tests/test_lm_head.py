@@ -200,3 +200,101 @@ def test_other_at_its_extremes() -> None:
     assert column.tolist() == [1, 1, 1, 1]
     assert p[:3].tolist() == pytest.approx([alone, alone, 0.0])
     assert p[3].isnan()
+
+
+# --- the fused kernels (here their twins) in place of logits --------------------------------------
+
+
+def top1_both_ways(
+    projection: HeadProjection, x: torch.Tensor, other: torch.Tensor | None = None
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """(token, p) from the kernels' path and from stored logits."""
+    assert not projection.use_kernels, "there is no Triton for a CPU"
+    stored = projection.top1(x, other)
+    projection.use_kernels = True
+    projection.logits = None  # type: ignore[assignment]
+    return projection.top1(x, other), stored
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
+@pytest.mark.parametrize("draft_vocab", [None, DRAFT_VOCAB], ids=["all", "draft"])
+def test_kernels_and_logits_agree(
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    draft_vocab: torch.Tensor | None,
+    quantization: Any,
+    soft_cap: float | None,
+    scale: float,
+) -> None:
+    target = make_target(weight * 0.1, scale, soft_cap)
+    projection = HeadProjection(target, draft_vocab, quantization, torch.float32)
+    other = None if draft_vocab is None else torch.linspace(-3, 3, len(x))
+    (token, p), (stored_token, stored_p) = top1_both_ways(projection, x, other)
+    assert torch.equal(token, stored_token)
+    # 8-bit weights are multiplied before their scale here, after it there.
+    torch.testing.assert_close(p, stored_p, rtol=1e-4, atol=1e-6)
+
+
+def test_kernels_leave_a_quantised_target_alone(weight: torch.Tensor, x: torch.Tensor) -> None:
+    target = make_target(weight)
+    target.lm_head.quant_method = object()
+    projection = HeadProjection(target, None, None, torch.float32)
+    projection.use_kernels = True
+    assert projection.kernel_weight(torch.float32) is None
+    token, _ = projection.top1(x, None)
+    assert torch.equal(token, target.compute_logits(x).argmax(-1))
+
+
+def test_kernels_need_the_weights_dtype(weight: torch.Tensor) -> None:
+    projection = HeadProjection(make_target(weight), None, None, torch.float32)
+    assert projection.kernel_weight(torch.bfloat16) is None
+    draft = HeadProjection(make_target(weight), DRAFT_VOCAB, None, torch.float32)
+    assert draft.kernel_weight(torch.bfloat16) is None
+    copy = HeadProjection(make_target(weight), DRAFT_VOCAB, "int8", torch.float32)
+    assert copy.kernel_weight(torch.bfloat16) is not None
+
+
+def shard_of(weight: torch.Tensor, rank: int, rows: int) -> Any:
+    """The target as one of several tensor-parallel ranks holds it, padded to ``rows`` rows."""
+    first, end = rank * rows, min((rank + 1) * rows, VOCAB)
+    part = torch.full((rows, HIDDEN), 1e6)
+    part[: end - first] = weight[first:end]
+    target = make_target(part)
+    target.lm_head.tp_size = -(-VOCAB // rows)
+    target.lm_head.shard_indices = SimpleNamespace(
+        org_vocab_start_index=first, org_vocab_end_index=end
+    )
+    return target
+
+
+def test_ranks_merge_what_they_found(
+    weight: torch.Tensor, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three ranks, the last with padding: no logits are gathered."""
+    sent: list[torch.Tensor] = []
+
+    def all_gather(part: torch.Tensor, dim: int) -> torch.Tensor:
+        assert dim == 0
+        sent.append(part)
+        return torch.cat(sent) if len(sent) == 3 else part
+
+    monkeypatch.setattr(lm_head, "tensor_model_parallel_all_gather", all_gather)
+    for rank in range(3):
+        projection = HeadProjection(shard_of(weight, rank, 40), None, None, torch.float32)
+        projection.use_kernels = True
+        projection.vocab_size = VOCAB
+        token, p = projection.top1(x, None)
+    stored_token, stored_p = top1_confidence(functional.linear(x, weight[:VOCAB]))
+    assert torch.equal(token, stored_token)
+    torch.testing.assert_close(p, stored_p, rtol=1e-5, atol=1e-7)
+    assert all(part.shape == (len(x), 3) for part in sent)
+
+
+def test_a_rank_of_padding_alone_uses_logits(weight: torch.Tensor) -> None:
+    for rank in range(2):
+        target = shard_of(weight, rank, 60)
+        target.lm_head.tp_size = 3
+        projection = HeadProjection(target, None, None, torch.float32)
+        assert projection.kernel_weight(torch.float32) is None

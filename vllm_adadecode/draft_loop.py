@@ -137,16 +137,15 @@ class DraftLoop:
             int8 ``[len(rows)]`` `Action` per row.
         """
         rows_device = torch.from_numpy(rows).to(self._first_pos.device)
-        projection = self.staged.projection
-        logits, other = self.staged.head_logits(exit_index, hidden, residual)
-        column, confidence = top1_confidence(logits, other)
         if self.sample is None:
-            token = projection.to_token_ids(column)
+            token, confidence = self.staged.head_top1(exit_index, hidden, residual)
         else:
+            logits, other = self.staged.head_logits(exit_index, hidden, residual)
+            _, confidence = top1_confidence(logits, other)
             # Drawn from the head's distribution; whether to follow depends on that
             # distribution alone (see policy.py).
             token = self.sample(
-                projection.over_all_tokens(logits),
+                self.staged.projection.over_all_tokens(logits),
                 self._slots_device[rows_device],
                 self._first_pos[rows_device] + offset,
                 offset,

@@ -1,8 +1,8 @@
 """The LM head as the early heads read it: the target's own, or a copy that is cheaper to read.
 
 Owns the copy (rows of the draft vocabulary, quantised or not), made from the target's loaded
-weights, and the way back from draft ids to the target's. Everything here is plain torch: the
-reference for faster kernels, and what runs where there are none.
+weights, the way back from draft ids to the target's, and the choice between the fused kernels
+(`kernels.confidence`) and plain torch, their reference and what runs where there is no Triton.
 """
 
 from typing import Any
@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.triton_utils import HAS_TRITON
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads.config import Quantization
+from vllm_adadecode.kernels.confidence import head_confidence, top1_confidence
+from vllm_adadecode.kernels.head_weight import HeadWeight
 
 # Largest magnitude that a row's largest weight is mapped to.
 _STORED: dict[Quantization, tuple[torch.dtype, float]] = {
@@ -69,6 +73,7 @@ class HeadProjection(nn.Module):
         scales: float32 ``[vocab]`` of a quantised copy, else None.
         draft_vocab: int64 ``[vocab]`` on the device, else None.
         vocab_size: of the target.
+        use_kernels: whether (token, p) come from the fused kernels, which store no logits.
 
     Raises:
         AdaDecodeError: there is to be a copy, and the target's LM head is quantised itself.
@@ -93,6 +98,7 @@ class HeadProjection(nn.Module):
         processor = target.logits_processor
         self.vocab_size: int = processor.org_vocab_size
         self.quantization = quantization
+        self.use_kernels = HAS_TRITON and target.lm_head.weight.device.type != "cpu"
         for name in ("rows", "scales", "draft_vocab"):
             self.register_buffer(name, None, persistent=False)
         if draft_vocab is not None or quantization is not None:
@@ -152,6 +158,64 @@ class HeadProjection(nn.Module):
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
         return logits * self.scale if self.scale != 1.0 else logits
+
+    def top1(
+        self,
+        # [num_tokens, hidden_size]
+        x: torch.Tensor,
+        # [num_tokens] float32
+        other: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Most likely token id of the target, int64, and its probability, float32.
+
+        See `kernels.confidence.top1_confidence`; both ``[num_tokens]``.
+        """
+        weight = self.kernel_weight(x.dtype) if self.use_kernels else None
+        if weight is None:
+            column, p = top1_confidence(self.logits(x), other)
+            return self.to_token_ids(column), p
+        # The threshold is the policy's: it looks at p.
+        all_gather = self._gather_ranks if self._num_ranks() > 1 else None
+        result = head_confidence(x, weight, 0.0, other=other, all_gather=all_gather)
+        return result.token, result.p
+
+    def kernel_weight(self, dtype: torch.dtype) -> HeadWeight | None:
+        """The matrix as the kernels take it; None if they can't stand in for the target's LM head.
+
+        Not kept: a reload of weights may put others in their place. The same answer on every
+        tensor-parallel rank.
+
+        Args:
+            dtype: of the features.
+        """
+        lm_head, processor = self.target.lm_head, self.target.logits_processor
+        finish = {"soft_cap": processor.soft_cap, "logit_scale": processor.scale}
+        if self.rows is not None:
+            if self.scales is None and self.rows.dtype != dtype:
+                return None
+            return HeadWeight(self.rows, self.scales, self.draft_vocab, **finish)
+        plain = isinstance(
+            lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod
+        )
+        if not plain or lm_head.weight.dtype != dtype:
+            return None
+        weight = lm_head.weight.detach()
+        if self._num_ranks() == 1:
+            return HeadWeight(weight[: self.vocab_size], **finish)
+        if (self._num_ranks() - 1) * len(weight) >= self.vocab_size:
+            return None  # the last rank has padding alone
+        shard = lm_head.shard_indices
+        first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+        return HeadWeight(weight[: end - first], first_id=first, **finish)
+
+    def _num_ranks(self) -> int:
+        """Ranks that the LM head is spread over; a copy is whole on each."""
+        return 1 if self.rows is not None else getattr(self.target.lm_head, "tp_size", 1)
+
+    @staticmethod
+    def _gather_ranks(part: torch.Tensor) -> torch.Tensor:
+        gathered: torch.Tensor = tensor_model_parallel_all_gather(part, dim=0)
+        return gathered
 
     def to_token_ids(
         self,

@@ -26,6 +26,7 @@ from vllm_adadecode.draft_loop import DraftLoop, DraftSampler
 from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
+from vllm_adadecode.kernels.warmup import register_warmup
 from vllm_adadecode.lm_head import HeadProjection
 from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy
 from vllm_adadecode.span_runner import SpanRunner, run_span
@@ -278,7 +279,25 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             )
             if self.policy.uses_gate(exit_index):
                 self.model.gate_probability(exit_index, hidden, residual)
-            logits, other = self.model.head_logits(exit_index, hidden, residual)
-            top1_confidence(logits, other)
-            if self.draft_logits is not None:
+            if self.draft_logits is None:
+                self.model.head_top1(exit_index, hidden, residual)
+            else:
+                logits, other = self.model.head_logits(exit_index, hidden, residual)
+                top1_confidence(logits, other)
                 self.model.projection.over_all_tokens(logits)
+
+    def register_warmup(self) -> None:
+        """Have our kernels compiled at start, inside an active warm-up registry."""
+        register_warmup(self._launch_kernels, self.max_num_reqs)
+
+    @torch.inference_mode()
+    def _launch_kernels(self, num_rows: int) -> None:
+        """Every kernel of ours that a round with that many rows launches, changing nothing."""
+        shape = (num_rows, self.hidden_size)
+        zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if self.draft_logits is None:
+            for exit_index in range(self.policy.num_used_exits):
+                self.model.head_top1(exit_index, zeros, zeros)
+        padding = torch.full((num_rows,), -1, dtype=torch.int64, device=self.device)
+        self.deferred.store(padding, padding, zeros, zeros)
+        self.deferred.gather(padding, padding)

@@ -47,6 +47,8 @@ class AdaDecodeRunnerMixin(_Base):
         # vLLM calls the model it loaded: its layers from now on run as spans, from the deferred
         # states in batches that have a plan. One way for all batches: the same compiled code.
         self.model.forward = self._forward
+        with self.jit_warmup_registry.activate():
+            self.speculator.register_warmup()
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any

@@ -157,6 +157,22 @@ class StagedTarget(nn.Module):
         x = head.features(hidden + residual, self.inner.norm)
         return self.projection.logits(x), head.other_logit(x)
 
+    def head_top1(
+        self,
+        exit_index: int,
+        # [num_tokens, hidden_size]
+        hidden: torch.Tensor,
+        # [num_tokens, hidden_size]
+        residual: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Most likely token id int64 and its probability float32, ``[num_tokens]`` each.
+
+        Where the fused kernels run, without storing logits. The inputs are left as they are.
+        """
+        head = self._head(exit_index)
+        x = head.features(hidden + residual, self.inner.norm)
+        return self.projection.top1(x, head.other_logit(x))
+
     def gate_probability(
         self,
         exit_index: int,

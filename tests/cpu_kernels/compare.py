@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import json
 import os
-import traceback
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any
-from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 import triton.backends
+
+from tests.cpu_kernels.running import idle, problems, run
 
 
 def _pretend_cpu_backend() -> None:
@@ -72,54 +70,6 @@ def _interpretable() -> None:
     nans.libdevice = Device
 
 
-def _difference(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> str:
-    if expected.dtype != found.dtype or expected.shape != found.shape:
-        return f"{found.dtype}{list(found.shape)} for {expected.dtype}{list(expected.shape)}"
-    if not expected.is_floating_point():
-        tolerance = 0
-    try:
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-    except AssertionError as error:
-        return str(error)
-    return ""
-
-
-def _run(case: Any, twins: Mapping[str, Callable[..., None]]) -> tuple[Any, set[str]]:
-    """A case's outputs, with these twins in place of their kernels, and the twins it launched."""
-    from vllm.triton_utils.dispatcher import KernelOverride, _resolve_kernel
-
-    launched: set[str] = set()
-    with ExitStack() as stack, torch.inference_mode():
-        for name, twin in twins.items():
-
-            def launch(*args: Any, _name: str = name, _twin: Any = twin, **kwargs: Any) -> None:
-                launched.add(_name)
-                _twin(*args, **kwargs)
-
-            owner, attribute = _resolve_kernel(name)
-            override = KernelOverride(getattr(owner, attribute), launch)
-            stack.enter_context(patch.object(owner, attribute, override))
-        return case.run(torch.Generator().manual_seed(1)), launched
-
-
-def _idle(*args: Any, **kwargs: Any) -> None:
-    """A twin that does nothing."""
-
-
-def _problems(case: Any, expected: Any, twins: Mapping[str, Callable[..., None]]) -> str:
-    try:
-        found, launched = _run(case, twins)
-    except Exception:
-        return traceback.format_exc()
-    problems = [
-        f"{key}: {text}"
-        for key in expected
-        if (text := _difference(expected[key], found[key], case.tolerance))
-    ]
-    problems += [f"{name} was not launched" for name in twins if name not in launched]
-    return "\n".join(problems)
-
-
 def main() -> None:
     _pretend_cpu_backend()
     import vllm.v1.worker.cpu.shm  # noqa: F401
@@ -134,12 +84,12 @@ def main() -> None:
     for case_name, case in CASES.items():
         names = [f"vllm.v1.worker.gpu.{kernel}" for kernel in case.kernels]
         twins = {name: all_twins[name] for name in names}
-        expected, _ = _run(case, {})
-        differences[case_name] = _problems(case, expected, twins)
+        expected, _ = run(case, {})
+        differences[case_name] = problems(case, expected, twins)
         # Fresh memory may hold what the run before left there, which is the right answer: fill it.
         torch.use_deterministic_algorithms(True, warn_only=True)
         for kernel in twins.keys() - noticed:
-            if _problems(case, expected, {**twins, kernel: _idle}):
+            if problems(case, expected, {**twins, kernel: idle}):
                 noticed.add(kernel)
         torch.use_deterministic_algorithms(False)
     print(json.dumps({"differences": differences, "noticed": sorted(noticed)}))

@@ -1,0 +1,129 @@
+"""The draft loop's state on the device: windows by batch row, and the inputs of a pass.
+
+Owns the buffers; `draft_step.py` moves them from one pass to the next.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# `DraftRows.next_span` of a row that drafts no more in this round.
+STOPPED = -1
+
+
+@dataclass
+class DraftRows:
+    """Windows under construction, by batch row; ``window`` is 1 + most drafts.
+
+    Attributes:
+        slots: int64 ``[num_rows]`` request slots; -1: padding.
+        first_pos: int64 ``[num_rows]`` position of the last sampled token.
+        limits: int32 ``[num_rows]`` most drafts of each row.
+        tokens: int64 ``[num_rows, window]`` last sampled token, drafts, zeros.
+        num_drafts: int32 ``[num_rows]``.
+        depths: int32 ``[num_rows, window]`` spans each token has been through.
+        exits: int32 ``[num_rows, window - 1]`` exit index whose head gave each draft.
+        next_span: int32 ``[num_rows]`` span that the row waits for; STOPPED.
+        counts: int64 ``[num_exits, 2]`` heads evaluated, and drafts made, by exit; accumulated.
+    """
+
+    slots: torch.Tensor
+    first_pos: torch.Tensor
+    limits: torch.Tensor
+    tokens: torch.Tensor
+    num_drafts: torch.Tensor
+    depths: torch.Tensor
+    exits: torch.Tensor
+    next_span: torch.Tensor
+    counts: torch.Tensor
+
+    @staticmethod
+    def begin(
+        slots: torch.Tensor,
+        first_pos: torch.Tensor,
+        limits: torch.Tensor,
+        last_sampled: torch.Tensor,
+        max_drafts: int,
+        num_exits: int,
+    ) -> "DraftRows":
+        """Windows of one token each; rows whose limit is 0, and padding rows, do not draft."""
+        num_rows, device = len(slots), slots.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        tokens = zeros(num_rows, 1 + max_drafts, dtype=torch.int64)
+        tokens[:, 0] = last_sampled
+        drafts = (limits > 0) & (slots >= 0)
+        return DraftRows(
+            slots=slots.to(torch.int64),
+            first_pos=first_pos.to(torch.int64),
+            limits=limits.to(torch.int32),
+            tokens=tokens,
+            num_drafts=zeros(num_rows),
+            depths=zeros(num_rows, 1 + max_drafts),
+            exits=zeros(num_rows, max_drafts),
+            next_span=torch.where(drafts, 0, STOPPED).to(torch.int32),
+            counts=zeros(num_exits, 2, dtype=torch.int64),
+        )
+
+
+@dataclass
+class PassInputs:
+    """Persistent inputs of a pass; ``capacity`` is ``num_rows * window`` tokens.
+
+    Attributes:
+        input_ids: int32 ``[capacity]``; written for span 0 alone, where tokens are embedded.
+        positions: int64 ``[capacity]``.
+        token_slots: int64 ``[capacity]`` request slot of each token; -1: no token.
+        offsets: int64 ``[capacity]`` window offset of each token.
+        slot_mapping: int64 ``[num_kv_groups, capacity]`` KV slots; -1: no token.
+        query_start_loc: int32 ``[num_rows + 1]`` first token of each row, then the total.
+        seq_lens: int32 ``[num_rows]`` length up to the row's newest token; 0: not in this pass.
+        newest: int64 ``[num_rows]`` where a row's newest token is; -1: not in this pass.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    token_slots: torch.Tensor
+    offsets: torch.Tensor
+    slot_mapping: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    newest: torch.Tensor
+
+    @staticmethod
+    def empty(num_rows: int, window: int, num_kv_groups: int, device: torch.device) -> "PassInputs":
+        """Buffers of zeros, valid ids and positions for a pass without tokens."""
+        capacity = num_rows * window
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return PassInputs(
+            input_ids=zeros(capacity, dtype=torch.int32),
+            positions=zeros(capacity),
+            token_slots=zeros(capacity),
+            offsets=zeros(capacity),
+            slot_mapping=zeros(num_kv_groups, capacity),
+            query_start_loc=zeros(num_rows + 1, dtype=torch.int32),
+            seq_lens=zeros(num_rows, dtype=torch.int32),
+            newest=zeros(num_rows),
+        )
+
+
+@dataclass(frozen=True)
+class KVBlocks:
+    """vLLM's block tables as kernels read them (attributes of its ``BlockTables``).
+
+    Attributes:
+        table_ptrs: uint64 ``[num_kv_groups]`` addresses of int32 ``[max_num_reqs, max_blocks]``.
+        table_strides: int64 ``[num_kv_groups]``.
+        block_sizes: int32 ``[num_kv_groups]``.
+        enabled: bool ``[num_kv_groups]``, whether a group has KV slots.
+    """
+
+    table_ptrs: torch.Tensor
+    table_strides: torch.Tensor
+    block_sizes: torch.Tensor
+    enabled: torch.Tensor

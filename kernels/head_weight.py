@@ -1,0 +1,70 @@
+"""The matrix that a head projects on: an LM head, a part of it, or an 8-bit copy.
+
+Owns what belongs to it (scales, draft vocabulary, cap) and how a copy is quantised; the kernels
+that read it are in projection.py and sampling.py.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from vllm_adadecode.errors import AdaDecodeError
+
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class HeadWeight:
+    """The matrix that a head projects on, and what its logits go through.
+
+    ``logits = scale * cap * tanh(row_scale * (x . weight) / cap)``, as vLLM's LogitsProcessor.
+
+    Attributes:
+        weight: ``[vocab_size, hidden_size]``, float32, bfloat16, float16, float8_e4m3fn or int8;
+            with a draft vocabulary only that vocabulary's rows.
+        row_scale: float32 ``[vocab_size]``, for 8-bit weights; else None.
+        vocab_ids: int64 ``[vocab_size]``, strictly increasing: the token of each row of ``weight``;
+            None: row i is token ``first_id + i``.
+        first_id: token of the first row, for a shard of a tensor-parallel LM head.
+        soft_cap: logits are squeezed into (-cap, cap) (Gemma); None: not.
+        logit_scale: factor on the logits (Granite).
+    """
+
+    weight: torch.Tensor
+    row_scale: torch.Tensor | None = None
+    vocab_ids: torch.Tensor | None = None
+    first_id: int = 0
+    soft_cap: float | None = None
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        dtypes = (torch.float32, torch.bfloat16, torch.float16, FP8, torch.int8)
+        if self.weight.dim() != 2 or self.weight.dtype not in dtypes or not len(self.weight):
+            raise AdaDecodeError(
+                f"the LM head must be a non-empty [vocab_size, hidden_size] matrix of float32, "
+                f"bfloat16, float16, float8_e4m3fn or int8, but is {self.weight.dtype} "
+                f"{list(self.weight.shape)}"
+            )
+        if (self.weight.element_size() == 1) != (self.row_scale is not None):
+            raise AdaDecodeError("an LM head of 8-bit weights, and no other, has row scales")
+        for name, tensor in (("row scales", self.row_scale), ("vocabulary ids", self.vocab_ids)):
+            if tensor is not None and tensor.shape != self.weight.shape[:1]:
+                raise AdaDecodeError(
+                    f"{name} must be [{len(self.weight)}], one per row of the LM head, "
+                    f"but are {list(tensor.shape)}"
+                )
+
+    @cached_property
+    def bits_scale(self) -> torch.Tensor:
+        """Row scales for FP8 that is read as bits: those are a float16 of 2^-8 the value."""
+        assert self.row_scale is not None
+        return self.row_scale * 256.0
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.weight)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[1]

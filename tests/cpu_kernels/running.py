@@ -1,0 +1,59 @@
+"""Running a case with kernels or with twins in their place, and what differs between two runs."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+
+def difference(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> str:
+    if expected.dtype != found.dtype or expected.shape != found.shape:
+        return f"{found.dtype}{list(found.shape)} for {expected.dtype}{list(expected.shape)}"
+    if not expected.is_floating_point():
+        tolerance = 0
+    try:
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def run(case: Any, twins: Mapping[str, Callable[..., None]]) -> tuple[Any, set[str]]:
+    """A case's outputs, with these twins in place of their kernels, and the twins it launched."""
+    from vllm.triton_utils.dispatcher import KernelOverride, _resolve_kernel
+
+    launched: set[str] = set()
+    with ExitStack() as stack, torch.inference_mode():
+        for name, twin in twins.items():
+
+            def launch(*args: Any, _name: str = name, _twin: Any = twin, **kwargs: Any) -> None:
+                launched.add(_name)
+                _twin(*args, **kwargs)
+
+            owner, attribute = _resolve_kernel(name)
+            override = KernelOverride(getattr(owner, attribute), launch)
+            stack.enter_context(patch.object(owner, attribute, override))
+        return case.run(torch.Generator("cpu").manual_seed(1)), launched
+
+
+def idle(*args: Any, **kwargs: Any) -> None:
+    """A twin that does nothing."""
+
+
+def problems(case: Any, expected: Any, twins: Mapping[str, Callable[..., None]]) -> str:
+    try:
+        found, launched = run(case, twins)
+    except Exception:
+        return traceback.format_exc()
+    problems = [
+        f"{key}: {text}"
+        for key in expected
+        if (text := difference(expected[key], found[key], case.tolerance))
+    ]
+    problems += [f"{name} was not launched" for name in twins if name not in launched]
+    return "\n".join(problems)

@@ -1,0 +1,311 @@
+"""Cases of the fused head: projection, merge, gate.
+
+Importing this imports nothing of vLLM: pytest reads the names of the cases from it.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from tests.kernels.registry import EXACT, Outputs, case, floats, numbers
+
+HEAD = ("projection._head_partials_kernel", "merge._merge_partials_kernel")
+GATE = ("gate._head_input_kernel", "gate._live_first_kernel")
+
+
+def outputs(result: Any, vocab_size: int) -> Outputs:
+    return {
+        "token": numbers(result.token, result.p, vocab_size),
+        "p": result.p,
+        "confident": result.confident,
+    }
+
+
+def blocks(**changes: int) -> Any:
+    from vllm_adadecode.kernels.tuning import HeadBlocks
+
+    sizes = {"BLOCK_V": 64, "BLOCK_K": 32, "BLOCK_R": 16, "tiles_per_split": 1}
+    return HeadBlocks(**{**sizes, "num_warps": 4, "num_stages": 2, **changes})
+
+
+def make_head(
+    rng: torch.Generator, vocab_size: int, hidden_size: int, dtype: torch.dtype, **extra: Any
+) -> Any:
+    """An LM head whose softmax is neither flat nor a single token."""
+    from vllm_adadecode.kernels.head_weight import HeadWeight
+    from vllm_adadecode.lm_head import quantize_rows
+
+    weight = floats(rng, vocab_size, hidden_size, scale=2.0 * hidden_size**-0.5)
+    if dtype in (torch.int8, torch.float8_e4m3fn):
+        quantized, scale = quantize_rows(weight, "int8" if dtype == torch.int8 else "fp8")
+        return HeadWeight(quantized, scale, **extra)
+    return HeadWeight(weight.to(dtype), **extra)
+
+
+@case(
+    *HEAD,
+    float32={"dtype": torch.float32},
+    bfloat16={"dtype": torch.bfloat16},
+    float16={"dtype": torch.float16},
+    int8={"dtype": torch.int8},
+    int8_float16={"dtype": torch.int8, "x_dtype": torch.float16},
+    fp8_bits={"dtype": torch.float8_e4m3fn},
+    fp8_bits_float16={"dtype": torch.float8_e4m3fn, "x_dtype": torch.float16},
+    fp8={"dtype": torch.float8_e4m3fn, "native": True},
+    one_row={"num_rows": 1},
+    two_row_tiles={"num_rows": 19, "sizes": {"BLOCK_R": 16}},
+    wide_row_tile={"num_rows": 33},
+    hidden_no_multiple={"hidden_size": 72},
+    vocab_of_one_block={"vocab_size": 64},
+    vocab_smaller_than_block={"vocab_size": 7},
+    vocab_just_over_a_block={"vocab_size": 65},
+    several_tiles_a_split={"sizes": {"tiles_per_split": 3}},
+    last_split_beyond_vocab={"vocab_size": 200, "sizes": {"tiles_per_split": 4}},
+    soft_cap={"extra": {"soft_cap": 3.0}},
+    logit_scale={"extra": {"logit_scale": 0.25}},
+    cap_and_scale={"extra": {"soft_cap": 30.0, "logit_scale": 2.0}},
+    threshold_0={"threshold": 0.0},
+    threshold_1={"threshold": 1.0},
+)
+def confidence(
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    x_dtype: torch.dtype | None = None,
+    num_rows: int = 5,
+    vocab_size: int = 300,
+    hidden_size: int = 64,
+    threshold: float = 0.2,
+    native: bool = False,
+    sizes: dict[str, int] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Outputs:
+    from vllm_adadecode.kernels import confidence as module
+    from vllm_adadecode.kernels import projection
+
+    head = make_head(rng, vocab_size, hidden_size, dtype, **(extra or {}))
+    x_dtype = x_dtype or (torch.bfloat16 if head.row_scale is not None else dtype)
+    x = floats(rng, num_rows, hidden_size, dtype=x_dtype)
+    cut = blocks(**sizes) if sizes is not None else None
+    as_bits = projection.fp8_as_bits
+    with patch.object(projection, "fp8_as_bits", (lambda _: False) if native else as_bits):
+        return outputs(module.head_confidence(x, head, threshold, blocks=cut), vocab_size)
+
+
+@case(*HEAD, above_2_17={"vocab_size": 2**17 + 77})
+def large_vocabulary(rng: torch.Generator, vocab_size: int) -> Outputs:
+    from vllm_adadecode.kernels.confidence import head_confidence
+
+    head = make_head(rng, vocab_size, 16, torch.float32)
+    # The most likely token of row 1 is the very last.
+    head.weight[-1] = 9.0
+    x = floats(rng, 2, 16)
+    x[1] = 1.0
+    result = head_confidence(x, head, 0.5, blocks=blocks(BLOCK_V=4096, BLOCK_K=16))
+    return outputs(result, vocab_size)
+
+
+@case(*HEAD, float32={"dtype": torch.float32}, bfloat16={"dtype": torch.bfloat16})
+def equal_logits(rng: torch.Generator, dtype: torch.dtype) -> Outputs:
+    """The lowest id wins, over blocks and splits; p is exactly 1/4 at a threshold of 1/4."""
+    from vllm_adadecode.kernels.confidence import head_confidence
+    from vllm_adadecode.kernels.head_weight import HeadWeight
+
+    x = floats(rng, 3, 32, dtype=dtype)
+    many = head_confidence(x, HeadWeight(floats(rng, 1, 32, dtype=dtype).repeat(200, 1)), 0.5)
+    four = head_confidence(x, HeadWeight(floats(rng, 1, 32, dtype=dtype).repeat(4, 1)), 0.25)
+    # Two equal maxima in different blocks.
+    weight = torch.zeros(200, 32, dtype=dtype)
+    weight[[70, 150]] = 1.0
+    two = head_confidence(torch.ones(1, 32, dtype=dtype), HeadWeight(weight), 0.4)
+    return {
+        **{f"many_{k}": v for k, v in outputs(many, 200).items()},
+        **{f"four_{k}": v for k, v in outputs(four, 4).items()},
+        **{f"two_{k}": v for k, v in outputs(two, 200).items()},
+    }
+
+
+def extreme_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """x ``[8, 32]`` and weight ``[150, 32]`` whose logits are infinite or NaN in chosen places.
+
+    Products overflow; 0 times a finite number keeps the other rows apart.
+    """
+    x, weight = torch.zeros(8, 32), torch.zeros(150, 32)
+    weight[:, 0] = torch.linspace(-1.0, 1.0, 150)
+    weight[100, 1] = weight[:, 2] = weight[100, 3] = 1e30
+    weight[70, 4], weight[70, 5] = 1e30, -1e30
+    weight[:70, 6] = 1e30
+    x[:, 0] = 1.0
+    x[1, 1] = 1e30  # one logit +inf
+    x[2, 1] = -1e30  # one logit -inf
+    x[3, 2] = -1e30  # all -inf
+    x[4, 4] = x[4, 5] = 1e30  # one logit NaN
+    x[5, 0] = torch.nan  # all NaN
+    x[6, 6] = -1e30  # the first block, and more, -inf
+    x[7, 2] = 1e30  # all +inf
+    return x, weight
+
+
+@case(*HEAD, default={}, splits={"sizes": {"tiles_per_split": 2}}, cap={"soft_cap": 5.0})
+def infinite_and_nan(
+    rng: torch.Generator, sizes: dict[str, int] | None = None, soft_cap: float | None = None
+) -> Outputs:
+    from vllm_adadecode.kernels.confidence import head_confidence
+    from vllm_adadecode.kernels.head_weight import HeadWeight
+
+    x, weight = extreme_rows()
+    head = HeadWeight(weight, soft_cap=soft_cap)
+    result = head_confidence(x, head, 0.0, blocks=blocks(**(sizes or {})))
+    return outputs(result, 150)
+
+
+@case(*HEAD)
+def float16_overflow(rng: torch.Generator) -> Outputs:
+    """Products of float16 beyond 65504 are finite logits."""
+    from vllm_adadecode.kernels.confidence import head_confidence
+    from vllm_adadecode.kernels.head_weight import HeadWeight
+
+    x = torch.full((2, 64), 200.0, dtype=torch.float16)
+    weight = torch.full((100, 64), 200.0, dtype=torch.float16)
+    weight[42, 0] = 200.125
+    weight[43, :] = -200.0
+    x[1] = -x[1]
+    return outputs(head_confidence(x, HeadWeight(weight), 0.5), 100)
+
+
+@case(*HEAD, columns={"columns": True}, rows={"columns": False})
+def strided_input(rng: torch.Generator, columns: bool) -> Outputs:
+    from vllm_adadecode.kernels.confidence import head_confidence
+
+    head = make_head(rng, 100, 64, torch.float32)
+    wide = floats(rng, 8, 128)
+    x = wide[:, 32:96] if columns else wide[::2, ::2]
+    return outputs(head_confidence(x, head, 0.2), 100)
+
+
+@case(*HEAD, ids={}, other={"other": True}, one={"size": 1}, one_other={"size": 1, "other": True})
+def draft_vocabulary(rng: torch.Generator, size: int = 90, other: bool = False) -> Outputs:
+    from vllm_adadecode.kernels.confidence import head_confidence
+
+    ids = torch.randperm(1000, generator=rng)[:size].sort().values
+    head = make_head(rng, size, 64, torch.float32, vocab_ids=ids)
+    logit = floats(rng, 6, scale=4.0) if other else None
+    if logit is not None:
+        logit[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    return outputs(head_confidence(floats(rng, 6, 64), head, 0.3, other=logit), 1000)
+
+
+@case(*HEAD, *GATE, some={"threshold": 0.5}, all={"threshold": 0.0}, none={"threshold": 0.999})
+def gated(rng: torch.Generator, threshold: float) -> Outputs:
+    """Norm, gate, order, and a head that leaves out rows: results are by row."""
+    from vllm_adadecode.kernels.confidence import head_confidence
+    from vllm_adadecode.kernels.gate import head_input, live_first
+
+    hidden, residual = floats(rng, 21, 64), floats(rng, 21, 64)
+    x, gate = head_input(
+        hidden,
+        residual,
+        norm_weight=floats(rng, 64).abs(),
+        norm_eps=1e-5,
+        gate_weight=floats(rng, 64, scale=0.2),
+        gate_bias=torch.zeros(1),
+    )
+    assert gate is not None
+    gate[3] = torch.nan
+    order, num_live = live_first(gate, threshold)
+    head = make_head(rng, 150, 64, torch.float32)
+    result = head_confidence(x, head, 0.2, order=order, num_live=num_live, blocks=blocks())
+    return {
+        **outputs(result, 150),
+        "x": x,
+        "gate": gate,
+        "order": order,
+        "num_live": num_live,
+    }
+
+
+@case(
+    "gate._head_input_kernel",
+    tolerance=2**-7,
+    bfloat16={"dtype": torch.bfloat16},
+    no_residual={"residual": False},
+    no_norm={"norm": False},
+    hidden_no_power_of_two={"hidden_size": 72},
+    strided={"strided": True},
+)
+def head_inputs(
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    residual: bool = True,
+    norm: bool = True,
+    hidden_size: int = 64,
+    strided: bool = False,
+) -> Outputs:
+    from vllm_adadecode.kernels.gate import head_input
+
+    hidden = floats(rng, 5, hidden_size * 2, dtype=dtype)
+    hidden = hidden[:, :hidden_size] if strided else hidden[:, :hidden_size].contiguous()
+    before = hidden.clone()
+    x, gate = head_input(
+        hidden,
+        floats(rng, 5, hidden_size, dtype=dtype) if residual else None,
+        norm_weight=floats(rng, hidden_size, dtype=dtype) if norm else None,
+        norm_eps=1e-6,
+        gate_weight=floats(rng, hidden_size, scale=0.3),
+        gate_bias=torch.tensor([0.1]),
+    )
+    assert gate is not None
+    # The residual stream goes on to the next span as it was.
+    return {"x": x, "gate": gate, "hidden_changed": hidden != before}
+
+
+@case("gate._live_first_kernel", tolerance=EXACT, many={"num_rows": 300}, one={"num_rows": 1})
+def row_order(rng: torch.Generator, num_rows: int) -> Outputs:
+    from vllm_adadecode.kernels.gate import live_first
+
+    gate = torch.rand(num_rows, generator=rng)
+    order, num_live = live_first(gate, 0.6)
+    return {"order": order, "num_live": num_live}
+
+
+@case(*HEAD, plain={}, gate={"gate": True}, draft={"draft": True})
+def shards(rng: torch.Generator, gate: bool = False, draft: bool = False) -> Outputs:
+    """A vocabulary over four ranks, the third with one token: as the whole one."""
+    from vllm_adadecode.kernels.confidence import head_confidence, merge_partials, merge_shards
+    from vllm_adadecode.kernels.gate import live_first
+    from vllm_adadecode.kernels.head_weight import HeadWeight
+    from vllm_adadecode.kernels.projection import head_partials
+
+    ids = torch.arange(0, 600, 2) if draft else None
+    head = make_head(rng, 300, 64, torch.float32, vocab_ids=ids)
+    # Equal maxima on two ranks: the lower id wins.
+    head.weight[[20, 250]] = 1.0
+    x = floats(rng, 19, 64)
+    x[0] = 1.0
+    x[1] = torch.nan
+    order = num_live = None
+    if gate:
+        order, num_live = live_first(torch.rand(19, generator=rng), 0.4)
+    bounds = [0, 100, 150, 151, 300]
+    parts = []
+    for begin, end in pairwise(bounds):
+        shard = HeadWeight(head.weight[begin:end], first_id=begin)
+        partials = head_partials(x, shard, order=order, num_live=num_live, blocks=blocks())
+        parts.append(merge_partials(partials, order=order, num_live=num_live))
+    sharded = merge_shards(
+        parts[0],
+        0.2,
+        lambda _: torch.cat(parts),
+        order=order,
+        num_live=num_live,
+        vocab_ids=ids,
+    )
+    whole = head_confidence(x, head, 0.2, order=order, num_live=num_live)
+    torch.testing.assert_close(sharded.p, whole.p, rtol=2e-5, atol=0.0, equal_nan=True)
+    numeric = ~whole.p.isnan()
+    assert torch.equal(sharded.token[numeric], whole.token[numeric])
+    assert torch.equal(sharded.confident, whole.confident)
+    return outputs(sharded, 600)
