@@ -16,12 +16,12 @@ WORKERS ?= 2
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make setup       install everything into $(VENV) (Python 3.11 or 3.12; PYTHON=... names one)"
-	@echo "make demo        serve the demo model with and without AdaDecode and compare"
-	@echo "make test        lint, then all tests"
-	@echo "make lint        ruff and mypy"
-	@echo "make demo-model  train the demo model again"
-	@echo "make heads-report  what the demo model's heads are worth: results/heads.json"
+	@echo "make setup          install everything into $(VENV) (Python 3.11 or 3.12; PYTHON=... names one)"
+	@echo "make demo           serve the demo model with and without AdaDecode and compare"
+	@echo "make test           lint, then all tests"
+	@echo "make lint           ruff and mypy"
+	@echo "make demo-model     train the demo model again"
+	@echo "make heads-report   what the demo model's heads are worth: results/heads.json"
 	@echo "make kernel-report  check and compile the Triton kernels (no GPU needed): results/kernels.json"
 
 setup: $(INSTALLED)
