@@ -64,7 +64,7 @@ def main() -> None:
     _pretend_cpu_backend()
     import vllm.v1.worker.cpu.shm  # noqa: F401
 
-    from tests.kernels.checks import CHECKS
+    from tests.kernels.checks import CHECKS, INTERPRETER_CHECKS
     from tests.kernels.head_cases import HEAD
     from tests.kernels.loop_cases import SAMPLE
     from tests.kernels.registry import CASES
@@ -94,7 +94,7 @@ def main() -> None:
                 if problems(case, expected, {**twins, kernel: idle}):
                     noticed.add(kernel)
             torch.use_deterministic_algorithms(False)
-    checks = {name: check() for name, check in CHECKS.items()}
+    checks = {name: check() for name, check in {**CHECKS, **INTERPRETER_CHECKS}.items()}
     print(
         json.dumps(
             {
