@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -60,10 +61,18 @@ def refused(arguments: list[str], output: Path, capsys: Capture, *more: str) -> 
 # --- what it writes ----------------------------------------------------------------------------
 
 
-def test_a_run(target: Path, arguments: list[str], tmp_path: Path, capsys: Capture) -> None:
+def test_a_run(
+    target: Path,
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     output = tmp_path / "new" / "heads"
     more = ["--gate", "--draft-vocab", "32", "--transform", "low_rank", "--rank", "4"]
     more += ["--num-speculative-tokens", "7", "--confidence-threshold", "0.6"]
+    command = [*arguments, "--output", str(output), *more]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/adadecode", *command])
     assert train(arguments, output, *more) == 0
     assert "written: " in capsys.readouterr().out
     assert sorted(p.name for p in output.iterdir()) == [
@@ -89,7 +98,7 @@ def test_a_run(target: Path, arguments: list[str], tmp_path: Path, capsys: Captu
     assert len(vocab) == 32
 
     made = config.provenance
-    assert made["command"].startswith("/") or "train" in made["command"]
+    assert made["command"] == shlex.join(["adadecode", *command])
     assert made["versions"]["torch"] == torch.__version__
     assert made["data"]["sequences"] == {"random": 40}
     assert made["data"]["digest"].startswith("sha256:")
