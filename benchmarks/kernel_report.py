@@ -90,7 +90,7 @@ def show(kernels: list[dict[str, Any]], console: Console) -> None:
     table = Table("kernel", "equal", "cases", "compiled", "registers", "shared memory", "spilled")
     for kernel in kernels:
         table.add_row(
-            kernel["name"],
+            kernel["name"].partition("._")[2].removesuffix("_kernel"),
             "yes" if kernel["equal"] else "NO",
             str(len(kernel["cases"])),
             ", ".join(kernel["compiled"]) or "NO",
