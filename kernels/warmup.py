@@ -16,8 +16,8 @@ from vllm_adadecode.kernels.tuning import ROW_BUCKETS
 class KernelWarmup(VllmJitKernel[int]):
     """Kernels of the draft loop, as one entry of vLLM's registry.
 
-    A key is a number of rows: the width of the head's row tile is compiled in, and nothing else
-    depends on the batch.
+    A key is a number of rows: compiled in are the width of the head's row tile and the number of
+    rows to order behind a gate, a power of two; nothing else depends on the batch.
 
     Args:
         run: launches all kernels on that many rows, with the real weights and no lasting effect.
@@ -30,8 +30,9 @@ class KernelWarmup(VllmJitKernel[int]):
         self.run = run
 
     def get_warmup_keys(self, *, max_num_rows: int) -> list[int]:
-        """A number of rows for each width of row tile that up to ``max_num_rows`` rows need."""
-        return sorted({min(bucket, max_num_rows) for bucket in ROW_BUCKETS})
+        """A number of rows for each kernel that up to ``max_num_rows`` rows need."""
+        powers = [2**i for i in range(ROW_BUCKETS[0].bit_length() - 1, max_num_rows.bit_length())]
+        return sorted({min(rows, max_num_rows) for rows in (*ROW_BUCKETS, *powers, max_num_rows)})
 
     def compile(self, compile_key: int) -> None:
         self.run(compile_key)

@@ -239,26 +239,86 @@ def test_all_parts_at_once(
     assert again["exits"] == counts["exits"]
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
+# --- the way that a GPU takes, with the kernels' twins ------------------------------------------
+
+
+# The demo's own heads; a copy of the LM head; a gate, with an exit that does not ask it; all.
+PARTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "int8": {"lm_head_quantization": "int8"},
+    "gate": {"gate": True, "gate_threshold": [0.4, 0, 0.3]},
+    "all": {
+        "gate": True,
+        "gate_threshold": [0.3, 0.4, 0],
+        "draft_vocab_size": 256,
+        "lm_head_quantization": "int8",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("parts", "method"),
+    [
+        ("plain", "greedy"),
+        ("int8", "greedy"),
+        ("gate", "greedy"),
+        ("plain", "probabilistic"),
+        ("all", "probabilistic"),
+    ],
+)
 def test_kernels_in_place_of_logits(
     engines: EnginePool,
     prompts: list[str],
     reference: list[Any],
     tmp_path: Path,
-    quantization: str | None,
+    parts: str,
+    method: str,
 ) -> None:
-    """The way that a GPU takes, with the kernels' twins: the same drafts as from logits."""
-    heads = demo_heads(tmp_path / "heads", lm_head_quantization=quantization)
-    engine = engines.get(speculative_config=speculative(model=heads))
-    _, stored = run(engine, prompts)
+    """The same drafts as from logits, and no logits."""
+    fields, extra = PARTS[parts], {}
+    if "gate" in fields:
+        extra |= gate_tensors(0.1)
+    if "draft_vocab_size" in fields:
+        extra |= {
+            "draft_vocab": frequent(reference, fields["draft_vocab_size"]),
+            "other_weight": torch.zeros(HIDDEN),
+            "other_bias": torch.zeros(1),
+        }
+    heads = demo_heads(tmp_path / "heads", extra, **fields)
+    engine = engines.get(
+        speculative_config=speculative(model=heads, draft_sample_method=method),
+    )
+
+    def generate_and_count() -> tuple[list[Any], dict[str, Any]]:
+        # Some requests at temperature 0 among them, which a probabilistic draft must follow.
+        params = [
+            greedy(seed=i, temperature=0.0 if method == "greedy" or i % 4 == 0 else 0.7)
+            for i in range(NUM_PROMPTS)
+        ]
+        stats(engine, reset=True)
+        return generate(engine, prompts[:NUM_PROMPTS], params, batch=4), stats(engine)
+
+    stored_outputs, stored = generate_and_count()
 
     def use_kernels(worker: Any) -> bool:
+        def no_logits(*args: Any) -> None:
+            raise AssertionError("logits were stored")
+
         projection = worker.model_runner.speculator.model.projection
         projection.use_kernels = True
+        projection.logits = no_logits
         return projection.kernel_weight(torch.float32) is not None
 
     assert engine.collective_rpc(use_kernels) == [True]
-    outputs, counts = run(engine, prompts)
-    assert_same(engines.get(), outputs, reference)
+    outputs, counts = generate_and_count()
+    if method == "greedy":
+        assert_same(engines.get(), outputs, reference)
+    else:
+        assert token_ids(outputs) == token_ids(stored_outputs)
     assert counts["exits"] == stored["exits"]
     assert counts["drafted"] > 100
+    assert counts["accepted"] > 50
+    # Counts of what was saved, too, at exits that asked a gate.
+    gated = [e for e in counts["exits"].values() if e["gated"]]
+    assert bool(gated) == ("gate" in fields)
+    assert all(0 < e["checked"] < e["gated"] for e in gated)

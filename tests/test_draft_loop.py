@@ -16,9 +16,10 @@ import torch
 
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.draft_loop import DraftLoop, DraftState
+from vllm_adadecode.fused_head import HeadCheck
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
-from vllm_adadecode.policy import Action, ThresholdPolicy
+from vllm_adadecode.policy import Action, PassesGate, ThresholdPolicy
 from vllm_adadecode.scorer import make_plan
 from vllm_adadecode.windows import PendingWindow, PendingWindows
 
@@ -141,6 +142,40 @@ class FakeTarget:
 
 
 @dataclass
+class FakeFusedHeads:
+    """Stands for `FusedHeads`: everything stays on the device, and rows held back say nonsense."""
+
+    target: FakeTarget
+
+    def check(
+        self,
+        exit_index: int,
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        *,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        draft: int,
+        passes_gate: PassesGate | None,
+    ) -> HeadCheck:
+        assert hidden[:, 1].tolist() == slots.tolist()
+        assert (hidden[:, 2] == draft).all()
+        assert positions.tolist() == [self.target.first_pos[int(s)] + draft for s in slots]
+        live = None
+        passed = torch.ones(len(hidden), dtype=torch.bool)
+        if passes_gate is not None:
+            live = passes_gate(self.target.gate_probability(exit_index, hidden, residual))
+            passed = live
+        # Nothing that may follow a row that its head was not evaluated for.
+        token, p = torch.full((len(hidden),), VOCAB), torch.ones(len(hidden))
+        if passed.any():
+            token[passed], p[passed] = self.target.head_top1(
+                exit_index, hidden[passed], residual[passed]
+            )
+        return HeadCheck(token, p, live)
+
+
+@dataclass
 class Run:
     """A draft loop that has run."""
 
@@ -161,6 +196,7 @@ def draft(
     policy: ThresholdPolicy | None = None,
     gate: Confidence = lambda *_: 1.0,
     gate_thresholds: tuple[float, ...] | None = None,
+    fused: bool = False,
 ) -> Run:
     """Run one draft loop for ``len(limits)`` requests."""
     slots = slots or list(range(len(limits)))
@@ -176,6 +212,7 @@ def draft(
         policy=policy,
         counters=counters,
         sample=sample,
+        fused=FakeFusedHeads(target) if fused else None,  # type: ignore[arg-type]
     )
     positions = torch.tensor([first_pos[s] for s in slots])
     state = loop.run(
@@ -330,7 +367,8 @@ def test_sampled_draft_replaces_the_token_and_not_the_decision() -> None:
 # --- the gate ----------------------------------------------------------------------------------
 
 
-def test_the_gate_decides_which_heads_are_evaluated() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_gate_decides_which_heads_are_evaluated(fused: bool) -> None:
     """Slots 0 and 2 pass the first gate, 1 and 2 the second, none the third."""
     opened = {(0, 0), (2, 0), (1, 1), (2, 1)}
     run = draft(
@@ -338,6 +376,7 @@ def test_the_gate_decides_which_heads_are_evaluated() -> None:
         [1, 1, 1],
         gate=lambda slot, _, exit_index: 0.8 if (slot, exit_index) in opened else 0.2,
         gate_thresholds=(0.5, 0.5, 0.5),
+        fused=fused,
     )
     # 0 extends at once. 1, held back, is not asked at exit 0, where it would have been confident.
     assert run.target.gate_checks == [
@@ -403,8 +442,9 @@ def expected(
     return drafts, depths, exits
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_as_each_request_alone(seed: int) -> None:
+def test_as_each_request_alone(seed: int, fused: bool) -> None:
     rng = np.random.default_rng(seed)
     table = rng.choice([0.1, 0.4, 0.6, 0.95], size=(MAX_SLOTS, 5, 3), p=[0.3, 0.2, 0.3, 0.2])
 
@@ -427,6 +467,7 @@ def test_as_each_request_alone(seed: int) -> None:
         thresholds=thresholds,
         gate=gate,
         gate_thresholds=(0.5, 0.5, 0.5) if seed % 2 else None,
+        fused=fused,
     )
 
     through: dict[int, set[tuple[int, int]]] = {span: set() for span in range(4)}

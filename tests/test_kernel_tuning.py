@@ -69,15 +69,21 @@ def test_blocks_of_a_weight() -> None:
     assert (blocks.BLOCK_V, blocks.BLOCK_R) == (64, 16)
 
 
-def test_warm_up_runs_once_for_each_row_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("max_num_rows", "expected"), [(3, [3]), (40, [16, 32, 40]), (300, [16, 32, 64, 128, 256, 300])]
+)
+def test_warm_up_runs_once_for_each_kernel(
+    monkeypatch: pytest.MonkeyPatch, max_num_rows: int, expected: list[int]
+) -> None:
+    """A kernel for each row tile, and one for each power of two of rows behind a gate."""
     monkeypatch.setattr(warmup, "HAS_TRITON", True)
     registry = JitWarmupRegistry(vllm_config=None)
     ran: list[int] = []
     with registry.activate():
-        warmup.register_warmup(ran.append, max_num_rows=40)
+        warmup.register_warmup(ran.append, max_num_rows=max_num_rows)
     assert ran == []
     registry.warmup()
-    assert ran == [16, 32, 40]
+    assert ran == expected
 
 
 def test_nothing_to_warm_up_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,13 +163,15 @@ def test_tokens_follow_the_target(
     assert score < limit(), f"{name} is {score:.1f} standard deviations off"
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["logits", "kernels"])
 def test_a_draft_vocabulary_is_exact_too(
-    engines: EnginePool, model_path: Path, exact: Any, tmp_path: Path
+    engines: EnginePool, model_path: Path, exact: Any, tmp_path: Path, kernels: bool
 ) -> None:
     """Drafts drawn from 6 of 16 tokens, by a quantised head, where a random gate lets them.
 
     The other tokens have proposal probability 0. They must come as often as ever, from the
-    resampling after a rejection and from the verifications themselves.
+    resampling after a rejection and from the verifications themselves. With kernels (their twins)
+    as on a GPU: gate, head and draw in one, which write these tokens' logits alone.
     """
     ids = torch.tensor([1, 4, 5, 9, 12, 15])
     torch.manual_seed(0)
@@ -205,6 +207,11 @@ def test_a_draft_vocabulary_is_exact_too(
             draft_sample_method="probabilistic",
         ),
     )
+
+    def use_kernels(worker: Any) -> None:
+        worker.model_runner.speculator.model.projection.use_kernels = kernels
+
+    engine.collective_rpc(use_kernels)
     sequences = sample(engine)
     counts = stats(engine)
     assert counts["accepted"] > 2000

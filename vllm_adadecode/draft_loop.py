@@ -11,15 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_adadecode.counters import Counters
+from vllm_adadecode.counters import Counters, ExitCounters
+from vllm_adadecode.fused_head import FusedHeads
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
-from vllm_adadecode.policy import Action, DraftPolicy
+from vllm_adadecode.policy import Action, DraftPolicy, gate_at
 from vllm_adadecode.span_runner import SpanRunner
 from vllm_adadecode.staged import StagedTarget
 
 # (logits [rows, vocab], slots [rows], positions [rows], draft number) -> token ids [rows]
 DraftSampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+# In place of an `Action`: the row did not pass the gate, and its head was not evaluated.
+HELD_BACK = -1
 
 
 @dataclass
@@ -42,7 +46,12 @@ class DraftState:
 
 @dataclass
 class DraftLoop:
-    """One round's drafting; all collaborators are the proposer's."""
+    """One round's drafting; all collaborators are the proposer's.
+
+    Attributes:
+        sample: draws drafts from stored logits; None: the most likely token.
+        fused: heads by the fused kernels, with draws of their own; None: from stored logits.
+    """
 
     staged: StagedTarget
     spans: SpanRunner
@@ -50,6 +59,7 @@ class DraftLoop:
     policy: DraftPolicy
     counters: Counters
     sample: DraftSampler | None
+    fused: FusedHeads | None = None
 
     def run(
         self,
@@ -94,35 +104,18 @@ class DraftLoop:
             hidden, residual = self._run_span(state, exit_index, rows, offset)
             if not self.policy.uses(exit_index):
                 continue
+            if self.policy.uses_gate(exit_index):
+                self._exit_counters(exit_index).gated += len(rows)
+            ask = self._ask_stored if self.fused is None else self._ask_fused
+            actions, tokens = ask(exit_index, rows, offset, hidden, residual)
+            self._extend(state, exit_index, rows, offset, actions, tokens)
             # Rows that the gate holds back go deeper, or stop here if this is the last exit.
-            actions = np.full(len(rows), Action.PROMOTE, dtype=np.int8)
-            checked = self._pass_gate(exit_index, hidden, residual)
-            if checked is None:
-                actions[:] = self._check(state, exit_index, rows, offset, hidden, residual)
-            elif checked.size:
-                index = torch.from_numpy(checked).to(hidden.device)
-                actions[checked] = self._check(
-                    state, exit_index, rows[checked], offset, hidden[index], residual[index]
-                )
-            rows = rows[actions == Action.PROMOTE]
+            rows = rows[(actions == Action.PROMOTE) | (actions == HELD_BACK)]
             if rows.size == 0:
                 return
 
-    def _pass_gate(
-        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> np.ndarray | None:
-        """Indices of the rows whose head is to be evaluated; None for all, without asking."""
-        if not self.policy.uses_gate(exit_index):
-            return None
-        self.counters.exits[self.staged.exit_layers[exit_index]].gated += len(hidden)
-        gate = self.staged.gate_probability(exit_index, hidden, residual)
-        # The one host synchronisation of a gate: the rows for the LM head are picked out, so that
-        # it never reads its weights for a row that it is not worth.
-        return np.flatnonzero(self.policy.passes_gate(exit_index, gate).cpu().numpy())
-
-    def _check(
+    def _ask_fused(
         self,
-        state: DraftState,
         exit_index: int,
         rows: np.ndarray,
         offset: int,
@@ -130,38 +123,97 @@ class DraftLoop:
         hidden: torch.Tensor,
         # [len(rows), hidden_size]
         residual: torch.Tensor,
-    ) -> np.ndarray:
-        """Evaluate a head, and give the confident ones of ``rows`` their next draft.
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """Gate and head of every row, by the fused kernels.
 
         Returns:
-            int8 ``[len(rows)]`` `Action` per row.
+            int8 ``[len(rows)]`` `Action` or `HELD_BACK` per row, and int64 ``[len(rows)]`` tokens,
+            of no meaning where it was held back.
         """
+        assert self.fused is not None
         rows_device = torch.from_numpy(rows).to(self._first_pos.device)
+        check = self.fused.check(
+            exit_index,
+            hidden,
+            residual,
+            slots=self._slots_device[rows_device],
+            positions=self._first_pos[rows_device] + offset,
+            draft=offset,
+            passes_gate=gate_at(self.policy, exit_index),
+        )
+        actions = self.policy.decide(exit_index, check.p)
+        if check.live is not None:
+            actions = actions.masked_fill(~check.live, HELD_BACK)
+        # The one host synchronisation of a head check, with or without a gate.
+        return actions.cpu().numpy(), check.token
+
+    def _ask_stored(
+        self,
+        exit_index: int,
+        rows: np.ndarray,
+        offset: int,
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """The same as `_ask_fused` from stored logits, of the rows that pass the gate alone."""
+        device = self._first_pos.device
+        passed = np.arange(len(rows))
+        passes_gate = gate_at(self.policy, exit_index)
+        if passes_gate is not None:
+            gate = self.staged.gate_probability(exit_index, hidden, residual)
+            # The one host synchronisation of a gate: the rows for the LM head are picked out, so
+            # that it never reads its weights for a row that it is not worth.
+            passed = np.flatnonzero(passes_gate(gate).cpu().numpy())
+        actions = np.full(len(rows), HELD_BACK, dtype=np.int8)
+        tokens = torch.zeros(len(rows), dtype=torch.int64, device=device)
+        if passed.size == 0:
+            return actions, tokens
+        index = torch.from_numpy(passed).to(device)
+        if len(passed) < len(rows):
+            hidden, residual = hidden[index], residual[index]
         if self.sample is None:
-            token, confidence = self.staged.head_top1(exit_index, hidden, residual)
+            tokens[index], p = self.staged.head_top1(exit_index, hidden, residual)
         else:
+            rows_device = torch.from_numpy(rows[passed]).to(device)
             logits, other = self.staged.head_logits(exit_index, hidden, residual)
-            _, confidence = top1_confidence(logits, other)
+            _, p = top1_confidence(logits, other)
             # Drawn from the head's distribution; whether to follow depends on that
             # distribution alone (see policy.py).
-            token = self.sample(
+            tokens[index] = self.sample(
                 self.staged.projection.over_all_tokens(logits),
                 self._slots_device[rows_device],
                 self._first_pos[rows_device] + offset,
                 offset,
             )
         # The one host synchronisation of a head check.
-        actions = self.policy.decide(exit_index, confidence).cpu().numpy()
+        actions[passed] = self.policy.decide(exit_index, p).cpu().numpy()
+        return actions, tokens
+
+    def _extend(
+        self,
+        state: DraftState,
+        exit_index: int,
+        rows: np.ndarray,
+        offset: int,
+        # [len(rows)] int8
+        actions: np.ndarray,
+        # [len(rows)] int64
+        tokens: torch.Tensor,
+    ) -> None:
+        """Give the confident ones of ``rows`` their next draft, and count."""
         confident = actions == Action.EXTEND
-        counters = self.counters.exits[self.staged.exit_layers[exit_index]]
-        counters.checked += len(rows)
+        counters = self._exit_counters(exit_index)
+        counters.checked += int((actions != HELD_BACK).sum())
         counters.drafted += int(confident.sum())
         if confident.any():
-            chosen = torch.from_numpy(np.flatnonzero(confident)).to(token.device)
-            state.tokens[rows_device[chosen], offset + 1] = token[chosen]
+            chosen = torch.from_numpy(np.flatnonzero(confident)).to(tokens.device)
+            rows_device = torch.from_numpy(rows[confident]).to(tokens.device)
+            state.tokens[rows_device, offset + 1] = tokens[chosen]
             state.num_drafts[rows[confident]] += 1
             state.exits[rows[confident], offset] = exit_index
-        return actions
+
+    def _exit_counters(self, exit_index: int) -> ExitCounters:
+        return self.counters.exits[self.staged.exit_layers[exit_index]]
 
     def _run_span(
         self, state: DraftState, span: int, rows: np.ndarray, offset: int

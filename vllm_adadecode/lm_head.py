@@ -165,18 +165,27 @@ class HeadProjection(nn.Module):
         x: torch.Tensor,
         # [num_tokens] float32
         other: torch.Tensor | None,
+        *,
+        order: torch.Tensor | None = None,
+        num_live: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Most likely token id of the target, int64, and its probability, float32.
 
         See `kernels.confidence.top1_confidence`; both ``[num_tokens]``.
+
+        Args:
+            order, num_live: from `kernels.gate.live_first`. The kernels leave out rows that are
+                not live, and give these no meaningful result.
         """
         weight = self.kernel_weight(x.dtype) if self.use_kernels else None
         if weight is None:
             column, p = top1_confidence(self.logits(x), other)
             return self.to_token_ids(column), p
         # The threshold is the policy's: it looks at p.
-        all_gather = self._gather_ranks if self._num_ranks() > 1 else None
-        result = head_confidence(x, weight, 0.0, other=other, all_gather=all_gather)
+        all_gather = self._gather_ranks if self.num_ranks() > 1 else None
+        result = head_confidence(
+            x, weight, 0.0, other=other, order=order, num_live=num_live, all_gather=all_gather
+        )
         return result.token, result.p
 
     def kernel_weight(self, dtype: torch.dtype) -> HeadWeight | None:
@@ -200,15 +209,15 @@ class HeadProjection(nn.Module):
         if not plain or lm_head.weight.dtype != dtype:
             return None
         weight = lm_head.weight.detach()
-        if self._num_ranks() == 1:
+        if self.num_ranks() == 1:
             return HeadWeight(weight[: self.vocab_size], **finish)
-        if (self._num_ranks() - 1) * len(weight) >= self.vocab_size:
+        if (self.num_ranks() - 1) * len(weight) >= self.vocab_size:
             return None  # the last rank has padding alone
         shard = lm_head.shard_indices
         first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
         return HeadWeight(weight[: end - first], first_id=first, **finish)
 
-    def _num_ranks(self) -> int:
+    def num_ranks(self) -> int:
         """Ranks that the LM head is spread over; a copy is whole on each."""
         return 1 if self.rows is not None else getattr(self.target.lm_head, "tp_size", 1)
 

@@ -6,11 +6,15 @@ because of *which* token was drawn, the proposal distribution would no longer be
 rejection sampling divides by, and sampling would not be exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import partial
 from typing import Protocol
 
 import torch
+
+# Gate probabilities float32 [num_rows] -> bool [num_rows], on their device.
+PassesGate = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Action(IntEnum):
@@ -62,6 +66,11 @@ class DraftPolicy(Protocol):
     ) -> torch.Tensor:
         """An `Action` per row, ``[num_rows]`` int8."""
         ...
+
+
+def gate_at(policy: DraftPolicy, exit_index: int) -> PassesGate | None:
+    """The policy's word on gates at an exit; None where it asks for none."""
+    return partial(policy.passes_gate, exit_index) if policy.uses_gate(exit_index) else None
 
 
 class ThresholdPolicy:

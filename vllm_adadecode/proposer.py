@@ -17,18 +17,19 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_adadecode.counters import Counters
-from vllm_adadecode.draft_loop import DraftLoop, DraftSampler
+from vllm_adadecode.draft_loop import DraftLoop
+from vllm_adadecode.draws import Draws, draft_columns
+from vllm_adadecode.fused_head import FusedHeads
 from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.warmup import register_warmup
 from vllm_adadecode.lm_head import HeadProjection
-from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy
+from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy, gate_at
 from vllm_adadecode.span_runner import SpanRunner, run_span
 from vllm_adadecode.staged import StagedTarget
 from vllm_adadecode.windows import PendingWindow, PendingWindows
@@ -52,6 +53,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self.deferred = DeferredStates(
             self.max_num_reqs, self.num_speculative_steps + 1, self.hidden_size, self.dtype, device
         )
+        self.draft_columns = draft_columns(self.num_speculative_steps, device)
         self.windows = PendingWindows()
         # Windows that the current batch verifies; drafts of the last `propose`, by batch row.
         self.in_verification: dict[str, PendingWindow] = {}
@@ -62,6 +64,10 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         )
 
     # --- vLLM's life cycle ---------------------------------------------------------------------
+
+    def draft_logits_spec(self, vllm_config: VllmConfig) -> tuple[torch.dtype, float]:
+        """Columns outside a draft vocabulary are never written by the kernels: probability 0."""
+        return vllm_config.model_config.head_dtype, -torch.inf
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -160,13 +166,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             input_batch, sampled_np, first_pos.cpu().numpy(), num_speculative_tokens
         )
 
+        draws, fused = self._heads(temperature, seeds)
         loop = DraftLoop(
             staged=self.model,
             spans=self.spans,
             deferred=self.deferred,
             policy=self.policy,
             counters=self.counters,
-            sample=self._make_sampler(temperature, seeds),
+            sample=None if draws is None else draws.sample,
+            fused=fused,
         )
         state = loop.run(
             slots=input_batch.idx_mapping_np,
@@ -221,31 +229,16 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         limits[num_sampled == 0] = 0  # mid-prefill
         return limits
 
-    def _make_sampler(self, temperature: torch.Tensor, seeds: torch.Tensor) -> DraftSampler | None:
-        """How drafts are drawn from head logits; None for `greedy` (the argmax)."""
-        if self.draft_logits is None:
-            return None
-        columns = torch.arange(self.num_speculative_steps, device=self.device)
-
-        def sample(
-            logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, draft: int
-        ) -> torch.Tensor:
-            # Also caches the logits that rejection sampling divides by. A row that is promoted
-            # overwrites them at its next head; one that stops never has them read.
-            return gumbel_sample(
-                logits,
-                slots,
-                temperature,
-                seeds,
-                positions,
-                apply_temperature=True,
-                is_drafting=True,
-                logits_cache=self.draft_logits,
-                logits_cache_col=columns[draft],
-                use_fp64=self.use_fp64_gumbel,
+    def _heads(
+        self, temperature: torch.Tensor, seeds: torch.Tensor
+    ) -> tuple[Draws | None, FusedHeads | None]:
+        """How drafts are drawn (None for `greedy`, the argmax), and heads by the fused kernels."""
+        draws = None
+        if self.draft_logits is not None:
+            draws = Draws(
+                temperature, seeds, self.draft_logits, self.draft_columns, self.use_fp64_gumbel
             )
-
-        return sample
+        return draws, FusedHeads.make(self.model, draws, self.dtype)
 
     def _count_verified(self, input_batch: InputBatch, num_sampled: np.ndarray) -> None:
         """Book what the verification that just ended accepted."""
@@ -273,13 +266,17 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         tokens = self.input_buffers.input_ids[:num_reqs].zero_()
         positions = self.input_buffers.positions[:num_reqs].zero_()
         hidden, residual = self.model.embed(tokens), None
+        draws, fused = self._heads(self.temperature, self.seeds)
         for exit_index in range(self.policy.num_used_exits):
             hidden, residual = run_span(
                 self.vllm_config, self.model, exit_index, positions, hidden, residual
             )
+            if fused is not None:
+                fused.rehearse(exit_index, hidden, residual, gate_at(self.policy, exit_index))
+                continue
             if self.policy.uses_gate(exit_index):
                 self.model.gate_probability(exit_index, hidden, residual)
-            if self.draft_logits is None:
+            if draws is None:
                 self.model.head_top1(exit_index, hidden, residual)
             else:
                 logits, other = self.model.head_logits(exit_index, hidden, residual)
@@ -295,9 +292,10 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         """Every kernel of ours that a round with that many rows launches, changing nothing."""
         shape = (num_rows, self.hidden_size)
         zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        if self.draft_logits is None:
+        _, fused = self._heads(self.temperature, self.seeds)
+        if fused is not None:
             for exit_index in range(self.policy.num_used_exits):
-                self.model.head_top1(exit_index, zeros, zeros)
+                fused.rehearse(exit_index, zeros, zeros, gate_at(self.policy, exit_index))
         padding = torch.full((num_rows,), -1, dtype=torch.int64, device=self.device)
         self.deferred.store(padding, padding, zeros, zeros)
         self.deferred.gather(padding, padding)

@@ -153,7 +153,7 @@ class StagedTarget(nn.Module):
             `HeadProjection`), and with the latter ``other`` float32 ``[num_tokens]``, the logit of
             all tokens outside it.
         """
-        head = self._head(exit_index)
+        head = self.head(exit_index)
         x = head.features(hidden + residual, self.inner.norm)
         return self.projection.logits(x), head.other_logit(x)
 
@@ -167,9 +167,9 @@ class StagedTarget(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Most likely token id int64 and its probability float32, ``[num_tokens]`` each.
 
-        Where the fused kernels run, without storing logits. The inputs are left as they are.
+        The inputs are left as they are.
         """
-        head = self._head(exit_index)
+        head = self.head(exit_index)
         x = head.features(hidden + residual, self.inner.norm)
         return self.projection.top1(x, head.other_logit(x))
 
@@ -185,9 +185,10 @@ class StagedTarget(nn.Module):
 
         Reads a vector, not the LM head. The inputs are left as they are.
         """
-        logit = self._head(exit_index).gate_logit(hidden + residual)
+        logit = self.head(exit_index).gate_logit(hidden + residual)
         assert logit is not None, "the policy asks for a gate that the heads do not have"
         return logit.sigmoid()
 
-    def _head(self, exit_index: int) -> EarlyHead:
+    def head(self, exit_index: int) -> EarlyHead:
+        """The head at an exit."""
         return cast(EarlyHead, self.heads[exit_index])
