@@ -275,7 +275,8 @@ def test_kernels_in_place_of_logits(
     method: str,
 ) -> None:
     """The same drafts as from logits, and no logits."""
-    fields, extra = PARTS[parts], {}
+    fields = PARTS[parts]
+    extra: dict[str, torch.Tensor] = {}
     if "gate" in fields:
         extra |= gate_tensors(0.1)
     if "draft_vocab_size" in fields:
@@ -304,9 +305,14 @@ def test_kernels_in_place_of_logits(
         def no_logits(*args: Any) -> None:
             raise AssertionError("logits were stored")
 
-        projection = worker.model_runner.speculator.model.projection
+        speculator = worker.model_runner.speculator
+        projection = speculator.model.projection
         projection.use_kernels = True
         projection.logits = no_logits
+        # Warming up changes nothing that a request has.
+        cache = None if speculator.draft_logits is None else speculator.draft_logits.clone()
+        speculator._launch_kernels(16)
+        assert cache is None or torch.equal(cache, speculator.draft_logits)
         return projection.kernel_weight(torch.float32) is not None
 
     assert engine.collective_rpc(use_kernels) == [True]
