@@ -173,13 +173,13 @@ def test_the_paper_s_setting_takes_the_nearest_exits() -> None:
     assert paper_setting((31,), 32) == Setting((0.75,), 5)
 
 
-def known(seed: int, positions: int = 300) -> Trace:
+def known(seed: int, positions: int = 300, right_from: float = 0.6) -> Trace:
     """Exit 2 is confident and wrong; exit 4 is right where it is above 0.6, wrong below; exit 6
     knows nothing new."""
     rng = np.random.default_rng(seed)
     sure = rng.random((1, positions)).astype(np.float32)
     confidence = np.concatenate([np.full((1, positions), 0.9), sure, sure])
-    right = np.concatenate([np.zeros((1, positions)), sure > 0.6, sure > 0.6])
+    right = np.concatenate([np.zeros((1, positions)), sure > right_from, sure > right_from])
     return make_trace(confidence, right, (2, 4, 6), 8)
 
 
@@ -217,6 +217,14 @@ class TestSearch:
         found = calibrate({"a": good, "b": bad}, FREE)
         for prediction in found.predictions.values():
             assert prediction.calibrated.ideal_speedup_with_head_cost >= 1.0
+
+    def test_settles_for_less_where_the_best_do_not_hold(self) -> None:
+        # What the choosing half finds best keeps half of its drafts on the other one.
+        traces = [known(i, right_from=(0.6, 0.8)[i % 2]) for i in range(8)]
+        found = calibrate({"a": traces}, FREE, least_acceptance=0.95)
+        assert found.pays
+        assert found.setting.thresholds[1] >= 0.75
+        assert (found.predictions["a"].calibrated.acceptance or 0.0) > 0.9
 
     @pytest.mark.parametrize("seed", range(2))
     @pytest.mark.parametrize("head", [0.2, 0.8, 2.5])

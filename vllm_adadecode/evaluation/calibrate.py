@@ -29,8 +29,10 @@ ALL_SUBSETS = 5
 STARTS = 4
 # A smaller gain on the choosing half is taken for noise.
 LEAST_GAIN = 1e-3
-# Ranked settings that may be refused by the other half before drafting is turned off.
+# The best settings, which are much alike, are all held against the other half; if it refuses them,
+# one in so many of the rest, before drafting is turned off.
 CANDIDATES = 24
+THINNED = 8
 # How far below the wanted acceptance the other half may come out.
 ACCEPTANCE_SLACK = 0.02
 # What puts a setting that is not allowed below no drafting at all.
@@ -179,8 +181,9 @@ class _Search:
             self._score(setting)
         for start in self._starts():
             self._climb(start)
-        best = sorted(self.scores, key=lambda s: -self.scores[s])[:CANDIDATES]
-        return [s for s in best if self.scores[s] > 1.0]
+        best = sorted(self.scores, key=lambda s: -self.scores[s])
+        allowed = [s for s in best if self.scores[s] > 1.0]
+        return allowed[:CANDIDATES] + allowed[CANDIDATES::THINNED]
 
     def _score(self, setting: Setting) -> float:
         if setting not in self.scores:
