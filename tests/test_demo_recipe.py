@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from rich.progress import Progress
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.demo import corpus as text
+from benchmarks.demo import heads_prompts, stages
 from benchmarks.demo import prompts as demo_prompts
-from benchmarks.demo import stages
 from benchmarks.demo.files import write_file, write_folder
-from benchmarks.demo.heads import Heads, hidden_states, load_heads, save_heads, train_heads
-from benchmarks.demo.measure import Generation, generate, loops, report
+from benchmarks.demo.heads import generate, make_sequences
+from benchmarks.demo.measure import loops
 from benchmarks.demo.recipe import HeadRecipe, Recipe, Shape, Stage, rate_factor
 from benchmarks.demo.train import run
+from vllm_adadecode.heads import HeadsConfig
 
 TINY = Recipe(
     batch_tokens=32,
@@ -38,7 +37,7 @@ TINY = Recipe(
         Stage("stage1", files="train", epochs=1.0, length=16, weight_decay=0.1),
         Stage("stage2", files="second_stage", epochs=2.0, length=8, exit_weight=0.3),
     ),
-    heads=HeadRecipe(steps=3),
+    heads=HeadRecipe(text=4, generations=4, length=16, epochs=1.0),
 )
 
 
@@ -194,13 +193,20 @@ class TestTraining:
         assert calls == before, "finished stages ran again"
 
 
-def test_a_whole_run_makes_a_loadable_folder(corpus: text.Corpus, tmp_path: Path) -> None:
-    # Files long enough for every prompt length, few enough to be quick.
-    small = text.Corpus(corpus.second_stage[:4], corpus.second_stage[:2], corpus.held_out[:4])
+def test_a_whole_run_makes_a_loadable_folder(
+    corpus: text.Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files long enough for every prompt length, few enough to be quick; one that heads may learn
+    # from, one that chooses their setting.
+    chosen = ("textwrap.py", text.HEADS_CHOOSE_FILES[0])
+    second = tuple(s for s in corpus.second_stage if s.path in chosen)
+    small = text.Corpus(corpus.second_stage[:4] + second, second, corpus.held_out[:4])
+    monkeypatch.setattr(heads_prompts, "COUNT", 4)
     recipe = replace(
         TINY,
-        stages=tuple(replace(stage, epochs=0.001) for stage in TINY.stages),
-        heads=HeadRecipe(steps=1, generations=4, length=16),
+        stages=tuple(replace(s, epochs=0.001) for s in TINY.stages),
+        # Enough for a part that is held out.
+        heads=replace(TINY.heads, text=80),
     )
     with Progress(disable=True) as show:
         run(recipe, small, tmp_path / "build", tmp_path / "model", tmp_path / "prompts.json", show)
@@ -214,52 +220,37 @@ def test_a_whole_run_makes_a_loadable_folder(corpus: text.Corpus, tmp_path: Path
         s.path for s in demo_prompts.split_held_out(small)[1]
     }
     assert all(len(tokenizer(p.text)["input_ids"]) == p.tokens for p in prompts)
-    assert load_heads(tmp_path / "model" / "adadecode").exit_layers == (1, 2)
-    assert "layer passes a token" in (tmp_path / "model" / "README.md").read_text()
+    heads = HeadsConfig.load(tmp_path / "model" / "adadecode")
+    assert heads.exit_layers == (1, 2)
+    assert heads.gate
+    assert heads.speculators_config.verifier.name_or_path == ".."
+    assert set(text.HEADS_MEASURE_FILES) <= set(heads.provenance["heads_left_out"])
+    assert str(tmp_path) not in (tmp_path / "model" / "adadecode" / "config.json").read_text()
+    for card in ("README.md", "adadecode/README.md"):
+        written = (tmp_path / "model" / card).read_text()
+        assert str(tmp_path) not in written
+        assert "peed-up" in written
 
 
-class TestHeads:
-    def test_identity_is_the_target_s_own_readout(self) -> None:
-        model = tiny_model()
-        rows = torch.randint(1, 300, (2, 7))
-        hidden, final = hidden_states(model, rows, (1, 2))
-        assert Heads((1, 2)).logits(model, 2, hidden[2]).shape == final.shape
-        same = Heads((1,), "after", {1: torch.eye(32)})
-        torch.testing.assert_close(
-            same.logits(model, 1, hidden[1]), Heads((1,)).logits(model, 1, hidden[1])
-        )
+def test_heads_learn_from_text_and_from_the_target_itself() -> None:
+    model = tiny_model().eval()
+    rng = np.random.default_rng(0)
+    tokens = {name: rng.integers(1, 300, 100) for name in ("one", "two")}
+    with Progress(disable=True) as show:
+        found = make_sequences(model, tokens, TINY.heads, 0, show)
+    assert [s.source for s in found] == ["own"] * 4 + ["one"] * 2 + ["two"] * 2
+    assert {len(s.ids) for s in found} == {16}
+    own = found[0]
+    again = generate(model, torch.tensor([own.prompt_ids]), len(own.output_ids))
+    assert tuple(again[0].tolist()) == own.ids
+    assert "".join(map(chr, found[4].ids)) in "".join(map(chr, tokens["one"]))
 
-    def test_trained_heads_survive_the_disk(self, tmp_path: Path) -> None:
-        model = tiny_model()
-        rows = torch.randint(1, 300, (8, 12))
-        with Progress(disable=True) as progress:
-            trained = train_heads(model, rows, rows, (1, 2), TINY.heads, 0, progress)
-        assert [(h.norm, h.temperature) for h in trained] == list(TINY.heads.variants)
-        for heads in (*trained, Heads((1, 2))):
-            folder = tmp_path / heads.name
-            save_heads(heads, folder, model, provenance={})
-            loaded = load_heads(folder)
-            assert (loaded.exit_layers, loaded.norm) == ((1, 2), heads.norm)
-            for layer, transform in heads.transforms.items():
-                torch.testing.assert_close(loaded.transforms[layer], transform)
-        stored = load_file(tmp_path / trained[0].name / "model.safetensors")
-        assert {name: t.dtype for name, t in stored.items()} == {
-            "exit_1.weight": torch.bfloat16,
-            "exit_2.weight": torch.bfloat16,
-        }
-        config = json.loads((tmp_path / trained[0].name / "config.json").read_text())
-        assert "model_type" not in config, "speculators finds the type elsewhere"
 
-    def test_a_head_on_the_last_but_one_layer_is_measured(self) -> None:
-        model = tiny_model().eval()
-        # The last layer adds nothing: the head at layer 2 is always right.
-        for module in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
-            torch.nn.init.zeros_(module.weight)
-        texts = [Generation(row, 5) for row in generate(model, torch.randint(1, 300, (2, 5)), 8)]
-        found = report(model, Heads((1, 2)), texts, threshold=0.0, max_drafts=3)
-        assert found.exits[1].agreement == 1.0
-        assert found.exits[0].coverage == 1.0
-        assert (found.prompts, found.new_tokens) == (2, 8)
+def test_a_plain_target_shares_nothing_but_the_recipe() -> None:
+    plain = Recipe().plain()
+    assert all(stage.exit_weight == 0 for stage in plain.stages)
+    assert plain.key(0, "corpus") != Recipe().key(0, "corpus")
+    assert plain.plain() == plain
 
 
 def test_loops() -> None:

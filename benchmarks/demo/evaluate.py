@@ -7,19 +7,22 @@ It measures layer passes, not seconds, and needs transformers only: any machine 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
 
 from benchmarks.demo import prompts as demo_prompts
-from benchmarks.demo.heads import load_heads
-from benchmarks.demo.measure import NEW_TOKENS, Report, report_sets
+from benchmarks.demo.heads import NEW_TOKENS
+from benchmarks.demo.measure import Report, report_sets
+from vllm_adadecode.evaluation import report
+from vllm_adadecode.evaluation.files import write_json
+from vllm_adadecode.evaluation.session import open_session
+from vllm_adadecode.evaluation.simulate import Setting
 
 HERE = Path(__file__).parent
 NAMES = {"held_out": "held-out files", "second_stage": "trained files"}
@@ -36,6 +39,7 @@ def rows(reports: Mapping[str, Report]) -> list[list[str]]:
     all_of = list(reports.values())
     add("tokens a verification", [r.tokens_per_verification for r in all_of], ".2f")
     add("layer passes a token (plain: 1)", [r.layer_passes_per_token for r in all_of], ".3f")
+    add("ideal speed-up, heads counted", [r.speedup for r in all_of], ".2f")
     add("head checks a token", [r.head_checks_per_token for r in all_of], ".2f")
     add("drafts accepted", [r.drafts_accepted for r in all_of], ".1%")
     add("looping generations", [r.looping for r in all_of], ".1%")
@@ -68,8 +72,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=Path, help="default: adadecode/ in the model's folder")
     parser.add_argument("--prompts", type=Path, default=HERE / "prompts.json")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
-    parser.add_argument("--threshold", type=float, default=0.75)
-    parser.add_argument("--drafts", type=int, default=5, help="at most, before a verification")
+    parser.add_argument("--threshold", type=float, help="of all exits; default: the heads' own")
+    parser.add_argument("--drafts", type=int, help="before a verification; default: the heads' own")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("results/demo-heads.json"))
     return parser.parse_args()
@@ -79,17 +83,18 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     # The stored weights are bf16; computing in fp32 makes the numbers those of every machine.
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    session = open_session(str(args.heads or args.model / "adadecode"), str(args.model), "float32")
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    heads = load_heads(args.heads or args.model / "adadecode")
+    setting, exits = session.setting, session.config.exit_layers
+    if args.threshold is not None:
+        setting = Setting.uniform(len(exits), args.threshold, setting.max_drafts)
+    if args.drafts is not None:
+        setting = replace(setting, max_drafts=args.drafts)
     prompts = demo_prompts.encoded_sets(demo_prompts.load(args.prompts), tokenizer)
-    reports = report_sets(model, heads, prompts, args.new_tokens, args.threshold, args.drafts)
-    title = f"{heads.name} heads, threshold {args.threshold}, at most {args.drafts} drafts"
-    Console().print(table(reports, title))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"threshold": args.threshold, "drafts": args.drafts, "heads": heads.name}
-    found = {"settings": settings} | {name: r.as_dict() for name, r in reports.items()}
-    args.output.write_text(json.dumps(found, indent=2) + "\n")
+    reports = report_sets(session, prompts, args.new_tokens, setting)
+    Console().print(table(reports, report.setting_line(setting, exits)))
+    found = {"setting": report.setting_json(setting, exits)}
+    write_json(args.output, found | {name: r.as_dict() for name, r in reports.items()})
     print(f"written: {args.output}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import subprocess
 import sys
@@ -23,9 +24,11 @@ from benchmarks.demo.corpus import (
     Corpus,
 )
 from benchmarks.demo.evaluate import NAMES, rows
-from benchmarks.demo.heads import Heads, save_heads
+from benchmarks.demo.heads import NEW_TOKENS
 from benchmarks.demo.measure import Report
 from benchmarks.demo.recipe import Recipe
+from vllm_adadecode.evaluation import report
+from vllm_adadecode.evaluation.session import Session
 
 # The target only continues text: a chat is the text of its messages.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -47,21 +50,20 @@ exists so that every part of vllm-adadecode can be tried and tested with real we
 machine. It is no useful language model: it knows {second} files nearly by heart and little else.
 
 `python -m benchmarks.demo.train` makes this folder, from the standard library of the Python that
-runs it, with {minutes:.0f} minutes of CPU time: half of that on two idle cores. Nothing is
-downloaded.
+runs it; with {minutes:.0f} minutes of CPU time where this was made. Nothing is downloaded.
 
 ## Recipe
 
 1. Byte-level BPE of {vocab} tokens, trained on the {train} training files. By a hash of its path,
    one file in twenty is held out: no training step of any part sees it.
 2. {stages}
-3. Heads: a full matrix per exit layer with the target's norm before, after or left out, trained to
-   the last layer's distribution, at a temperature, on text and on the target's own generations.
-   The variant with the fewest layer passes on held-out files was kept; the identity (no training)
-   is one of them. A temperature below 1 makes a head confident where it agrees with the last
-   layer's first choice, which is what counts in greedy decoding:
-
-{variants}
+3. Heads: a full matrix per exit layer with the target's norm {norm}, trained to the last layer's
+   distribution at temperature {temperature}, on text and on the target's own generations, and a
+   gate each (`adadecode train`). Thresholds and K are those that pay best on files that neither the
+   heads nor the figures below have seen, with at least {acceptance:.0%} of drafts accepted there
+   (`adadecode calibrate`): {setting}. {left_out} files of the second stage are left out of the
+   heads' training; `make heads-report` measures on some of them. Other kinds of heads that were
+   tried: `docs/evaluation.md` of the repository.
 
 Loss (nats a token) after the exits {exits} and at the last layer:
 
@@ -69,9 +71,8 @@ Loss (nats a token) after the exits {exits} and at the last layer:
 
 ## Measured
 
-`python -m benchmarks.demo.evaluate`: greedy, threshold 0.75, at most 5 drafts, {new} new tokens for
-each of {prompts} prompts; simulated from the heads' real guesses. The held-out files here are not
-those that chose between the heads.
+`python -m benchmarks.demo.evaluate`: greedy, {new} new tokens for each of {prompts} prompts;
+simulated from the heads' real guesses. The held-out files are not those that chose the setting.
 
 {measured}
 
@@ -101,7 +102,7 @@ def provenance(recipe: Recipe, corpus_digest: str) -> dict[str, Any]:
     ]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "command": "python -m benchmarks.demo.train",
+        "command": "python -m benchmarks.demo.train" + " --plain" * (recipe == recipe.plain()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -115,10 +116,9 @@ def provenance(recipe: Recipe, corpus_digest: str) -> dict[str, Any]:
 
 
 def card(
-    model: Any,
+    session: Session,
     recipe: Recipe,
     corpus: Corpus,
-    variants: Mapping[str, Report],
     losses: Mapping[str, list[float]],
     measured: Mapping[str, Report],
     made_with: Mapping[str, Any],
@@ -132,13 +132,8 @@ def card(
         )
         for s in recipe.stages
     )
-    first = next(iter(measured.values()))
-    compared = [
-        [name, f"{r.tokens_per_verification:.2f}", f"{r.layer_passes_per_token:.3f}"]
-        for name, r in variants.items()
-    ]
     return CARD.format(
-        millions=model.num_parameters() / 1e6,
+        millions=session.target.model.num_parameters() / 1e6,
         layers=recipe.shape.num_hidden_layers,
         hidden=recipe.shape.hidden_size,
         vocab=recipe.shape.vocab_size,
@@ -146,28 +141,25 @@ def card(
         train=len(corpus.train),
         minutes=minutes,
         stages=f"Trained with Muon and AdamW: {stages}.",
-        variants=markdown(["heads", "tokens a verification", "layer passes a token"], compared),
+        norm={"none": "left out"}.get(recipe.heads.norm, f"{recipe.heads.norm} it"),
+        temperature=f"{recipe.heads.temperature:g}",
+        acceptance=recipe.heads.least_acceptance,
+        setting=report.setting_line(session.setting, recipe.exit_layers),
+        left_out=len(HEADS_CHOOSE_FILES + HEADS_MEASURE_FILES),
         exits=", ".join(map(str, recipe.exit_layers)),
         losses=markdown(
             ["text", *(f"layer {e}" for e in recipe.exit_layers), "last"],
             [[name, *(f"{x:.2f}" for x in values)] for name, values in losses.items()],
         ),
-        new=first.new_tokens,
+        new=NEW_TOKENS,
         prompts=sum(r.prompts for r in measured.values()),
         measured=markdown(["", *(NAMES[name] for name in measured)], rows(measured)),
         provenance="\n".join(f"- {k}: `{v}`" for k, v in made_with.items() if k != "recipe"),
     )
 
 
-def export(
-    folder: Path,
-    model: Any,
-    tokenizer: Tokenizer,
-    heads: Heads,
-    readme: str,
-    made_with: dict[str, Any],
-) -> None:
-    """Fills an empty `folder`."""
+def export(folder: Path, model: Any, tokenizer: Tokenizer) -> None:
+    """Puts the target into an empty `folder`; in float32 `model` stays what it is."""
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -180,6 +172,4 @@ def export(
     model.generation_config = GenerationConfig(
         do_sample=False, bos_token_id=0, eos_token_id=0, pad_token_id=0
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
-    save_heads(heads, folder / "adadecode", model, made_with)
-    (folder / "README.md").write_text(readme, encoding="utf-8")
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)

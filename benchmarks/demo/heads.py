@@ -1,145 +1,146 @@
-"""Trains the demo's heads and chooses among them; the method's own head code is not used here.
+"""The demo's heads: their data, made here; their training and settings, the package's own.
 
-A head is one matrix per exit layer before the target's own LM head. Starting from the identity it
-is at first exactly what early-exit training of the target has taught; it stays only if it decodes
-better than that on files nothing was trained on.
+What `adadecode train` and `adadecode calibrate` would do on the command line, in one go, so that
+the shipped heads are what a user of these commands gets.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import Progress
-from safetensors.torch import load_file
-from torch.nn import functional
 
-from benchmarks.demo.recipe import HeadRecipe, Norm, rate_factor
-from benchmarks.demo.stages import autocast
-from vllm_adadecode.heads import HeadsConfig, checkpoint, target_fingerprint
+from benchmarks.demo.recipe import HeadRecipe, Recipe
+from benchmarks.demo.stages import Tokens, native_bf16, rows_at
+from vllm_adadecode.evaluation import report
+from vllm_adadecode.evaluation.calibrate import Calibration, calibrate, paper_setting
+from vllm_adadecode.evaluation.data import DataSet, continue_prompts
+from vllm_adadecode.evaluation.publish import card_section, publish, with_setting
+from vllm_adadecode.evaluation.session import Session, open_session
+from vllm_adadecode.evaluation.timing import choose_costs
+from vllm_adadecode.heads import HeadsConfig
+from vllm_adadecode.training.card import CARD_NAME, make_card
+from vllm_adadecode.training.losses import Loss
+from vllm_adadecode.training.request import DataSettings, HeadSettings, Request
+from vllm_adadecode.training.run import run_training
+from vllm_adadecode.training.sequences import Sequence as TokenSequence
+from vllm_adadecode.training.trainer import TrainSettings
 
-
-@dataclass
-class Heads:
-    """No transforms: the identity."""
-
-    exit_layers: tuple[int, ...]
-    norm: Norm = "after"
-    transforms: dict[int, torch.Tensor] = field(default_factory=dict)
-    temperature: float = 1.0  # at which they were trained; not stored
-
-    def logits(self, model: Any, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        if self.norm == "before":
-            hidden = model.model.norm(hidden)
-        if layer in self.transforms:
-            hidden = functional.linear(hidden, self.transforms[layer])
-        if self.norm == "after":
-            hidden = model.model.norm(hidden)
-        return model.lm_head(hidden)
-
-    @property
-    def name(self) -> str:
-        if not self.transforms:
-            return "identity"
-        return f"full, norm {self.norm}, temperature {self.temperature:g}"
+NEW_TOKENS = 128
+GENERATED_TOGETHER = 128
 
 
-def starting_heads(
-    model: Any, norm: Norm, temperature: float, hidden: dict[int, torch.Tensor]
-) -> Heads:
-    """Every variant starts as the target's norm and LM head, or as near to it as it can."""
-    transforms = {}
-    for layer, h in hidden.items():
-        start = torch.eye(h.shape[-1])
-        if norm == "none":
-            # The norm's gain and the *mean* scale it would have applied.
-            start *= model.model.norm.weight / h.pow(2).mean(-1).sqrt().mean()
-        transforms[layer] = start.requires_grad_()
-    return Heads(tuple(hidden), norm, transforms, temperature)
+def windows(tokens: Tokens, count: int, length: int, seed: int) -> torch.Tensor:
+    """[count, length], drawn anywhere in `tokens`."""
+    starts = np.random.default_rng(seed).integers(0, len(tokens) - length, count)
+    return rows_at(tokens, starts, length)
 
 
-def hidden_states(
-    model: Any, rows: torch.Tensor, layers: tuple[int, ...]
-) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """The residual stream after each of `layers`, and the final logits."""
-    with torch.no_grad():
-        out = model.model(rows, use_cache=False, output_hidden_states=True)
-        return {e: out.hidden_states[e] for e in layers}, model.lm_head(out.last_hidden_state)
+@torch.no_grad()
+def generate(model: Any, rows: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Greedy, a batch of equally long prompts; an end-of-text token does not end a row."""
+    cache, newest, columns = None, rows, [rows]
+    for _ in range(new_tokens):
+        out = model(newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, newest = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        columns.append(newest)
+    return torch.cat(columns, 1)
+
+
+def make_sequences(
+    model: Any, tokens: Mapping[str, Tokens], recipe: HeadRecipe, seed: int, show: Progress
+) -> list[TokenSequence]:
+    """What heads learn from: rows of each of the sets, and what the target makes of prompts."""
+    found = []
+    prompt = recipe.length // 4
+    starts = [windows(ids, recipe.generations // 2, prompt, seed) for ids in tokens.values()]
+    parts = torch.cat(starts).split(GENERATED_TOGETHER)
+    for part in show.track(parts, description="text of the target's own"):
+        for row in generate(model, part, recipe.length - prompt).tolist():
+            found.append(TokenSequence(tuple(row[:prompt]), tuple(row[prompt:]), "own"))
+    for name, ids in tokens.items():
+        for row in windows(ids, recipe.text // 2, recipe.length, seed + 1).tolist():
+            found.append(TokenSequence((), tuple(row), name))
+    return found
 
 
 def train_heads(
-    model: Any,
-    text: torch.Tensor,
-    generated: torch.Tensor,
-    exit_layers: tuple[int, ...],
-    recipe: HeadRecipe,
-    seed: int,
-    progress: Progress,
-) -> list[Heads]:
-    """One trained set per variant of the recipe. Every batch is half text, half generations;
-    both are [rows, length] of one length."""
-    model.requires_grad_(False)
-    rng = np.random.default_rng(seed)
-    variants: list[Heads] = []
-    optimizer: torch.optim.Optimizer | None = None
-    task = progress.add_task("heads", total=recipe.steps)
-    for step in range(recipe.steps):
-        half = [torch.from_numpy(rng.integers(0, len(rows), 4)) for rows in (text, generated)]
-        rows = torch.cat([text[half[0]], generated[half[1]]])
-        with autocast():
-            hidden, final = hidden_states(model, rows, exit_layers)
-        if optimizer is None:
-            variants = [starting_heads(model, *variant, hidden) for variant in recipe.variants]
-            matrices = [t for heads in variants for t in heads.transforms.values()]
-            optimizer = torch.optim.AdamW(matrices, recipe.rate, (0.9, 0.95), weight_decay=0.0)
-        for heads in variants:
-            goal = (final.float() / heads.temperature).log_softmax(-1).flatten(0, 1)
-            for layer, h in hidden.items():
-                with autocast():
-                    logits = heads.logits(model, layer, h)
-                guess = logits.float().log_softmax(-1).flatten(0, 1)
-                functional.kl_div(guess, goal, log_target=True, reduction="batchmean").backward()
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate * rate_factor(step, recipe.steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.advance(task)
-    for heads in variants:
-        heads.transforms = {e: t.detach().bfloat16().float() for e, t in heads.transforms.items()}
-    return variants
-
-
-def save_heads(heads: Heads, folder: Path, model: Any, provenance: dict[str, Any]) -> None:
-    """Write the heads beside their target, which must already lie in the folder above."""
-    shape = model.config
-    config = HeadsConfig(
-        exit_layers=heads.exit_layers,
-        transform="full" if heads.transforms else "identity",
-        norm=heads.norm,
-        target={
-            "hidden_size": shape.hidden_size,
-            "vocab_size": shape.vocab_size,
-            "num_hidden_layers": shape.num_hidden_layers,
-            "fingerprint": target_fingerprint(folder.parent),
-        },
-        speculators_config={
-            "verifier": {"name_or_path": "..", "architectures": ["LlamaForCausalLM"]},
-        },
-        provenance=provenance,
+    target: Path, output: Path, sequences: Path, recipe: Recipe, cache: Path, show: Progress
+) -> HeadsConfig:
+    """`adadecode train`; goes on where it was if it was killed."""
+    heads = recipe.heads
+    request = Request(
+        target=str(target),
+        output=output,
+        data=DataSettings((str(sequences),), generate=False, max_length=heads.length),
+        cache=cache,
+        heads=HeadSettings(exit_layers=recipe.exit_layers, norm=heads.norm, gate=heads.gate),
+        training=TrainSettings(
+            loss=Loss(temperature=heads.temperature),
+            learning_rate=heads.rate,
+            epochs=heads.epochs,
+            seed=recipe.seed,
+        ),
+        target_name="..",
+        precision="bf16" if native_bf16() else "fp32",
     )
-    tensors = {f"exit_{e}.weight": t.bfloat16() for e, t in heads.transforms.items()}
-    checkpoint.save_heads(folder, config, tensors)
+    return run_training(request, show)
 
 
-def load_heads(folder: Path) -> Heads:
-    config = json.loads((folder / "config.json").read_text())
-    layers = tuple(config["exit_layers"])
-    tensors = folder / "model.safetensors"
-    stored = load_file(tensors) if config["transform"] != "identity" else {}
-    return Heads(
-        layers, config["norm"], {e: stored[f"exit_{e}.weight"].float() for e in layers if stored}
-    )
+def choose_setting(
+    session: Session,
+    prompts: Mapping[str, Sequence[Sequence[int]]],
+    least_acceptance: float,
+    show: Progress,
+) -> Calibration:
+    """`adadecode calibrate` on the target's continuations of `prompts`, by set of files."""
+    task = show.add_task("choosing settings", total=sum(map(len, prompts.values())))
+    sets = []
+    for name, ids in prompts.items():
+        continued = continue_prompts(
+            session.target, ids, NEW_TOKENS, name, lambda n: show.advance(task, n)
+        )
+        sets.append(DataSet(name, tuple(s for s in continued if len(s.output_ids) > 1)))
+    costs = choose_costs("bytes", session.config, session.target, session.readout)
+    traces = session.traces(sets)
+    return calibrate(traces, costs, session.setting, session.readout.has_gate, least_acceptance)
+
+
+def make_heads(
+    target: Path,
+    sequences: Path,
+    prompts: Mapping[str, Sequence[Sequence[int]]],
+    recipe: Recipe,
+    made_with: Mapping[str, Any],
+    cache: Path,
+    show: Progress,
+) -> Session:
+    """Trained heads with chosen settings in `target`/adadecode, ready to be asked."""
+    folder = target / "adadecode"
+    config = train_heads(target, folder, sequences, recipe, cache, show)
+    session = open_session(str(folder), str(target), "float32")
+    found = choose_setting(session, prompts, recipe.heads.least_acceptance, show)
+    exits = session.config.exit_layers
+    paper = paper_setting(exits, session.config.target.num_hidden_layers)
+    result = report.calibration_json(found, paper, session.setting, exits)
+    result |= {"data": list(prompts), "made_with": dict(made_with)}
+    config = with_setting(folder, _told(config, made_with), found.setting, result, folder, "..")
+    publish(folder, config, folder, result)
+    card = make_card(config).rstrip() + "\n" + card_section(result)
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    show.console.print(report.setting_line(found.setting, exits), markup=False)
+    return open_session(str(folder), str(target), "float32")
+
+
+def _told(config: HeadsConfig, made_with: Mapping[str, Any]) -> HeadsConfig:
+    """The provenance in terms of the demo: the folders it was made in mean nothing elsewhere."""
+    trained = config.provenance
+    settings = {k: v for k, v in trained["settings"].items() if k != "data"}
+    data = {k: v for k, v in trained["data"].items() if k != "from"}
+    provenance = dict(made_with) | {"target": "..", "text": data, "settings": settings}
+    provenance |= {k: trained[k] for k in ("steps", "held_out")}
+    return HeadsConfig(**(config.model_dump() | {"provenance": provenance}))

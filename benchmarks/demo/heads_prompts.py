@@ -49,6 +49,18 @@ def sources(corpus: Corpus) -> dict[str, list[Source]]:
     return found
 
 
+def choosing(tokenizer: Tokenizer, corpus: Corpus) -> dict[str, list[list[int]]]:
+    """Prompts of the sets that settings are chosen on, by set, as tokens."""
+    found = sources(corpus)
+    return {
+        name: demo_prompts.encoded_sets(
+            demo_prompts.draw(tokenizer, found[name], name, COUNT, 100 + list(found).index(name)),
+            tokenizer,
+        )[name]
+        for name in CHOOSING.values()
+    }
+
+
 def main() -> None:
     tokenizer = Tokenizer.from_file(str(HERE / "model" / "tokenizer.json"))
     prompts = [

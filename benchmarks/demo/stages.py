@@ -59,11 +59,14 @@ def batch(tokens: Tokens, recipe: Recipe, number: int, step: int) -> torch.Tenso
     return rows_at(tokens, starts[index * rows : (index + 1) * rows], length + 1)
 
 
-def autocast() -> torch.autocast:
-    """bfloat16 where the CPU has instructions for it; emulated it takes twice float32's time."""
+def native_bf16() -> bool:
+    """Whether the CPU has instructions for bfloat16; emulated it takes twice float32's time."""
     features = torch.cpu.get_capabilities()
-    native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=native)
+    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=native_bf16())
 
 
 def losses(model: Any, rows: torch.Tensor, exit_layers: tuple[int, ...]) -> list[torch.Tensor]:
