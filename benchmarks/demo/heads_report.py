@@ -39,14 +39,14 @@ COMMAND = ["python", "-m", "benchmarks.demo.heads_report"]
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
-def make_traces(
+def continue_sets(
     session: Session, prompts: list[demo_prompts.Prompt], new_tokens: int, show: Progress
-) -> dict[str, list[Trace]]:
-    """Traces by set of files, of the target's greedy continuations."""
+) -> list[DataSet]:
+    """The target's greedy continuations, by set of files."""
     assert session.target.tokenizer is not None
     encode = session.target.tokenizer.backend_tokenizer
     task = show.add_task("continuing prompts", total=len(prompts))
-    sets = [
+    return [
         DataSet(
             name,
             tuple(
@@ -57,6 +57,13 @@ def make_traces(
         )
         for name, ids in demo_prompts.encoded_sets(prompts, encode).items()
     ]
+
+
+def make_traces(
+    session: Session, prompts: list[demo_prompts.Prompt], new_tokens: int, show: Progress
+) -> dict[str, list[Trace]]:
+    """Traces by set of files, of the target's greedy continuations."""
+    sets = continue_sets(session, prompts, new_tokens, show)
     running = show.add_task("heads", total=len(prompts))
     return session.traces(sets, lambda: show.advance(running))
 
