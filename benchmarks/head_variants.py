@@ -77,6 +77,10 @@ VARIANTS = {
     "reverse KL": Variant(loss={"kind": "reverse_kl"}),
     "top-64 KL": Variant(loss={"kind": "top_k_kl", "top_k": 64}),
     "confidence term 0.5": Variant(loss={"confidence_weight": 0.5}),
+    "confidence term 2": Variant(loss={"confidence_weight": 2.0}),
+    "confidence term 0.5, temperature 1": Variant(
+        loss={"confidence_weight": 0.5, "temperature": 1.0}
+    ),
     "low rank 64": Variant({"transform": "low_rank", "rank": 64}),
     "adapter 64": Variant({"transform": "adapter", "rank": 64}),
     "exits at every layer": Variant({"exit_layers": "every"}),
