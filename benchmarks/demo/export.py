@@ -64,8 +64,8 @@ runs it; with {minutes:.0f} minutes of CPU time where this was made. Nothing is 
    have seen, with at least {acceptance:.0%} of drafts accepted there (`adadecode calibrate`):
    {setting}.
 
-The heads learn nothing of {left_out} files of the second stage; `make heads-report` measures on some
-of these. Other kinds of heads that were tried: `docs/evaluation.md` of the repository.
+The heads learn nothing of {left_out} files of the second stage; `make heads-report` measures on
+some of these. Other kinds of heads that were tried: `docs/evaluation.md` of the repository.
 
 Loss (nats a token) after the exits {exits} and at the last layer:
 
