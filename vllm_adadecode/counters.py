@@ -26,8 +26,9 @@ class ExitCounters:
 class Counters:
     """Totals since start (or the last `reset`).
 
-    A *layer pass* is one layer run once on a batch of any size. Passes are counted for batches
-    without prefill only, where a token's cost is the method's alone.
+    A *layer pass* is one layer run once on a batch of any size. Those of verification, and the
+    tokens it emits, are counted for batches without prefill only, where a token's cost is the
+    method's alone; mixed batches, prefill beside deferred states, have counts of their own.
     """
 
     num_layers: int
@@ -44,6 +45,12 @@ class Counters:
     deferred_batches: int = 0
     plain_batches: int = 0
     prefill_batches: int = 0
+    # Of the batches with prefill, those that had deferred states too: their layer passes, and what
+    # prefill and verification, each in its own tokens, took of those.
+    mixed_batches: int = 0
+    mixed_layer_passes: int = 0
+    mixed_prefill_token_layers: int = 0
+    mixed_verify_token_layers: int = 0
 
     @classmethod
     def create(cls, num_layers: int, exit_layers: tuple[int, ...]) -> "Counters":

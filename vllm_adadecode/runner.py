@@ -107,6 +107,7 @@ class AdaDecodeRunnerMixin(_Base):
         counters = self.speculator.counters
         if input_batch.has_prefill:
             counters.prefill_batches += 1
+            counters.mixed_batches += self._plan is not None
         elif self._plan is not None:
             counters.deferred_batches += 1
         else:
