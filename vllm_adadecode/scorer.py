@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_adadecode.counters import Counters
@@ -105,7 +106,10 @@ class Scorer:
         hidden, residual = self.deferred.gather(slots, offsets)
         find_moe_layers_by_name()
         self._count(self.staged.num_exits, len(plan.rows))
-        hidden, residual = self.staged.run_span(self.staged.num_exits, positions, hidden, residual)
+        with record_function_or_nullcontext(f"adadecode: span {self.staged.num_exits}"):
+            hidden, residual = self.staged.run_span(
+                self.staged.num_exits, positions, hidden, residual
+            )
         return self.staged.finish(hidden, residual)
 
     def _run_early(
