@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,7 +43,7 @@ def create(spec: Any) -> VllmConfig:
 @pytest.fixture(scope="module")
 def config() -> VllmConfig:
     """Ours; making one applies the patches."""
-    return create(speculative())
+    return create(speculative(num_speculative_tokens=3))
 
 
 @pytest.fixture
@@ -129,8 +130,8 @@ def test_counts_cross_processes(
     assert isinstance(received, AdaDecodeStats)
     assert received.adadecode == counts
     # vLLM's are what they were.
-    ours = vars(received) | {"adadecode": None}
-    assert ours == vars(vllms or SpecDecodingStats.new(3)) | {"adadecode": None}
+    ours = asdict(received) | {"adadecode": None}
+    assert ours == asdict(vllms or SpecDecodingStats.new(3)) | {"adadecode": None}
 
 
 def test_numbers_of_numpy_cross_processes(config: VllmConfig) -> None:
@@ -153,7 +154,7 @@ def test_statistics_of_other_methods_cross_as_before(
     if vllms is None:
         assert received is None
     else:
-        assert vars(received) == vars(vllms) | {"adadecode": None}
+        assert asdict(received) == asdict(vllms) | {"adadecode": None}
 
 
 def test_no_statistics_are_wanted(config: VllmConfig, exit_layers: list[int]) -> None:
