@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_adadecode.counters import Counters
@@ -120,7 +121,8 @@ class Scorer:
             hidden[index], residual[index] = outputs
         for span in range(joined, len(self.staged.spans)):
             self._count(plan, span, plan.rows)
-            hidden, residual = self.staged.run_span(span, positions, hidden, residual)
+            with record_function_or_nullcontext(f"adadecode: span {span}"):
+                hidden, residual = self.staged.run_span(span, positions, hidden, residual)
         return self.staged.finish(hidden, residual)
 
     def _deferred_states(

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, get_forward_context, set_forward_context
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBuffers
@@ -41,13 +42,16 @@ def run_span(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One span in a forward context of its own; without metadata, no attention and no KV."""
     num_tokens = len(positions)
-    with set_forward_context(
-        attn_metadata,
-        vllm_config,
-        num_tokens=num_tokens,
-        cudagraph_runtime_mode=CUDAGraphMode.NONE,
-        batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
-        slot_mapping=slot_mappings,
+    with (
+        record_function_or_nullcontext(f"adadecode: span {span}"),
+        set_forward_context(
+            attn_metadata,
+            vllm_config,
+            num_tokens=num_tokens,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
+            slot_mapping=slot_mappings,
+        ),
     ):
         find_moe_layers_by_name()
         return staged.run_span(span, positions, hidden, residual)

@@ -3,11 +3,13 @@
 Owns the worker classes that the configuration names (``worker_cls``), and the RPCs they answer.
 """
 
+from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
 
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_adadecode.counters import Counters
 from vllm_adadecode.patches import apply_worker_patches, check_not_refused
 from vllm_adadecode.plugin import register
 from vllm_adadecode.runner import AdaDecodeRunnerMixin
@@ -25,13 +27,16 @@ def _with_mixin(runner_class: type) -> type:
 
 
 class _AdaDecodeWorkerMixin(Worker):
+    # The counters at the last reset. They themselves only rise, as Prometheus expects.
+    _at_reset: Counters | None = None
+
     def adadecode_stats(self, reset: bool = False) -> dict[str, Any]:
         """Counts and ratios since start or the last reset (see `counters.Counters.snapshot`)."""
         counters = self.model_runner.speculator.counters
-        stats = counters.snapshot()
+        stats = counters if self._at_reset is None else counters - self._at_reset
         if reset:
-            counters.reset()
-        return stats
+            self._at_reset = deepcopy(counters)
+        return stats.snapshot()
 
     def sleep(self, level: int = 1) -> None:
         # The KV cache, and with level 2 the weights, that the deferred states belong to go away.
