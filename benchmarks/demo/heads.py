@@ -111,6 +111,7 @@ def choose_setting(
         )
         sets.append(DataSet(name, tuple(s for s in continued if len(s.output_ids) > 1)))
     costs = choose_costs("bytes", session.config, session.target, session.readout)
+    costs = costs.model_copy(update={"verification": recipe.round_cost})
     traces = session.traces(sets)
     return calibrate(
         traces,

@@ -59,6 +59,9 @@ class HeadRecipe:
     # Asked of the setting on the files it is chosen on: a bit more than is wanted on others.
     least_acceptance: float = 0.92
     most_drafts: int = 16
+    # In layers, beside layers and LM head: sampling and scheduling. Few long rounds are better than
+    # many short ones that read as many bytes.
+    round_cost: float = 0.5
 
 
 @dataclass(frozen=True)
