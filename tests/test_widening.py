@@ -333,12 +333,12 @@ def test_demo_target(tmp_path: Path, engines: EnginePool, prompts: list[str]) ->
     results = []
     for engine in (small, wide):
         stats(engine, reset=True)
-        results.append((token_ids(generate(engine, prompts[:8], greedy(48), 1)), stats(engine)))
+        results.append((token_ids(generate(engine, prompts[:6], greedy(32), 1)), stats(engine)))
     (tokens, small_stats), (wide_tokens, wide_stats) = results
     assert wide_tokens == tokens
     counts = [list(s["exits"].values()) for s in (small_stats, wide_stats)]
     assert counts[0] == counts[1]
-    assert small_stats["accepted"] > 100
+    assert small_stats["accepted"] > 50
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert tokenizer.encode(prompts[0]) == AutoTokenizer.from_pretrained(DEMO_MODEL).encode(
         prompts[0]
