@@ -12,12 +12,13 @@ ARGS ?=
 # Processes of `make test`; each file of tests stays in one, which keeps its engines.
 WORKERS ?= 2
 
-.PHONY: help setup demo demo-model heads-report kernel-report test lint
+.PHONY: help setup demo bench-quick demo-model heads-report kernel-report test lint
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make setup          install everything into $(VENV) (Python 3.11 or 3.12; PYTHON=... names one)"
 	@echo "make demo           serve the demo model with and without AdaDecode and compare"
+	@echo "make bench-quick    compare on a target bound by memory: results/bench-quick.json"
 	@echo "make test           lint, then all tests"
 	@echo "make lint           ruff and mypy"
 	@echo "make demo-model     train the demo model again"
@@ -50,6 +51,9 @@ endif
 
 demo: setup
 	$(BIN)/python -m benchmarks.demo $(ARGS)
+
+bench-quick: setup
+	$(BIN)/python -m benchmarks.quick $(ARGS)
 
 demo-model: setup
 	$(BIN)/python -m benchmarks.demo.train $(ARGS)

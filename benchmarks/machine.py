@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from vllm_adadecode.training.provenance import git_revision, versions
 
-__all__ = ["git_revision", "gpus", "machine", "versions"]
+__all__ = ["command", "git_revision", "gpus", "machine", "versions"]
+
+
+def command() -> list[str]:
+    """The running command, as it can be given again in a checkout."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", spec.name] if spec is not None else [sys.argv[0]]
+    return [*program, *sys.argv[1:]]
 
 
 def machine() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,8 +63,16 @@ def free_port() -> int:
 class Server:
     """A context manager; entering starts the process, `wait_until_ready` waits until it serves."""
 
-    def __init__(self, model: Path, arguments: Sequence[str], log: Path) -> None:
+    def __init__(
+        self,
+        model: Path,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """``arguments`` and ``environment`` win over `FLAGS` and `ENVIRONMENT`."""
         self.log = log
+        self.environment = ENVIRONMENT | dict(environment or {})
         self.port = free_port()
         self.arguments = [str(model), *FLAGS, *arguments]
         self.client = httpx.Client(
@@ -92,7 +100,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | ENVIRONMENT,
+                env=os.environ | self.environment,
                 start_new_session=True,
             )
 

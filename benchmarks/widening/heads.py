@@ -1,0 +1,107 @@
+"""The small model's AdaDecode heads, made to fit the wide model.
+
+A head's input is the wide hidden state (m copies times s, see the package's docstring), its output
+what the LM head multiplies: the first channels, times `Plan.feature_scale`. Owns the factors that
+follow for each kind of transform, gate and "other" logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from benchmarks.widening.plan import Plan
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads import HeadsConfig
+from vllm_adadecode.heads.tensors import DRAFT_VOCAB, tensor_name
+
+
+def widen_config(plan: Plan, config: HeadsConfig, fingerprint: str | None) -> HeadsConfig:
+    """The wide heads' config; exits keep their relative depth.
+
+    Args:
+        fingerprint: of the wide model.
+
+    Raises:
+        AdaDecodeError: these heads can't be widened to this shape.
+    """
+    same_state = plan.channels.copies == 1 and plan.channels.scale == 1
+    if (
+        config.norm == "none"
+        and config.transform != "full"
+        and plan.wide.tie_word_embeddings
+        and not same_state
+    ):
+        raise AdaDecodeError(
+            f"heads with transform {config.transform} and no norm can't share a tied LM head: "
+            "add --no-tie"
+        )
+    data = config.model_dump()
+    data["exit_layers"] = [plan.wide_layer(e) for e in config.exit_layers]
+    data["target"] = {
+        "hidden_size": plan.wide.hidden_size,
+        "vocab_size": plan.wide.vocab_size,
+        "num_hidden_layers": plan.wide.num_hidden_layers,
+        "fingerprint": fingerprint,
+    }
+    data["speculators_config"]["verifier"]["name_or_path"] = ".."
+    data["provenance"] = config.provenance | {"widened_from": str(plan.small)}
+    return HeadsConfig(**data)
+
+
+def widen_tensors(
+    plan: Plan, config: HeadsConfig, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The wide heads' weights.
+
+    Args:
+        config: the small heads'.
+        tensors: theirs, as `save_heads` takes them.
+
+    Returns:
+        The same in the wide shape and under the wide exits' names, in the same dtypes.
+    """
+    widened: dict[str, torch.Tensor] = {}
+    for exit_layer in config.exit_layers:
+        prefix = tensor_name(exit_layer, "")
+        for name, tensor in tensors.items():
+            if name.startswith(prefix):
+                parameter = name.removeprefix(prefix)
+                wide = _widen(plan, config, parameter, tensor.double()).to(tensor.dtype)
+                widened[tensor_name(plan.wide_layer(exit_layer), parameter)] = wide
+    if DRAFT_VOCAB in tensors:
+        widened[DRAFT_VOCAB] = tensors[DRAFT_VOCAB]
+    return widened
+
+
+def _widen(plan: Plan, config: HeadsConfig, parameter: str, small: torch.Tensor) -> torch.Tensor:
+    channels, features = plan.channels, plan.feature_scale
+    # T before the norm works on hidden states, and must fill the copies that the norm counts.
+    state_in, state_out = config.norm != "before", config.norm == "after"
+    if config.norm == "none" and config.transform != "full":
+        state_out = True
+    scale_in = channels.scale if state_in else features
+    scale_out = channels.scale if state_out else features
+    out_copies = channels.copies if state_out else 1
+    d, wide = channels.small, channels.wide
+    if parameter == "weight":
+        matrix = torch.zeros(wide, wide, dtype=torch.float64)
+        matrix[: out_copies * d, :d] = (small * (scale_out / scale_in)).repeat(out_copies, 1)
+        if channels.constant is not None:
+            matrix[channels.constant, channels.constant] = 1.0
+        return matrix
+    if parameter == "down":
+        matrix = torch.zeros(len(small), wide, dtype=torch.float64)
+        matrix[:, :d] = small / scale_in
+        return matrix
+    if parameter == "up":
+        matrix = torch.zeros(wide, small.shape[1], dtype=torch.float64)
+        matrix[: out_copies * d] = (small * scale_out).repeat(out_copies, 1)
+        return matrix
+    if parameter.endswith("_bias"):
+        return small
+    vector = torch.zeros(wide, dtype=torch.float64)
+    # The gate's norm has no gains: it divides by the wide state's root mean square.
+    vector[:d] = small * plan.norm_gain if parameter == "gate_weight" else small / features
+    return vector
