@@ -252,7 +252,8 @@ class Bench:
         self, plan: run.Plan, name: str, repetition: int, cells: Any, store: Store, listener: Any
     ) -> Turn:
         if name in self.fails:
-            return Turn(name, repetition, error="vllm serve ended with code 1\nno such device")
+            error = "vllm serve ended with code 1\nno such device"
+            return Turn(name, repetition, error, command=("vllm", "serve"))
         for cell in cells:
             if len(self.measured) == self.stop_after:
                 raise KeyboardInterrupt
@@ -300,7 +301,9 @@ def test_a_failed_server_does_not_end_the_run(
     assert len(bench.measured) == 8
 
 
-def test_a_method_that_is_not_ready_is_a_failure(tmp_path: Path) -> None:
+def test_a_method_that_is_not_ready_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     whole = replace(plan(), methods={"medusa": methods.NotReadyError("no drafter")})
     store = Store(tmp_path, {})
     run.run(whole, store, run.Listener(lambda line: None, lambda count: None))
@@ -308,6 +311,10 @@ def test_a_method_that_is_not_ready_is_a_failure(tmp_path: Path) -> None:
     assert turn is not None
     assert turn.error == "no drafter"
     assert store.load_turn("medusa", 1) is None
+    # Once there is a drafter, the same command goes on with it.
+    bench = Bench(monkeypatch, store)
+    bench.run(replace(plan(), methods={"medusa": methods.Arguments()}))
+    assert len(bench.measured) == 4
 
 
 def test_measurements_come_back_whole(tmp_path: Path) -> None:
@@ -403,7 +410,13 @@ def test_findings_say_who_loses(measured: dict[Cell, Measurement]) -> None:
     )
     assert "5 of 6 outputs are vanilla's" in lines[0]
     assert lines[1].startswith("ngram is faster than vanilla in 0 of 1 settings and slower in 1")
-    assert lines[2].endswith("adadecode 24, vanilla 20, ngram 5.")
+    assert lines[2:] == ["adadecode is the fastest in 1 of 1 settings."]
+    for cell in cells("ngram"):
+        measured[cell] = measurement(0.1)
+    assert metrics.findings(list(rows_of(measured).values()))[2:] == [
+        "adadecode is the fastest in 0 of 1 settings.",
+        "Ahead of adadecode (24 tokens/s) with one, temperature 0, concurrency 1: ngram 200.",
+    ]
 
 
 # --- the report -----------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ class Measurement:
         ttft_ms, tpot_ms: of each request.
         steps, drafted, accepted: of the server meanwhile; drafted is 0 without a method.
         outputs: text of each answer, in the order of the prompts.
-        layer_passes_per_token: with AdaDecode; 1 is plain decoding.
+        layer_passes_per_token: with AdaDecode, one request at a time; 1 is plain decoding. In a
+            batch one pass serves several requests.
         failed: requests without an answer.
     """
 
@@ -78,7 +79,9 @@ def measure(
     if not server.is_healthy():
         raise server.error("vllm serve ended")
     after = counters(server)
-    passes = server.stats()["layer_passes_per_token"] if adadecode else None
+    passes = None
+    if adadecode and concurrency == 1:
+        passes = server.stats()["layer_passes_per_token"]
     ttft, tpot = latencies(result)
     counted = {name: int(after[name] - before[name]) for name in COUNTERS.values()}
     return Measurement(

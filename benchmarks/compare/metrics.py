@@ -16,6 +16,7 @@ from benchmarks.compare.load import Measurement, percentile
 from benchmarks.compare.store import Cell, Turn
 
 BASELINE = "vanilla"
+OURS = "adadecode"
 # Nearer to 1 than this, a ratio is called the same: repetitions differ by as much.
 SAME = 0.02
 
@@ -39,7 +40,7 @@ class Row:
         ttft_ms_p50 to tpot_ms_p99: over the requests of all repetitions.
         tokens_per_verification: behind the first token of each request; 1 without a method.
         acceptance: share of drafts that verification kept.
-        layer_passes_per_token: of AdaDecode, 1 is plain decoding.
+        layer_passes_per_token: of AdaDecode with one request at once; 1 is plain decoding.
         identical, compared: outputs that are vanilla's, of how many; at temperature 0 only, and
             with the same concurrency. Vanilla's own are compared with its first repetition.
         peak_memory: of the server's processes, bytes; the largest of the repetitions.
@@ -179,18 +180,34 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def findings(all_rows: Sequence[Row]) -> list[str]:
-    """Who wins and who loses against vanilla, and which method is first, a sentence each."""
+    """Who wins and who loses, a sentence each: every method against vanilla, ours against all."""
     sentences = []
     for method in dict.fromkeys(row.method for row in all_rows if row.method != BASELINE):
         with_ratio = [r for r in all_rows if r.method == method and r.ratio is not None]
         if with_ratio:
             sentences.append(_against_vanilla(method, with_ratio))
+    return sentences + _against_all(all_rows)
+
+
+def _against_all(all_rows: Sequence[Row]) -> list[str]:
+    first, behind = 0, []
     for setting, group in groupby(all_rows, key=lambda r: r.setting):
-        ranked = sorted((r for r in group if r.tokens_per_s), key=lambda r: -(r.tokens_per_s or 0))
-        if len(ranked) > 1:
-            order = ", ".join(f"{r.method} {r.tokens_per_s:.0f}" for r in ranked)
-            sentences.append(f"Tokens/s with {describe(setting)}: {order}.")
-    return sentences
+        rates = {r.method: r.tokens_per_s for r in group if r.tokens_per_s is not None}
+        mine = rates.get(OURS)
+        if mine is None or len(rates) == 1:
+            continue
+        faster = {m: rate for m, rate in rates.items() if rate > mine}
+        first += not faster
+        if faster:
+            order = ", ".join(
+                f"{m} {rates[m]:.0f}" for m in sorted(faster, key=rates.__getitem__, reverse=True)
+            )
+            behind.append(
+                f"Ahead of {OURS} ({mine:.0f} tokens/s) with {describe(setting)}: {order}."
+            )
+    if not first and not behind:
+        return []
+    return [f"{OURS} is the fastest in {first} of {first + len(behind)} settings.", *behind]
 
 
 def _against_vanilla(method: str, measured: Sequence[Row]) -> str:

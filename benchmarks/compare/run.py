@@ -80,7 +80,8 @@ class Listener:
 def run(plan: Plan, store: Store, listener: Listener, retry: bool = False) -> None:
     """Measure what the store does not have yet.
 
-    A method whose server did not start, now or before, has no further turn.
+    A method whose server did not start, now or before, has no further turn. One that was not ready
+    before may be so now.
 
     Args:
         retry: start those again that did not start before.
@@ -102,7 +103,7 @@ def run(plan: Plan, store: Store, listener: Listener, retry: bool = False) -> No
 
 
 def _has_failed(turn: Turn | None) -> bool:
-    return turn is not None and turn.error is not None
+    return turn is not None and turn.error is not None and bool(turn.command)
 
 
 def take_turn(

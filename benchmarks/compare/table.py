@@ -99,7 +99,8 @@ def print_table(
     failed = failures(turns)
     table = Table(title="Speculative methods on one target", title_justify="left")
     for title in ("data", "temperature", "at once", *(title for title, _ in COLUMNS)):
-        table.add_column(title, justify="left" if title in ("data", "method") else "right")
+        named = title in ("data", "method")
+        table.add_column(title, justify="left" if named else "right", no_wrap=named)
     for setting, group in groupby(rows, key=lambda row: row.setting):
         table.add_section()
         for row in group:
