@@ -120,7 +120,7 @@ def train(
         progress.advance(task)
         if (step + 1) % max(1, steps // 5) == 0:
             shown = " ".join(f"{share:.2f}" for share in agreement)
-            progress.console.print(f"step {step + 1}: loss {float(loss):.3f}, agreement {shown}")
+            progress.console.print(f"step {step + 1}: loss {loss.item():.3f}, agreement {shown}")
     return evaluate(target, drafter, data)
 
 

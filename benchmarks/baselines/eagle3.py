@@ -35,6 +35,7 @@ class Eagle3:
     def __init__(self, target: FrozenTarget, drafts: int = 3) -> None:
         try:
             from speculators import Eagle3DraftModel
+            from speculators.losses import resolve_loss_config
         except ImportError as error:
             raise AdaDecodeError(
                 f"EAGLE-3 is trained with speculators, which can't be imported ({error}): "
@@ -64,6 +65,8 @@ class Eagle3:
             draft_attn_impl="eager",
         ).float()
         self.model.to(target.device)
+        # Its fused losses are Triton kernels.
+        self.loss: Any = resolve_loss_config("kl_div", "eager")
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -91,6 +94,7 @@ class Eagle3:
             position_ids=torch.arange(1, length + 1, device=ids.device)[None],
             verifier_last_hidden_states=seen.hidden[self.layers[-1]][row : row + 1, 1:].float(),
             ttt_steps=self.drafts,
+            loss_config=self.loss,
         )
         return loss, [
             float(metrics[f"full_acc_{k}_sum"] / metrics[f"full_acc_{k}_total"].clamp(min=1))

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.compare.metrics import BASELINE, SAME, Row, describe
 from benchmarks.compare.store import Turn
-from benchmarks.compare.table import COLUMNS, RATIO, SERVER_COLUMNS, failures, servers
+from benchmarks.compare.table import COLUMNS, RATIO, SERVER_COLUMNS, failures, servers, short
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
@@ -27,9 +27,16 @@ th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal;
 td:first-child, th:first-child { text-align: left; }
 tr.setting td { border-top: 1px solid #bbb; padding-top: .8em; font-weight: 600; text-align: left; }
 td.win { color: #06632b; font-weight: 600; } td.loss { color: #a11; font-weight: 600; }
-img { max-width: 100%; } pre { background: #f4f4f4; padding: .8em; overflow-x: auto; }
+img { max-width: 100%; } pre { background: #f4f4f4; padding: .8em; white-space: pre-wrap; }
 pre, code { font-size: 12px; } p.note { color: #555; }
 """
+
+CAPTIONS = {
+    "speedup.png": "Tokens/s, of vanilla's: median, and least to most of the repetitions.",
+    "serving.png": "What all requests get together against what one of them gets; the numbers "
+    "are requests at once. Up and to the right is better.",
+    "tokens.png": "Tokens a verification.",
+}
 
 EXPLAINED = (
     "Each method has a server of its own. In every repetition all of them take one turn, in the "
@@ -63,14 +70,14 @@ def render(
         f"<title>Speculative methods on {escape(str(about['target']))}</title>",
         f"<style>{STYLE}</style></head><body>",
         f"<h1>Speculative methods on {escape(str(about['target']))}</h1>",
-        _list(sentences),
-        _failures(failures(turns)),
+        _list([*sentences, *(f"{m} failed: {short(e)}" for m, e in failures(turns).items())]),
         "<h2>All figures</h2>",
         f'<p class="note">{escape(EXPLAINED)}</p>',
         f'<div class="wide">{_table(rows)}</div>',
         "<h2>Servers</h2>",
         _servers(rows),
-        "<h2>Figures</h2>",
+        _failures(failures(turns)),
+        "<h2>Plots</h2>",
         *(_image(name, content) for name, content in images.items()),
         "<h2>How it was made</h2>",
         _about(about, turns),
@@ -125,8 +132,11 @@ def _class(row: Row, title: str) -> str:
 
 def _image(name: str, content: bytes) -> str:
     data = base64.b64encode(content).decode("ascii")
-    title = escape(name.removesuffix(".png"))
-    return f'<p><img alt="{title}" src="data:image/png;base64,{data}"></p>'
+    caption = escape(CAPTIONS[name])
+    return (
+        f'<p class="note">{caption}</p>'
+        f'<p><img alt="{caption}" src="data:image/png;base64,{data}"></p>'
+    )
 
 
 def _about(about: Mapping[str, Any], turns: Sequence[Turn]) -> str:

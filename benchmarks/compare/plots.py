@@ -18,6 +18,8 @@ from matplotlib import pyplot
 def draw(rows: Sequence[Row]) -> dict[str, bytes]:
     """PNG files by name, without those that there is nothing to show in."""
     measured = [row for row in rows if row.repetitions]
+    methods = [m for m in dict.fromkeys(r.method for r in measured) if m != BASELINE]
+    colors = {BASELINE: "0.45"} | {method: f"C{i}" for i, method in enumerate(methods)}
     figures = {}
     with pyplot.rc_context(STYLE):
         for name, of, draw_panel in (
@@ -26,32 +28,30 @@ def draw(rows: Sequence[Row]) -> dict[str, bytes]:
             ("tokens", [r for r in measured if r.tokens_per_verification], _tokens),
         ):
             if of:
-                figures[f"{name}.png"] = _figure(of, draw_panel)
+                figures[f"{name}.png"] = _figure(of, draw_panel, colors)
     return figures
 
 
-def _figure(rows: Sequence[Row], draw_panel: Any) -> bytes:
-    """A panel for each part and temperature."""
-    panels = list(dict.fromkeys((r.part, r.temperature) for r in rows))
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
+def _figure(rows: Sequence[Row], draw_panel: Any, colors: dict[str, str]) -> bytes:
+    """A line of panels for each part of the data, a panel for each temperature."""
+    parts = list(dict.fromkeys(r.part for r in rows))
+    temperatures = sorted({r.temperature for r in rows})
     figure, axes = pyplot.subplots(
-        lines,
-        columns,
-        figsize=(3.4 * columns + 0.4, 2.8 * lines),
+        len(parts),
+        len(temperatures),
+        figsize=(4.2 * len(temperatures) + 0.4, 2.6 * len(parts) + 0.4),
         squeeze=False,
+        sharey=draw_panel is not _serving,
         layout="constrained",
     )
-    methods = list(dict.fromkeys(r.method for r in rows))
-    colors = {m: f"C{i}" if m != BASELINE else "0.45" for i, m in enumerate(methods)}
-    for axis, (part, temperature) in zip(axes.flat, panels, strict=False):
-        of = [r for r in rows if (r.part, r.temperature) == (part, temperature)]
-        draw_panel(axis, of, methods, colors)
-        axis.set_title(f"{part}, temperature {temperature:g}", fontsize=9)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    handles = [pyplot.Line2D([], [], color=c, linewidth=4) for c in colors.values()]
-    figure.legend(handles, list(colors), loc="outside lower center", ncols=min(7, len(colors)))
+    methods = [m for m in colors if any(r.method == m for r in rows)]
+    for line, part in zip(axes, parts, strict=True):
+        for axis, temperature in zip(line, temperatures, strict=True):
+            of = [r for r in rows if (r.part, r.temperature) == (part, temperature)]
+            draw_panel(axis, of, methods, colors)
+            axis.set_title(f"{part}, temperature {temperature:g}", fontsize=9)
+    handles = [pyplot.Line2D([], [], color=colors[m], linewidth=4) for m in methods]
+    figure.legend(handles, methods, loc="outside lower center", ncols=min(7, len(methods)))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     pyplot.close(figure)
@@ -96,14 +96,16 @@ def _tokens(axis: Any, rows: Any, methods: Any, colors: Any) -> None:
 
 
 def _serving(axis: Any, rows: Any, methods: Any, colors: Any) -> None:
-    """What all get against what one gets: up and to the right is better."""
+    """What all get against what one gets."""
     for method in methods:
         of = sorted((r for r in rows if r.method == method), key=lambda r: r.concurrency)
         of = [r for r in of if r.tpot_ms_p50]
         x, y = [1e3 / r.tpot_ms_p50 for r in of], [r.tokens_per_s for r in of]
         axis.plot(x, y, marker="o", markersize=3, linewidth=1.2, color=colors[method])
         for row, at, up in zip(of, x, y, strict=True):
-            axis.annotate(str(row.concurrency), (at, up), fontsize=6, color="0.3")
+            label = str(row.concurrency)
+            offset = {"xytext": (3, 3), "textcoords": "offset points"}
+            axis.annotate(label, (at, up), fontsize=7, color="0.3", **offset)
     axis.set_xlabel("tokens/s of one request (1 / TPOT p50)")
     axis.set_ylabel("tokens/s of the server")
     axis.set_ylim(bottom=0)
