@@ -45,8 +45,8 @@ EXPLAINED = (
     "verification are counted behind a request's first token. Memory is the sum of the peaks of "
     "the server's processes, of the host's memory. Outputs are compared at temperature 0 with "
     "vanilla's at the same concurrency; vanilla's own with those of its first repetition. Where "
-    "the runner is V1, vLLM has the method on its older model runner only, and the ratio holds "
-    "the difference of the two runners, too."
+    "the runner is V1, vLLM runs the method here on its older model runner only, and the ratio "
+    "holds the difference of the two runners, too."
 )
 
 
