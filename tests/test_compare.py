@@ -57,10 +57,13 @@ def test_a_named_drafter_and_options_come_first(tmp_path: Path) -> None:
     assert config(made.flags) == {"method": "eagle3", "model": "mine", "num_speculative_tokens": 2}
 
 
-def test_medusa_drafts_with_every_head(tmp_path: Path) -> None:
+def test_drafters_say_how_much_they_draft(tmp_path: Path) -> None:
     folder(tmp_path / "medusa", model_type="medusa", num_heads=3)
-    made = methods.arguments("medusa", str(tmp_path), drafts=5)
-    assert config(made.flags)["num_speculative_tokens"] == 3
+    proposals = [{"proposal_type": "greedy", "speculative_tokens": 4}]
+    folder(tmp_path / "eagle3", speculators_config={"proposal_methods": proposals})
+    for name, count in (("medusa", 3), ("eagle3", 4)):
+        made = methods.arguments(name, str(tmp_path), drafts=7)
+        assert config(made.flags)["num_speculative_tokens"] == count
 
 
 def test_adadecode_goes_without_heads(tmp_path: Path) -> None:
@@ -340,6 +343,28 @@ def test_runs_are_not_mixed(tmp_path: Path) -> None:
             Store(tmp_path, settings)
 
 
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        (
+            "(EngineCore pid=7) ERROR 11-21 12:40:22 [core.py:1] ValueError: no kernel for it\n"
+            "(APIServer pid=5) RuntimeError: Engine core initialization failed. See above.\n",
+            "ValueError: no kernel for it",
+        ),
+        (
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for Config\n"
+            "  Value error, no such folder\n    For further information visit https://x\n",
+            "Value error, no such folder",
+        ),
+        ("vllm serve: error: unrecognized arguments: --x\n", "error: unrecognized arguments: --x"),
+        ("Killed\n", None),
+    ],
+)
+def test_cause_of_a_failure(tmp_path: Path, log: str, cause: str | None) -> None:
+    (tmp_path / "log").write_text(log)
+    assert run.cause_of(tmp_path / "log") == cause
+
+
 # --- figures --------------------------------------------------------------------------------------
 
 
@@ -421,7 +446,9 @@ def test_findings_say_who_loses(measured: dict[Cell, Measurement]) -> None:
 
 # --- the report -----------------------------------------------------------------------------------
 
-FAILED = Turn("medusa", 0, error="vllm serve ended with code 1; the end of log:\nboom <&> bang")
+FAILED = Turn(
+    "medusa", 0, error="boom <&> bang\nvllm serve ended with code 1; the end of log:\nlast"
+)
 
 
 @pytest.fixture

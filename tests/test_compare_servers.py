@@ -75,7 +75,8 @@ def test_a_server_that_does_not_start_is_reported(result: Any) -> None:
     assert not rows(result, "eagle3")
     assert list(result["failed"]) == ["eagle3"]
     assert "no/such/folder" in result["failed"]["eagle3"]
-    assert "eagle3 failed: " in result["printed"]
+    line = next(x for x in result["printed"].splitlines() if x.startswith("eagle3 failed: "))
+    assert "Invalid repository ID or local directory" in line
     assert not result["complete"]
 
 

@@ -70,7 +70,7 @@ def arguments(
     Args:
         name: of `METHODS`.
         target: folder or hub id of the model.
-        drafts: `num_speculative_tokens` of methods that do not say it themselves.
+        drafts: `num_speculative_tokens` of drafters that do not say it themselves.
         drafter: folder or hub id, in place of the one beside the target.
         options: added to the speculative configuration, or in place of what it has.
 
@@ -85,7 +85,7 @@ def arguments(
     if folder is not None:
         config["model"] = folder
     if method.drafts:
-        config["num_speculative_tokens"] = _medusa_heads(folder, drafts)
+        config["num_speculative_tokens"] = _own_drafts(folder, drafts)
     config |= options or {}
     return Arguments(("--speculative-config", json.dumps(config)), method.environment)
 
@@ -107,10 +107,14 @@ def _beside(target: str, name: str) -> str | None:
     )
 
 
-def _medusa_heads(folder: str | None, drafts: int) -> int:
-    """Medusa drafts one token with each of its heads, neither more nor fewer."""
+def _own_drafts(folder: str | None, drafts: int) -> int:
+    """What a drafter says itself: Medusa drafts one token with each head, neither more nor fewer,
+    and speculators' drafters name a number."""
     path = Path(folder or "", "config.json")
     if folder is None or not path.is_file():
         return drafts
     config = json.loads(path.read_text(encoding="utf-8"))
-    return int(config["num_heads"]) if config.get("model_type") == "medusa" else drafts
+    if config.get("model_type") == "medusa":
+        return int(config["num_heads"])
+    proposals = config.get("speculators_config", {}).get("proposal_methods") or [{}]
+    return int(proposals[0].get("speculative_tokens", drafts))

@@ -7,6 +7,7 @@ first.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def take_turn(
                 listener.advance(1)
             error = None
         except ServerError as stopped:
-            error = str(stopped)
+            error = f"{cause_of(log) or 'the log names no error'}\n{stopped}"
         memory = load.peak_memory(server) or None
     return Turn(name, repetition, error, startup, memory, runner, command)
 
@@ -157,3 +158,18 @@ def runner_of(log: Path) -> str:
     """Which of vLLM's model runners serves, as the server's log says."""
     text = log.read_text(errors="replace")
     return "V2" if "Using V2 Model Runner" in text else "V1"
+
+
+def cause_of(log: Path) -> str | None:
+    """The last error in a server's log, in one line; not that the engine did not start, which is
+    what the front end has to say about any error."""
+    found = [
+        match[0]
+        for line in log.read_text(errors="replace").splitlines()
+        if (match := _ERROR.search(line)) and _NO_CAUSE not in line
+    ]
+    return found[-1] if found else None
+
+
+_ERROR = re.compile(r"(\b[A-Za-z_]*(Error|Exception): |Value error, |\berror: ).+")
+_NO_CAUSE = "Engine core initialization failed"

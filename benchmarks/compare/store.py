@@ -42,7 +42,8 @@ class Turn:
     """One start of one method's server.
 
     Attributes:
-        error: why it did not start, or ended too soon, with the end of its log; None: all well.
+        error: why it did not start, or ended too soon, in one line, and behind that the end of its
+            log; None: all well.
         startup_s: until it answered.
         peak_memory: of its processes, bytes.
         runner: vLLM's model runner, "V1" or "V2".

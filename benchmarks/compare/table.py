@@ -89,8 +89,8 @@ def failures(turns: Sequence[Turn]) -> dict[str, str]:
 
 
 def short(error: str) -> str:
-    """An error's last line: the end of a server's log, or the whole of a reason."""
-    return error.strip().splitlines()[-1].strip()
+    """What went wrong, without the end of a log."""
+    return error.splitlines()[0]
 
 
 def print_table(
