@@ -171,17 +171,43 @@ def test_the_command_writes_beside_the_target(
     lines = [{"prompt_ids": [i + 1, 2], "output_ids": [3, 4, 5, 6]} for i in range(20)]
     path.write_text("\n".join(map(json.dumps, lines)))
     options = [str(folder), "--data", str(path), "--steps", "2", "--length", "16", "--heads", "2"]
+    options += ["--rate", "1e-3", "1e-9"]
     monkeypatch.setattr(sys, "argv", ["baselines", "medusa", *options])
     assert command.main() == 0
     config = json.loads((folder / "medusa" / "config.json").read_text())
     assert config["provenance"]["tokens"] == 2 * 8 * 16
-    assert len(config["provenance"]["held_out_agreement"]) == 2
+    tried = config["provenance"]["held_out_agreement_by_rate"]
+    assert [len(tried[rate]) for rate in ("0.001", "1e-09")] == [2, 2]
     assert [p.name for p in folder.iterdir() if "unfinished" in p.name] == []
 
     # From here on the folder holds something else, which must stay.
     (folder / "medusa" / "config.json").unlink()
     assert command.main() == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("baselines: error: output ")
+
+
+def test_the_best_rate_is_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what its drafts would be worth in a row, not by their mean."""
+    assert command.worth([0.5, 0.5, 1.0]) == pytest.approx(0.5 + 0.25 + 0.25)
+    found = {1e-3: [0.2, 0.9], 3e-3: [0.5, 0.5], 1e-2: [0.1, 0.1]}
+    saved: list[Any] = []
+    made: list[Any] = []
+    monkeypatch.setattr(command, "train", lambda *args, rate, **options: found[rate])
+    monkeypatch.setattr(command, "file_data", lambda *args: None)
+    original = command.make
+
+    def make(*args: Any) -> Any:
+        made.append(original(*args))
+        return made[-1]
+
+    monkeypatch.setattr(command, "make", make)
+    monkeypatch.setattr(Medusa, "save", lambda self, folder, provenance: saved.append(self))
+    options = command.parse(["medusa", str(folder), "--data", "x", "--output", str(tmp_path / "o")])
+    with Progress(disable=True) as progress:
+        command.run(options, progress)
+    assert saved == [made[2]]  # the first one only asks whether it can be made
 
 
 def test_eagle3_without_speculators_says_what_to_do(

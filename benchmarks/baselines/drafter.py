@@ -107,7 +107,7 @@ def train(
         Agreement of each draft with the target on the held-out rows.
     """
     optimizer = torch.optim.AdamW(drafter.parameters(), rate, (0.9, 0.95), weight_decay=0.0)
-    task = progress.add_task("training", total=steps)
+    task = progress.add_task(f"training, rate {rate:g}", total=steps)
     for step in range(steps):
         seen = look(target, data.batch(step, rows, seed), drafter.layers)
         loss, agreement = drafter.learn(seen)
