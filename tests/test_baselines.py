@@ -177,7 +177,7 @@ def test_the_command_writes_beside_the_target(
     config = json.loads((folder / "medusa" / "config.json").read_text())
     assert config["provenance"]["tokens"] == 2 * 8 * 16
     tried = config["provenance"]["held_out_agreement_by_rate"]
-    assert [len(tried[rate]) for rate in ("0.001", "1e-09")] == [2, 2]
+    assert [len(tried[rate]) for rate in ("0", "0.001", "1e-09")] == [2, 2, 2]
     assert [p.name for p in folder.iterdir() if "unfinished" in p.name] == []
 
     # From here on the folder holds something else, which must stay.
@@ -186,8 +186,13 @@ def test_the_command_writes_beside_the_target(
     assert capsys.readouterr().err.splitlines()[-1].startswith("baselines: error: output ")
 
 
+@pytest.mark.parametrize(("untrained", "kept"), [([0.4, 0.4], 2), ([0.6, 0.6], 0)])
 def test_the_best_rate_is_kept(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    untrained: list[float],
+    kept: int,
 ) -> None:
     """By what its drafts would be worth in a row, not by their mean."""
     assert command.worth([0.5, 0.5, 1.0]) == pytest.approx(0.5 + 0.25 + 0.25)
@@ -195,6 +200,7 @@ def test_the_best_rate_is_kept(
     saved: list[Any] = []
     made: list[Any] = []
     monkeypatch.setattr(command, "train", lambda *args, rate, **options: found[rate])
+    monkeypatch.setattr(command, "evaluate", lambda *args: untrained)
     monkeypatch.setattr(command, "file_data", lambda *args: None)
     original = command.make
 
@@ -207,7 +213,8 @@ def test_the_best_rate_is_kept(
     options = command.parse(["medusa", str(folder), "--data", "x", "--output", str(tmp_path / "o")])
     with Progress(disable=True) as progress:
         command.run(options, progress)
-    assert saved == [made[2]]  # the first one only asks whether it can be made
+    assert len(made) == 4  # the untrained one, and one for each rate
+    assert saved == [made[kept]]
 
 
 def test_eagle3_without_speculators_says_what_to_do(

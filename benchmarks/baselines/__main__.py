@@ -25,9 +25,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks.baselines.data import ROWS, demo_data, file_data
+from benchmarks.baselines.data import ROWS, Data, demo_data, file_data
 from benchmarks.baselines.draft import DraftModel
-from benchmarks.baselines.drafter import Drafter, train
+from benchmarks.baselines.drafter import Drafter, evaluate, train
 from benchmarks.baselines.eagle3 import Eagle3
 from benchmarks.baselines.medusa import Medusa
 from benchmarks.demo.files import write_folder
@@ -86,6 +86,37 @@ def worth(agreement: Sequence[float]) -> float:
     return sum(accumulate(agreement, operator.mul))
 
 
+def choose(
+    options: argparse.Namespace, target: FrozenTarget, first: Drafter, data: Data, show: Progress
+) -> tuple[Drafter, dict[str, list[float]]]:
+    """The best drafter, and the agreement that each rate has led to.
+
+    Args:
+        first: an untrained one, which is kept if training only makes it worse.
+    """
+    best, tried = first, {"0": evaluate(target, first, data)}
+    for rate in options.rate:
+        torch.manual_seed(options.seed)
+        drafter = make(options, target)
+        found = train(
+            target,
+            drafter,
+            data,
+            steps=options.steps,
+            rows=options.rows,
+            rate=rate,
+            seed=options.seed,
+            progress=show,
+        )
+        shown = " ".join(f"{share:.2f}" for share in found)
+        line = f"{options.method}, rate {rate:g}: held-out agreement by draft {shown}"
+        show.console.print(line, highlight=False)
+        if worth(found) > max(map(worth, tried.values())):
+            best = drafter
+        tried[f"{rate:g}"] = found
+    return best, tried
+
+
 def run(options: argparse.Namespace, progress: Progress) -> Path:
     """Train and write the folder, whole or not at all.
 
@@ -99,37 +130,18 @@ def run(options: argparse.Namespace, progress: Progress) -> Path:
         torch.set_num_threads(options.threads)
     begin = time.monotonic()
     target = load_target(options.target, dtype=torch.float32)
-    make(options, target)  # refuses before anything is computed
+    torch.manual_seed(options.seed)
+    first = make(options, target)
     progress.console.print(f"{options.method}: preparing the data", highlight=False)
     if options.data == ["demo"]:
         data = demo_data(target, Recipe())
     else:
         data = file_data(target, options.data, options.length)
-    tried: dict[float, list[float]] = {}
-    best: Drafter | None = None
-    for rate in options.rate:
-        torch.manual_seed(options.seed)
-        drafter = make(options, target)
-        tried[rate] = train(
-            target,
-            drafter,
-            data,
-            steps=options.steps,
-            rows=options.rows,
-            rate=rate,
-            seed=options.seed,
-            progress=progress,
-        )
-        shown = " ".join(f"{share:.2f}" for share in tried[rate])
-        line = f"{options.method}, rate {rate:g}: held-out agreement by draft {shown}"
-        progress.console.print(line, highlight=False)
-        if worth(tried[rate]) >= max(map(worth, tried.values())):
-            best = drafter
-    assert best is not None
+    best, tried = choose(options, target, first, data, progress)
     made_with = provenance() | {
         "data": options.data,
         "tokens": options.steps * options.rows * options.length,
-        "held_out_agreement_by_rate": {f"{rate:g}": shares for rate, shares in tried.items()},
+        "held_out_agreement_by_rate": tried,
         "seconds": round(time.monotonic() - begin),
     }
     with write_folder(output, scratch=output.parent / f".{output.name}-unfinished") as folder:
