@@ -12,7 +12,7 @@ ARGS ?=
 # Processes of `make test`; each file of tests stays in one, which keeps its engines.
 WORKERS ?= 2
 
-.PHONY: help setup demo bench-quick demo-model heads-report kernel-report test lint
+.PHONY: help setup demo bench-quick demo-model heads-report kernel-report baselines bench test lint
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,8 @@ help:
 	@echo "make test           lint, then all tests"
 	@echo "make lint           ruff and mypy"
 	@echo "make demo-model     train the demo model again"
+	@echo "make baselines      train Medusa, EAGLE-3 and draft model drafters for the demo model"
+	@echo "make bench          compare all methods on the demo model: results/compare (docs/benchmarks.md)"
 	@echo "make heads-report   what the demo model's heads are worth: results/heads.json"
 	@echo "make kernel-report  check and compile the Triton kernels (no GPU needed): results/kernels.json"
 
@@ -57,6 +59,23 @@ bench-quick: setup
 
 demo-model: setup
 	$(BIN)/python -m benchmarks.demo.train $(ARGS)
+
+# speculators asks for torchaudio and torchvision, which it does not import: left out as in setup.
+baselines: setup
+ifeq ($(ENGINE),cpu)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --override $(OVERRIDES) -e '.[cpu,test,baselines]' || \
+	  { $(BIN)/python -m pip install --quiet -e '.[cpu,test,baselines]' && \
+	    $(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision; }
+else
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[cuda,test,baselines]' || \
+	  $(BIN)/python -m pip install --quiet -e '.[cuda,test,baselines]'
+endif
+	for method in medusa eagle3 draft; do $(BIN)/python -m benchmarks.baselines $$method $(ARGS) || exit 1; done
+
+# The demo model is tiny: a second thread gains nothing, and spins when others want its core.
+bench: setup
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m benchmarks.compare \
+	  --serve-args="--enforce-eager --kv-cache-memory-bytes 134217728" $(ARGS)
 
 heads-report: setup
 	$(BIN)/python -m benchmarks.demo.heads_report $(ARGS)

@@ -23,8 +23,8 @@ STOP_TIMEOUT_S = 20.0
 REQUEST_TIMEOUT_S = 120.0
 LOG_LINES = 12
 
-# float32, so that the two servers' outputs can be compared token for token. No prefix caching: a
-# prompt that is sent again must cost the same again.
+# The demo's. float32, so that the two servers' outputs can be compared token for token. No prefix
+# caching: a prompt that is sent again must cost the same again.
 FLAGS = (
     *("--host", "127.0.0.1", "--served-model-name", "demo", "--dtype", "float32"),
     *("--max-model-len", "512", "--max-num-seqs", "16", "--kv-cache-memory-bytes", "134217728"),
@@ -65,16 +65,23 @@ class Server:
 
     def __init__(
         self,
-        model: Path,
+        model: str | Path,
         arguments: Sequence[str],
         log: Path,
-        environment: Mapping[str, str] | None = None,
+        flags: Sequence[str] = FLAGS,
+        environment: Mapping[str, str] = ENVIRONMENT,
     ) -> None:
-        """``arguments`` and ``environment`` win over `FLAGS` and `ENVIRONMENT`."""
+        """
+        Args:
+            model: folder or hub id.
+            arguments: of `vllm serve`, after `flags`.
+            log: file that takes the process's output.
+            environment: in addition to this process's.
+        """
         self.log = log
-        self.environment = ENVIRONMENT | dict(environment or {})
         self.port = free_port()
-        self.arguments = [str(model), *FLAGS, *arguments]
+        self.arguments = [str(model), *flags, *arguments]
+        self.environment = environment
         self.client = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}", timeout=REQUEST_TIMEOUT_S, trust_env=False
         )

@@ -1,0 +1,169 @@
+"""``python -m benchmarks.baselines medusa|eagle3|draft TARGET``: trains another method's drafter.
+
+The same text and as many tokens as the demo's heads are trained on, unless told otherwise. The
+result lies in the target's folder, where `benchmarks.compare` looks for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import operator
+import sys
+import time
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from benchmarks.baselines.data import ROWS, Data, demo_data, file_data
+from benchmarks.baselines.draft import DraftModel
+from benchmarks.baselines.drafter import Drafter, evaluate, train
+from benchmarks.baselines.eagle3 import Eagle3
+from benchmarks.baselines.medusa import Medusa
+from benchmarks.demo.files import write_folder
+from benchmarks.demo.recipe import Recipe
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.training.provenance import provenance
+from vllm_adadecode.training.target_model import FrozenTarget, load_target
+
+DEMO_TARGET = "benchmarks/demo/model"
+# The best of these is kept, as the best of several variants is of the demo's heads.
+RATES = (1e-3, 3e-3, 1e-2)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    recipe = Recipe().heads
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.baselines",
+        description=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("method", choices=["medusa", "eagle3", "draft"])
+    add("target", nargs="?", default=DEMO_TARGET, help="folder or hub id of the model")
+    add("--output", type=Path, help="folder; in the target's own if none is given")
+    add(
+        "--data",
+        nargs="+",
+        default=["demo"],
+        help="demo: what the demo's heads are trained on; else as `adadecode eval` takes it",
+    )
+    add("--steps", type=int, default=recipe.steps, help="of the optimizer")
+    add("--rows", type=int, default=ROWS, help="of a step")
+    add("--length", type=int, default=recipe.length, help="tokens of a row")
+    add("--rate", type=float, nargs="+", default=RATES, help="of AdamW; the best is kept")
+    add("--heads", type=int, default=5, help="of Medusa: one for each draft")
+    add("--drafts", type=int, default=3, help="of EAGLE-3 that it is trained to make in a row")
+    add("--layers", type=int, default=2, help="of the draft model")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, help="of PyTorch")
+    options = parser.parse_args(arguments)
+    if min(options.steps, options.rows, options.heads, options.drafts, options.layers) < 1:
+        parser.error("--steps, --rows, --heads, --drafts and --layers must be at least 1")
+    return options
+
+
+def make(options: argparse.Namespace, target: FrozenTarget) -> Drafter:
+    if options.method == "medusa":
+        return Medusa(target, options.heads)
+    if options.method == "eagle3":
+        return Eagle3(target, options.drafts)
+    return DraftModel(target, options.layers)
+
+
+def worth(agreement: Sequence[float]) -> float:
+    """Drafts that would be accepted in a window, were each as likely after any other."""
+    return sum(accumulate(agreement, operator.mul))
+
+
+def choose(
+    options: argparse.Namespace, target: FrozenTarget, first: Drafter, data: Data, show: Progress
+) -> tuple[Drafter, dict[str, list[float]]]:
+    """The best drafter, and the agreement that each rate has led to.
+
+    Args:
+        first: an untrained one, which is kept if training only makes it worse.
+    """
+    best, tried = first, {"0": evaluate(target, first, data)}
+    for rate in options.rate:
+        torch.manual_seed(options.seed)
+        drafter = make(options, target)
+        found = train(
+            target,
+            drafter,
+            data,
+            steps=options.steps,
+            rows=options.rows,
+            rate=rate,
+            seed=options.seed,
+            progress=show,
+        )
+        shown = " ".join(f"{share:.2f}" for share in found)
+        line = f"{options.method}, rate {rate:g}: held-out agreement by draft {shown}"
+        show.console.print(line, highlight=False)
+        if worth(found) > max(map(worth, tried.values())):
+            best = drafter
+        tried[f"{rate:g}"] = found
+    return best, tried
+
+
+def run(options: argparse.Namespace, progress: Progress) -> Path:
+    """Train and write the folder, whole or not at all.
+
+    Raises:
+        AdaDecodeError: target, data or method can't be used.
+    """
+    output: Path = options.output or Path(options.target, options.method)
+    if output.exists() and not (output / "config.json").is_file():
+        raise AdaDecodeError(f"output {output} holds something else: give another --output")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    begin = time.monotonic()
+    target = load_target(options.target, dtype=torch.float32)
+    torch.manual_seed(options.seed)
+    first = make(options, target)
+    progress.console.print(f"{options.method}: preparing the data", highlight=False)
+    if options.data == ["demo"]:
+        data = demo_data(target, Recipe())
+    else:
+        data = file_data(target, options.data, options.length)
+    best, tried = choose(options, target, first, data, progress)
+    made_with = provenance() | {
+        "data": options.data,
+        "tokens": options.steps * options.rows * options.length,
+        "held_out_agreement_by_rate": tried,
+        "seconds": round(time.monotonic() - begin),
+    }
+    with write_folder(output, scratch=output.parent / f".{output.name}-unfinished") as folder:
+        best.save(folder, made_with)
+    (output.parent / f".{output.name}-unfinished").rmdir()
+    return output
+
+
+def main() -> int:
+    options = parse()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    console = Console()
+    try:
+        with Progress(*columns, *times, console=console) as progress:
+            output = run(options, progress)
+    except AdaDecodeError as error:
+        print(f"baselines: error: {error}", file=sys.stderr)
+        return 2
+    console.print(f"written: {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What drafters learn from: the text and the generations that the demo's heads are trained on.
+
+Owns which rows a step sees. Other text comes in as `adadecode train` takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from benchmarks.demo import corpus as text
+from benchmarks.demo import prompts as demo_prompts
+from benchmarks.demo.measure import generate, generations
+from benchmarks.demo.recipe import Recipe
+from benchmarks.demo.train import windows
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.evaluation.data import load_sets
+from vllm_adadecode.training.batches import MicroBatch, TokenRow, micro_batches, step_rows
+from vllm_adadecode.training.target_model import FrozenTarget
+
+# As `benchmarks.demo.heads.train_heads` takes them: half text, half generations.
+ROWS = 8
+TEXT_ROWS = 512
+HELD_OUT_PROMPTS = 16
+
+
+@dataclass(frozen=True)
+class Data:
+    """
+    Attributes:
+        sets: rows to learn from; a step takes as many from each.
+        held_out: rows that nothing is learned from, the target's own generations behind a prompt.
+    """
+
+    sets: tuple[tuple[TokenRow, ...], ...]
+    held_out: tuple[TokenRow, ...]
+
+    def batch(self, step: int, rows: int, seed: int) -> MicroBatch:
+        """What optimizer step number `step` sees: about `rows` rows, padded to one length."""
+        share = max(1, rows // len(self.sets))
+        chosen = []
+        for i, of in enumerate(self.sets):
+            epoch = -(-len(of) // share)
+            chosen += step_rows(of, share, seed + i, step, epoch)
+        return next(micro_batches(chosen, 1 << 62))
+
+
+def demo_data(target: FrozenTarget, recipe: Recipe) -> Data:
+    """The rows that `benchmarks.demo.train` gives to the heads.
+
+    Raises:
+        AdaDecodeError: the target has no `tokenizer.json`.
+    """
+    path = Path(target.name, "tokenizer.json")
+    if not path.is_file():
+        raise AdaDecodeError(f"{target.name} has no tokenizer.json: name other data with --data")
+    tokenizer = Tokenizer.from_file(str(path))
+    corpus = text.load_corpus()
+    tokens = [
+        text.encode(tokenizer, corpus.for_heads(files)) for files in ("train", "second_stage")
+    ]
+    half, length = recipe.heads.generations // 2, recipe.heads.length
+    prompt = length // 4
+    starts = torch.cat([windows(t, half, prompt, recipe.seed) for t in tokens])
+    own = generate(target.model, starts, length - prompt)
+    plain = torch.cat([windows(t, TEXT_ROWS, length, recipe.seed + 1) for t in tokens])
+    choosing, _ = demo_prompts.split_held_out(corpus)
+    drawn = demo_prompts.draw(tokenizer, choosing, "held_out", HELD_OUT_PROMPTS, recipe.seed + 2)
+    ids = demo_prompts.encoded_sets(drawn, tokenizer)["held_out"]
+    held_out = generations(target.model, ids, length - max(map(len, ids)))
+    return Data(
+        sets=(_rows(plain), _rows(own)),
+        held_out=tuple(TokenRow(tuple(g.tokens.tolist()), g.prompt - 1) for g in held_out),
+    )
+
+
+def _rows(tokens: torch.Tensor) -> tuple[TokenRow, ...]:
+    return tuple(TokenRow(tuple(row), 0) for row in tokens.tolist())
+
+
+def file_data(target: FrozenTarget, specs: ListOf[str], length: int) -> Data:
+    """Rows of data as `adadecode eval` takes it: sequences, or prompts that the target continues.
+
+    Raises:
+        AdaDecodeError: there are too few, or they can't be read.
+    """
+    sets = load_sets(specs, target, max_tokens=length // 2)
+    rows = [
+        TokenRow(s.ids[:length], min(max(0, len(s.prompt_ids) - 1), length - 2))
+        for found in sets
+        for s in found.sequences
+    ]
+    usable = [row for row in rows if row.num_trained]
+    held_out = usable[::20]
+    learned = [row for i, row in enumerate(usable) if i % 20]
+    if len(learned) < ROWS:
+        raise AdaDecodeError(f"{len(usable)} sequences are too few to learn from: give more data")
+    return Data((tuple(learned),), tuple(held_out))

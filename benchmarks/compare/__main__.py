@@ -1,0 +1,254 @@
+"""``python -m benchmarks.compare``: speculative methods side by side on one target.
+
+Starts `vllm serve` for each method in turn and sends all of them the same prompts. A stopped run
+goes on when the same command is given again; a method that does not start is reported, and the run
+goes on without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from benchmarks.compare import methods, report, run, workload
+from benchmarks.compare.load import MODEL
+from benchmarks.compare.store import Store
+from benchmarks.machine import git_revision, gpus, machine, versions
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.training.records import RecordReader
+from vllm_adadecode.training.target_model import load_tokenizer
+
+DEMO_TARGET = "benchmarks/demo/model"
+ALL = ("vanilla", "adadecode", "medusa", "eagle3", "draft_model", "ngram", "suffix")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--target", default=DEMO_TARGET, help="folder or hub id of the model")
+    add(
+        "--methods",
+        type=_list_of(_method),
+        default=list(ALL),
+        help=f"of {', '.join(methods.METHODS)}",
+    )
+    add(
+        "--data",
+        nargs="+",
+        default=["demo"],
+        help="demo, offline, xsum, humaneval, gsm8k (or NAME=FILE of its rows), spec_bench=FILE, "
+        "FILE.jsonl[:name], or another data set of the hub",
+    )
+    add("--concurrency", type=_list_of(_positive), default=[1, 4, 16], help="requests at once")
+    add("--temperature", type=_list_of(float), default=[0.0, 0.7])
+    add("--repetitions", type=_positive, default=3, help="servers of each method, one at a time")
+    add("--prompts", type=_positive, default=32, help="of each part of the data, at most")
+    add(
+        "--tokens",
+        type=_positive,
+        help="generated for each prompt; the paper's sets: 512, else 128",
+    )
+    add("--chat", action="store_true", help="put prompts into the target's chat template")
+    add("--drafts", type=_positive, default=5, help="most drafts of methods that do not say")
+    add("--drafter", type=_named, action="append", default=[], metavar="METHOD=FOLDER")
+    add("--spec", type=_options, action="append", default=[], metavar="METHOD=JSON",
+        help="more of a method's --speculative-config")  # fmt: skip
+    add("--dtype", help="of the servers; without a GPU float32, which keeps outputs the same")
+    add("--serve-args", default="", help="more arguments of every `vllm serve`, in one string")
+    add("--out", type=Path, default=Path("results/compare"), help="folder of the results")
+    add("--retry", action="store_true", help="start again what did not start before")
+    add("--report-only", action="store_true", help="of what there is; measure nothing")
+    options = parser.parse_args(arguments)
+    if "vanilla" not in options.methods:
+        parser.error("--methods needs vanilla: all ratios are to it")
+    return options
+
+
+def _list_of(kind: Any) -> Any:
+    def parse_list(text: str) -> list[Any]:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+
+    parse_list.__name__ = f"list of {getattr(kind, '__name__', 'values')}"
+    return parse_list
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def _method(text: str) -> str:
+    if text not in methods.METHODS:
+        raise argparse.ArgumentTypeError(f"no method {text}: use {', '.join(methods.METHODS)}")
+    return text
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not value:
+        raise argparse.ArgumentTypeError(f"{text} is not METHOD=VALUE")
+    return _method(name), value
+
+
+def _options(text: str) -> tuple[str, dict[str, Any]]:
+    name, value = _named(text)
+    try:
+        found = json.loads(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{value} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{value} is no JSON object")
+    return name, found
+
+
+def make_plan(options: argparse.Namespace) -> run.Plan:
+    """
+    Raises:
+        AdaDecodeError: target or data can't be used.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(options.target).get_text_config()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AdaDecodeError(f"target {options.target} can't be read: {reason}") from None
+    reader = RecordReader(load_tokenizer(options.target), options.target, chat=options.chat)
+    context = getattr(config, "max_position_embeddings", None) or 1 << 20
+    parts = workload.load(
+        options.data, reader, context=context, count=options.prompts, tokens=options.tokens
+    )
+    drafters, specs = dict(options.drafter), dict(options.spec)
+    how: dict[str, methods.Arguments | methods.NotReadyError] = {}
+    for name in options.methods:
+        try:
+            how[name] = methods.arguments(
+                name, options.target, options.drafts, drafters.get(name), specs.get(name)
+            )
+        except methods.NotReadyError as error:
+            how[name] = error
+    return run.Plan(
+        target=options.target,
+        methods=how,
+        parts=parts,
+        temperatures=options.temperature,
+        concurrencies=options.concurrency,
+        repetitions=options.repetitions,
+        flags=serve_flags(options, parts, context),
+    )
+
+
+def serve_flags(
+    options: argparse.Namespace, parts: list[workload.Part], context: int
+) -> tuple[str, ...]:
+    """Arguments of every server. What `--serve-args` says comes last, and so holds."""
+    # Room for the longest answer and its drafts; more would only cost memory.
+    longest = max(len(p) + part.max_tokens for part in parts for p in part.prompts)
+    length = min(context, -(-(longest + 32) // 64) * 64)
+    dtype = options.dtype or ("auto" if gpus() else "float32")
+    return (
+        *("--host", "127.0.0.1", "--served-model-name", MODEL, "--dtype", dtype),
+        *("--max-model-len", str(length), "--max-num-seqs", str(max(options.concurrency))),
+        # A prompt that is sent again must cost the same again.
+        "--no-enable-prefix-caching",
+        *shlex.split(options.serve_args),
+    )
+
+
+def settings(plan: run.Plan) -> dict[str, Any]:
+    """All that measurements of one folder must share."""
+    return {
+        "target": plan.target,
+        "flags": list(plan.flags),
+        "environment": environment(),
+        "parts": {part.name: part.digest for part in plan.parts},
+        "methods": {
+            name: list(how.flags)
+            for name, how in plan.methods.items()
+            if isinstance(how, methods.Arguments)
+        },
+    }
+
+
+def environment() -> dict[str, str]:
+    """What servers inherit that changes how fast they are."""
+    names = ("OMP_NUM_THREADS", *sorted(name for name in os.environ if name.startswith("VLLM_")))
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def about(plan: run.Plan) -> dict[str, Any]:
+    """How it was made."""
+    return {
+        "target": plan.target,
+        "prompts": {part.name: len(part.prompts) for part in plan.parts},
+        "new tokens": {part.name: part.max_tokens for part in plan.parts},
+        "left out": [note for part in plan.parts for note in part.notes],
+        "repetitions": plan.repetitions,
+        "environment": environment(),
+        "machine": machine(),
+        "versions": versions(),
+        "git": git_revision(),
+        "command": shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]),
+    }
+
+
+def measure(plan: run.Plan, store: Store, console: Console, retry: bool) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, *times, console=console) as progress:
+        task = progress.add_task("measuring", total=len(plan.all_cells()))
+        listener = run.Listener(
+            lambda line: progress.console.print(line, markup=False, highlight=False),
+            lambda count: progress.advance(task, count),
+        )
+        run.run(plan, store, listener, retry)
+
+
+def main() -> int:
+    options = parse()
+    # Wide enough for the table where the output is a file.
+    console = Console() if sys.stdout.isatty() else Console(width=190)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        plan = make_plan(options)
+        store = Store(options.out, settings(plan))
+        if not options.report_only:
+            measure(plan, store, console, options.retry)
+        page = report.write(plan, store, about(plan), console)
+    except AdaDecodeError as error:
+        print(f"compare: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("compare: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    console.print(f"written to {page.parent}: compare.json, compare.csv, figures; open {page}")
+    return 0
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""What each method needs: its speculative configuration, and where its drafter is looked for.
+
+Owns names and arguments of `vllm serve`. Which method runs where is not kept here: a server says
+so when it starts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    Attributes:
+        drafter: folder inside the target's that holds what was trained for the method.
+        must_have: whether it can't run without that folder.
+        options: its speculative configuration, without drafter and number of drafts.
+        drafts: whether `num_speculative_tokens` is to be given.
+        environment: for the server.
+    """
+
+    drafter: str | None = None
+    must_have: bool = True
+    options: Mapping[str, Any] | None = None
+    drafts: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {
+    "vanilla": Method(),
+    # What the methods that vLLM runs only on its older runner would have to be compared with, were
+    # that runner the only one.
+    "vanilla_v1": Method(environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}),
+    # Heads say themselves how many drafts they make; without heads the logit lens drafts.
+    "adadecode": Method("adadecode", must_have=False, options={}, drafts=False),
+    "medusa": Method("medusa", options={}),
+    "eagle3": Method("eagle3", options={}),
+    "draft_model": Method("draft", options={}),
+    "ngram": Method(options={"prompt_lookup_max": 4, "prompt_lookup_min": 2}),
+    # Its trees say how long a draft is.
+    "suffix": Method(options={}, drafts=False),
+}
+
+
+class NotReadyError(Exception):
+    """A method that can't be started here; says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How to start a method's server: arguments of `vllm serve`, and its environment."""
+
+    flags: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def arguments(
+    name: str,
+    target: str,
+    drafts: int = 5,
+    drafter: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Arguments:
+    """
+    Args:
+        name: of `METHODS`.
+        target: folder or hub id of the model.
+        drafts: `num_speculative_tokens` of drafters that do not say it themselves.
+        drafter: folder or hub id, in place of the one beside the target.
+        options: added to the speculative configuration, or in place of what it has.
+
+    Raises:
+        NotReadyError: the drafter is not there.
+    """
+    method = METHODS[name]
+    if method.options is None:
+        return Arguments(environment=method.environment)
+    config: dict[str, Any] = {"method": name, **method.options}
+    folder = drafter if drafter is not None else _beside(target, name)
+    if folder is not None:
+        config["model"] = folder
+    if method.drafts:
+        config["num_speculative_tokens"] = _own_drafts(folder, drafts)
+    config |= options or {}
+    return Arguments(("--speculative-config", json.dumps(config)), method.environment)
+
+
+def _beside(target: str, name: str) -> str | None:
+    """The drafter in the target's folder; None: not there, and not needed."""
+    method = METHODS[name]
+    if method.drafter is None:
+        return None
+    folder = Path(target, method.drafter)
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if not method.must_have:
+        return None
+    what = "draft" if name == "draft_model" else name
+    raise NotReadyError(
+        f"no drafter in {folder}: train one with `python -m benchmarks.baselines {what} {target}`, "
+        f"or name one with --drafter {name}=FOLDER"
+    )
+
+
+def _own_drafts(folder: str | None, drafts: int) -> int:
+    """What a drafter says itself: Medusa drafts one token with each head, neither more nor fewer,
+    and speculators' drafters name a number."""
+    path = Path(folder or "", "config.json")
+    if folder is None or not path.is_file():
+        return drafts
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("model_type") == "medusa":
+        return int(config["num_heads"])
+    proposals = config.get("speculators_config", {}).get("proposal_methods") or [{}]
+    return int(proposals[0].get("speculative_tokens", drafts))
