@@ -281,7 +281,7 @@ def test_every_layer_once_beside_prefill(
         joined_at.update(drafted[token] for token in r.deferred())
     # Deferred tokens did meet prefill, from every depth.
     assert set(joined_at) == set(EXITS)
-    assert min(joined_at.values()) > 5
+    assert sum(joined_at.values()) > 20
 
     # What the counters say of these batches is what the hooks saw.
     counts = stats(engine)

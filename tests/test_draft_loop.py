@@ -1,4 +1,4 @@
-"""The host's side of a round without an engine: draft loop, windows, policy, counters, plan.
+"""The host's side of a round without an engine: draft loop, windows, policy, counters.
 
 The draft loop runs on hand-made confidences, with a target and a span runner that note what they
 are asked and check that every state they are handed is the right one.
@@ -7,7 +7,6 @@ are asked and check that every state they are handed is the right one.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from vllm_adadecode.fused_head import HeadCheck
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.policy import Action, PassesGate, ThresholdPolicy
-from vllm_adadecode.scorer import make_plan
 from vllm_adadecode.windows import PendingWindow, PendingWindows
 
 VOCAB = 2000
@@ -583,62 +581,6 @@ def test_windows_are_forgotten() -> None:
     assert [windows.num_drafts(r) for r in "abc"] == [0, 1, 1]
     windows.clear()
     assert [windows.take(r) for r in "abc"] == [None] * 3
-
-
-# --- plan --------------------------------------------------------------------------------------
-
-
-def batch(counts: list[int], has_prefill: bool = False) -> Any:
-    counts_np = np.array(counts, dtype=np.int32)
-    return SimpleNamespace(
-        req_ids=[f"r{i}" for i in range(len(counts))],
-        num_reqs=len(counts),
-        num_tokens=int(counts_np.sum()),
-        num_scheduled_tokens=counts_np,
-        query_start_loc_np=np.concatenate([[0], np.cumsum(counts_np)]).astype(np.int32),
-        # Buffers are longer than the batch.
-        idx_mapping_np=np.array([7 - i for i in range(len(counts))], dtype=np.int32),
-        seq_lens_cpu_upper_bound=torch.arange(100, 110, dtype=torch.int32),
-        has_prefill=has_prefill,
-    )
-
-
-def test_plan() -> None:
-    windows = {"r0": window(3, 2, 0), "r2": window(1)}
-    plan = make_plan(batch([3, 1, 1]), windows)
-    assert plan is not None
-    assert plan.slots.tolist() == [7, 6, 5]
-    assert plan.rows.tolist() == [0, 0, 0, 1, 2]
-    assert plan.offsets.tolist() == [0, 1, 2, 0, 0]
-    # A request without a window starts at depth 0.
-    assert plan.depths.tolist() == [3, 2, 0, 0, 1]
-    assert plan.seq_lens_upper.tolist() == [100, 101, 102]
-
-
-def test_plan_of_fewer_tokens_than_pending() -> None:
-    plan = make_plan(batch([2]), {"r0": window(3, 2, 1)})
-    assert plan is not None
-    assert plan.depths.tolist() == [3, 2]
-
-
-def test_plan_of_more_tokens_than_pending_trusts_nothing() -> None:
-    plan = make_plan(batch([3, 1]), {"r0": window(3, 2), "r1": window(2)})
-    assert plan is not None
-    assert plan.depths.tolist() == [0, 0, 0, 2]
-
-
-@pytest.mark.parametrize(
-    ("counts", "has_prefill", "windows"),
-    [
-        ([2, 1], True, {"r0": window(3, 2)}),
-        ([2, 1], False, {}),
-        ([2, 1], False, {"r0": window(0, 0), "r1": window(0)}),
-        ([3], False, {"r0": window(3, 2)}),
-    ],
-    ids=["prefill", "no windows", "depth 0", "too many tokens"],
-)
-def test_no_plan(counts: list[int], has_prefill: bool, windows: dict[str, PendingWindow]) -> None:
-    assert make_plan(batch(counts, has_prefill), windows) is None
 
 
 # --- counters ----------------------------------------------------------------------------------

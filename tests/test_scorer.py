@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pytest
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
@@ -22,7 +23,8 @@ def batch(num_tokens: dict[str, int], prefilling: str = "") -> InputBatch:
         "query_start_loc_np": np.append(0, np.cumsum(counts)).astype(np.int32),
         "idx_mapping_np": 7 - np.arange(len(counts), dtype=np.int32),
         "is_prefilling_np": np.array([req_id in prefilling for req_id in num_tokens]),
-        "seq_lens_cpu_upper_bound": torch.arange(10, 10 + len(counts)),
+        # The buffer is longer than the batch.
+        "seq_lens_cpu_upper_bound": torch.arange(10, 20, dtype=torch.int32),
     }
     return cast(InputBatch, SimpleNamespace(**fields))
 
@@ -64,7 +66,18 @@ def test_what_can_not_be_a_window_starts_at_the_first_layer() -> None:
     assert plan.depths.tolist() == [0, 0, 0, 0, 0, 1]
 
 
-def test_no_deferred_state_no_plan() -> None:
-    assert make_plan(batch({"a": 1}), {}) is None
-    assert make_plan(batch({"a": 1}), {"a": window(0)}) is None
-    assert make_plan(batch({"a": 2, "b": 1}, prefilling="a"), {"a": window(2, 1)}) is None
+@pytest.mark.parametrize(
+    ("num_tokens", "prefilling", "windows"),
+    [
+        ({"a": 2, "b": 1}, "", {}),
+        ({"a": 2, "b": 1}, "b", {}),
+        ({"a": 2, "b": 1}, "", {"a": window(0, 0), "b": window(0)}),
+        ({"a": 2, "b": 1}, "a", {"a": window(2, 1), "b": window(0)}),
+        ({"a": 3}, "", {"a": window(3, 2)}),
+    ],
+    ids=["no windows", "prefill alone", "depth 0", "prefilling", "too many tokens"],
+)
+def test_no_plan(
+    num_tokens: dict[str, int], prefilling: str, windows: dict[str, PendingWindow]
+) -> None:
+    assert make_plan(batch(num_tokens, prefilling), windows) is None
