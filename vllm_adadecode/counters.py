@@ -49,6 +49,11 @@ class Counters:
     def create(cls, num_layers: int, exit_layers: tuple[int, ...]) -> "Counters":
         return cls(num_layers=num_layers, exits={e: ExitCounters() for e in exit_layers})
 
+    @property
+    def checked(self) -> int:
+        """Head checks, of all exits."""
+        return sum(e.checked for e in self.exits.values())
+
     def reset(self) -> None:
         fresh = Counters.create(self.num_layers, tuple(self.exits))
         self.__dict__.update(fresh.__dict__)
