@@ -64,30 +64,33 @@ class Variant:
     use_gate: bool = True
 
 
-BASE = "full T, norm before, gate"
+BASE = "shipped kind"
+ALL = "all tokens"
+EVERY_TOKEN: dict[str, Any] = {"draft_vocab_size": None}
 VARIANTS = {
     BASE: Variant(),
     "without the gate": Variant(weights=BASE, use_gate=False),
-    "logit lens": Variant({"transform": "identity", "norm": "after", "gate": False}),
-    "logit lens, gate": Variant({"transform": "identity", "norm": "after"}),
-    "norm after T (the paper's)": Variant({"norm": "after"}),
+    "int8 copy of the LM head": Variant({"lm_head_quantization": "int8"}, weights=BASE),
+    "draft vocabulary 512": Variant({"draft_vocab_size": 512}),
+    ALL: Variant(EVERY_TOKEN),
+    "all tokens, without the gate": Variant(weights=ALL, use_gate=False),
+    "all tokens, int8 copy": Variant({"lm_head_quantization": "int8"}, weights=ALL),
+    "all tokens, fp8 copy": Variant({"lm_head_quantization": "fp8"}, weights=ALL),
+    "all tokens, confidence term 0.5": Variant(EVERY_TOKEN, {"confidence_weight": 0.5}),
+    "all tokens, confidence term 2": Variant(EVERY_TOKEN, {"confidence_weight": 2.0}),
+    "logit lens": Variant(EVERY_TOKEN | {"transform": "identity", "norm": "after", "gate": False}),
+    "logit lens, gate": Variant(EVERY_TOKEN | {"transform": "identity", "norm": "after"}),
+    "the paper's: norm after T, temperature 1": Variant(
+        EVERY_TOKEN | {"norm": "after", "gate": False}, {"temperature": 1.0}
+    ),
     "no norm": Variant({"norm": "none"}),
-    "temperature 1 (the paper's)": Variant(loss={"temperature": 1.0}),
+    "temperature 1": Variant(loss={"temperature": 1.0}),
     "temperature 0.3": Variant(loss={"temperature": 0.3}),
     "reverse KL": Variant(loss={"kind": "reverse_kl"}),
     "top-64 KL": Variant(loss={"kind": "top_k_kl", "top_k": 64}),
-    "confidence term 0.5": Variant(loss={"confidence_weight": 0.5}),
-    "confidence term 2": Variant(loss={"confidence_weight": 2.0}),
-    "confidence term 0.5, temperature 1": Variant(
-        loss={"confidence_weight": 0.5, "temperature": 1.0}
-    ),
     "low rank 64": Variant({"transform": "low_rank", "rank": 64}),
     "adapter 64": Variant({"transform": "adapter", "rank": 64}),
     "exits at every layer": Variant({"exit_layers": "every"}),
-    "draft vocabulary 1024": Variant({"draft_vocab_size": 1024}),
-    "draft vocabulary 512": Variant({"draft_vocab_size": 512}),
-    "int8 copy of the LM head": Variant({"lm_head_quantization": "int8"}, weights=BASE),
-    "fp8 copy of the LM head": Variant({"lm_head_quantization": "fp8"}, weights=BASE),
 }
 
 
@@ -113,7 +116,8 @@ class Study:
     def request(self, name: str, num_layers: int) -> Request:
         """How a variant is trained."""
         variant, recipe = VARIANTS[name], self.recipe
-        own = {"exit_layers": Recipe().exit_layers, "norm": recipe.norm, "gate": True}
+        own: dict[str, Any] = {"exit_layers": Recipe().exit_layers, "norm": recipe.norm}
+        own |= {"gate": True, "draft_vocab_size": recipe.draft_vocab_size}
         chosen = own | variant.heads
         if chosen["exit_layers"] == "every":
             chosen["exit_layers"] = tuple(range(1, num_layers))

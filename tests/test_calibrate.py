@@ -249,6 +249,13 @@ class TestSearch:
         better = with_gate.predictions["a"].calibrated.ideal_speedup_with_head_cost
         assert better > without.predictions["a"].calibrated.ideal_speedup_with_head_cost
 
+    def test_no_more_drafts_than_wanted(self) -> None:
+        traces = [known(i) for i in range(4)]
+        assert calibrate({"a": traces}, FREE).setting.max_drafts > 3
+        assert calibrate({"a": traces}, FREE, most_drafts=3).setting.max_drafts <= 3
+        with pytest.raises(AdaDecodeError, match="most drafts must be at least 1"):
+            calibrate({"a": traces}, FREE, most_drafts=0)
+
     def test_too_little_data(self) -> None:
         with pytest.raises(AdaDecodeError, match="a has 1 usable sequence:"):
             calibrate({"a": [known(0)]}, FREE)

@@ -15,10 +15,13 @@ def test_compiled_output_equals_vanilla(engines: EnginePool, prompts: list[str])
     reference = generate(vanilla, prompts[:16], greedy(), batch=4)
     engine = engines.get(
         enforce_eager=False,
+        max_num_seqs=4,
         speculative_config=speculative(exit_layers=[2, 4, 6], confidence_threshold=0.6),
     )
-    assert_same(vanilla, generate(engine, prompts[:16], greedy(), batch=4), reference)
-    assert stats(engine)["deferred_batches"] > 20
+    assert_same(vanilla, generate(engine, prompts[:16], greedy()), reference)
+    counts = stats(engine)
+    assert counts["deferred_batches"] > 20
+    assert counts["mixed_batches"] > 4
 
     def compiled(worker: Any) -> list[bool]:
         # Either kept in memory, or loaded from vLLM's cache on disk.

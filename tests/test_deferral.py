@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
-from vllm import LLM
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 
@@ -30,6 +31,7 @@ from tests.engines import (
     stop,
 )
 from vllm_adadecode.plugin import register
+from vllm_adadecode.scorer import make_plan
 
 EXITS = [2, 4, 6]
 NUM_LAYERS = 8
@@ -52,9 +54,14 @@ class Round:
 
     draft: list[Pass] = field(default_factory=list)
     verify: list[Pass] = field(default_factory=list)
-    has_prefill: bool = False
+    # Of the verified batch, in its order: does the token belong to a request that still prefills?
+    prefilling: list[bool] = field(default_factory=list)
     # Drafts that `propose` made, of all requests.
     num_drafts: int = 0
+
+    @property
+    def has_prefill(self) -> bool:
+        return any(self.prefilling)
 
     def executions(self, layer: int) -> Counter[tuple[int, int]]:
         """How often each token went through a layer in this round."""
@@ -63,8 +70,22 @@ class Round:
         )
 
     def window(self) -> set[tuple[int, int]]:
-        """What was verified: the tokens that came to the last layer."""
+        """What was verified or prefilled: the tokens that came to the last layer."""
         return {t for p in self.verify if p.layer == NUM_LAYERS - 1 for t in p.tokens}
+
+    def prefilled(self) -> set[tuple[int, int]]:
+        """Those of `window` that were prefilled: the last layer runs in the order of the batch."""
+        return {
+            token
+            for p in self.verify
+            if p.layer == NUM_LAYERS - 1
+            for token, prefilling in zip(p.tokens, self.prefilling, strict=True)
+            if prefilling
+        }
+
+    def deferred(self) -> set[tuple[int, int]]:
+        """Those of `window` whose passes began in the draft loop."""
+        return {t for p in self.draft for t in p.tokens} & self.window()
 
 
 @contextmanager
@@ -104,7 +125,9 @@ def recorded(engine: LLM) -> Iterator[list[Round]]:
 
         def prepare_inputs_noted(*args: Any, **kwargs: Any) -> Any:
             input_batch = prepare_inputs(*args, **kwargs)
-            rounds[-1].has_prefill |= input_batch.has_prefill
+            rounds[-1].prefilling = np.repeat(
+                input_batch.is_prefilling_np, input_batch.num_scheduled_tokens
+            ).tolist()
             return input_batch
 
         runner.speculator.propose = propose_noted
@@ -121,10 +144,10 @@ def recorded(engine: LLM) -> Iterator[list[Round]]:
 
 
 def run_twice(rounds: list[Round]) -> list[str]:
-    """Tokens that went through a layer not exactly once in a round without prefill."""
+    """Tokens that went through a layer not exactly once in a round."""
     wrong = []
     for number, r in enumerate(rounds):
-        if r.has_prefill or not r.verify:
+        if not r.verify:
             continue
         for layer in range(NUM_LAYERS):
             executions = r.executions(layer)
@@ -213,28 +236,81 @@ def test_a_recomputing_verification_is_seen(
     assert len(run_twice(rounds)) > 100
 
 
-def test_prefill_beside_decoding_recomputes(engines: EnginePool, prompts: list[str]) -> None:
-    """A batch with prefill runs everything through all layers, pending tokens as well."""
-    engine = engines.get(speculative_config=SPEC, max_num_seqs=6, max_num_batched_tokens=64)
+# --- prefill beside deferred tokens ------------------------------------------------------------
+
+
+def mixed_requests(prompts: list[str]) -> tuple[list[str], list[SamplingParams]]:
+    """Prompts that arrive in chunks of up to 64 tokens while others decode."""
+    return [prompts[i] * (1 + i % 4) for i in range(12)], [greedy(16 + 5 * i) for i in range(12)]
+
+
+def generate_mixed(
+    engines: EnginePool, prompts: list[str], **options: Any
+) -> tuple[LLM, list[Round], list[RequestOutput]]:
+    """The engine, its rounds and its outputs, which are vanilla's."""
+    engine = engines.get(
+        speculative_config=SPEC, max_num_seqs=6, max_num_batched_tokens=64, **options
+    )
     set_thresholds(engine, *MIXED)
-    mixed = [prompts[i] * (1 + i % 4) for i in range(12)]
-    params = [greedy(16 + 5 * i) for i in range(12)]
+    stats(engine, reset=True)
     with recorded(engine) as rounds:
-        outputs = generate(engine, mixed, params)
+        outputs = generate(engine, *mixed_requests(prompts))
     vanilla = engines.get()
-    assert_same(vanilla, outputs, generate(vanilla, mixed, params))
+    assert_same(vanilla, outputs, generate(vanilla, *mixed_requests(prompts)))
+    return engine, rounds, outputs
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_every_layer_once_beside_prefill(
+    engines: EnginePool, prompts: list[str], asynchronous: bool
+) -> None:
+    """Prefill runs all spans; deferred tokens join it at their depth, in the same passes."""
+    options: dict[str, Any] = {"async_scheduling": True} if asynchronous else {}
+    engine, rounds, _ = generate_mixed(engines, prompts, **options)
     assert not run_twice(rounds)
-    recomputed = 0
-    for r in rounds:
-        if not r.has_prefill:
-            continue
-        tokens = [p.tokens for p in r.verify]
+
+    mixed = [r for r in rounds if r.has_prefill and r.deferred()]
+    joined_at: Counter[int] = Counter()
+    for r in mixed:
+        # One pass a layer, shared; drafting took nothing of a prefill in advance.
         assert [p.layer for p in r.verify] == list(range(NUM_LAYERS))
-        assert all(t == tokens[0] for t in tokens)
-        recomputed += len({t for p in r.draft for t in p.tokens} & r.window())
-    # Windows did meet prefill.
-    assert recomputed > 20
-    assert sum(not r.has_prefill for r in rounds) > 10
+        assert not r.prefilled() & r.deferred()
+        for p in r.verify:
+            assert set(p.tokens) >= r.prefilled()
+        drafted = Counter(token for p in r.draft for token in p.tokens)
+        joined_at.update(drafted[token] for token in r.deferred())
+    # Deferred tokens did meet prefill, from every depth.
+    assert set(joined_at) == set(EXITS)
+    assert min(joined_at.values()) > 5
+
+    # What the counters say of these batches is what the hooks saw.
+    counts = stats(engine)
+    passes = [(r.prefilled(), p) for r in mixed for p in r.verify]
+    prefill_token_layers = sum(len(prefilled & set(p.tokens)) for prefilled, p in passes)
+    token_layers = sum(len(p.tokens) for _, p in passes)
+    assert counts["mixed_batches"] == len(mixed)
+    assert counts["mixed_layer_passes"] == len(passes)
+    assert counts["mixed_prefill_token_layers"] == prefill_token_layers
+    assert counts["mixed_verify_token_layers"] == token_layers - prefill_token_layers
+    # And drafting and verification share the layers of a pending token, with nothing left over.
+    drafted_layers = sum(len(p.tokens) for r in mixed for p in r.draft)
+    pending = sum(len(r.window() - r.prefilled()) for r in mixed)
+    assert counts["mixed_verify_token_layers"] + drafted_layers == NUM_LAYERS * pending
+
+
+def test_a_recomputing_mixed_batch_is_seen(
+    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: full passes beside prefill give the same tokens, and fail the check."""
+
+    def only_decoding(input_batch: Any, windows: Any) -> Any:
+        return None if input_batch.has_prefill else make_plan(input_batch, windows)
+
+    monkeypatch.setattr("vllm_adadecode.runner.make_plan", only_decoding)
+    engine, rounds, _ = generate_mixed(engines, prompts)
+    assert len(run_twice([r for r in rounds if r.has_prefill])) > 100
+    assert not run_twice([r for r in rounds if not r.has_prefill])
+    assert stats(engine)["mixed_batches"] == 0
 
 
 # --- KV slots ----------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ TINY = Recipe(
         Stage("stage1", files="train", epochs=1.0, length=16, weight_decay=0.1),
         Stage("stage2", files="second_stage", epochs=2.0, length=8, exit_weight=0.3),
     ),
-    heads=HeadRecipe(text=4, generations=4, length=16, epochs=1.0),
+    heads=HeadRecipe(text=4, generations=4, length=16, epochs=1.0, draft_vocab_size=100),
 )
 
 
@@ -201,7 +201,7 @@ def test_a_whole_run_makes_a_loadable_folder(
     chosen = ("textwrap.py", text.HEADS_CHOOSE_FILES[0])
     second = tuple(s for s in corpus.second_stage if s.path in chosen)
     small = text.Corpus(corpus.second_stage[:4] + second, second, corpus.held_out[:4])
-    monkeypatch.setattr(heads_prompts, "COUNT", 4)
+    monkeypatch.setattr(heads_prompts, "CHOOSING_COUNT", 4)
     recipe = replace(
         TINY,
         stages=tuple(replace(s, epochs=0.001) for s in TINY.stages),

@@ -304,6 +304,8 @@ def test_requests_wait_for_each_other_and_share_passes() -> None:
     exits = run.counters.exits
     assert [exits[e].checked for e in EXIT_LAYERS] == [5, 2, 1]
     assert [exits[e].drafted for e in EXIT_LAYERS] == [3, 1, 0]
+    # After the last exit there is nowhere to go.
+    assert [exits[e].promoted for e in EXIT_LAYERS] == [2, 1, 0]
 
 
 def test_exit_turned_off_is_passed_through_unchecked() -> None:
@@ -393,6 +395,7 @@ def test_the_gate_decides_which_heads_are_evaluated(fused: bool) -> None:
     assert [exits[e].gated for e in EXIT_LAYERS] == [3, 2, 1]
     assert [exits[e].checked for e in EXIT_LAYERS] == [2, 2, 0]
     assert [exits[e].drafted for e in EXIT_LAYERS] == [1, 1, 0]
+    assert [exits[e].promoted for e in EXIT_LAYERS] == [2, 1, 0]
 
 
 def test_gate_threshold_0_leaves_the_gate_out_and_1_the_exit() -> None:
@@ -659,6 +662,7 @@ def test_ratios() -> None:
         "gated": 0,
         "checked": 0,
         "drafted": 8,
+        "promoted": 0,
         "accepted": 5,
         "rejected": 3,
     }
@@ -669,13 +673,3 @@ def test_nothing_counted_has_no_ratios() -> None:
     stats = Counters.create(8, (2, 4)).snapshot()
     for name in ("acceptance_rate", "tokens_per_verification", "layer_passes_per_token"):
         assert stats[name] is None
-
-
-def test_reset_keeps_what_is_counted() -> None:
-    counters = Counters.create(8, (2, 4))
-    counters.tokens = counters.exits[4].checked = counters.prefill_batches = 3
-    # The snapshot of before is not touched.
-    before = counters.snapshot()
-    counters.reset()
-    assert counters.snapshot() == Counters.create(8, (2, 4)).snapshot()
-    assert before["tokens"] == before["exits"]["4"]["checked"] == 3

@@ -3,10 +3,11 @@
 And a negative control: with the saved states shifted by one token, it must not.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 
 from tests.engines import (
     EnginePool,
@@ -19,6 +20,7 @@ from tests.engines import (
     stats,
     token_ids,
 )
+from vllm_adadecode.scorer import VerificationPlan
 
 THREE_EXITS = speculative(num_speculative_tokens=5, exit_layers=[2, 4, 6])
 
@@ -87,18 +89,65 @@ def test_one_threshold_per_exit(
     assert exits["6"]["drafted"] > 100
 
 
-def test_chunked_prefill_mixes_with_decoding(
-    engines: EnginePool, vanilla: LLM, prompts: list[str]
-) -> None:
+CHUNKED: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 64}
+
+
+def long_and_short(prompts: list[str], **options: Any) -> tuple[list[str], list[SamplingParams]]:
     """Long prompts arrive in chunks while others decode; requests come and go."""
-    mixed = [prompts[i] * (1 + i % 4) for i in range(24)]
-    params = [greedy(16 + 3 * i) for i in range(24)]
+    params = [greedy(16 + 3 * i, **options) for i in range(24)]
+    return [prompts[i] * (1 + i % 4) for i in range(24)], params
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_chunked_prefill_mixes_with_decoding(
+    engines: EnginePool, vanilla: LLM, prompts: list[str], asynchronous: bool
+) -> None:
+    """Down to the log-probabilities, of the prompts as well: what either half of a batch gives."""
+    mixed, params = long_and_short(prompts, logprobs=1, prompt_logprobs=1)
     reference = generate(vanilla, mixed, params)
-    engine = engines.get(speculative_config=THREE_EXITS, max_num_seqs=6, max_num_batched_tokens=64)
-    assert_same(vanilla, generate(engine, mixed, params), reference)
+    options: dict[str, Any] = {"async_scheduling": True} if asynchronous else {}
+    engine = engines.get(speculative_config=THREE_EXITS, **CHUNKED, **options)
+    set_thresholds(engine, 0.5)
+    stats(engine, reset=True)
+    outputs = generate(engine, mixed, params)
+    assert_same(vanilla, outputs, reference)
+    for ours, theirs in zip(outputs, reference, strict=True):
+        compare_logprobs(ours, theirs)
     counts = stats(engine)
     assert counts["prefill_batches"] > 30
+    assert counts["mixed_batches"] > 30
     assert counts["deferred_batches"] > 10
+
+
+def test_negative_control_shifted_states_beside_prefill(
+    engines: EnginePool, vanilla: LLM, prompts: list[str]
+) -> None:
+    """Deferred states read one token off, in mixed batches alone."""
+
+    def shift(worker: Any) -> None:
+        scorer = worker.model_runner.scorer
+
+        def forward(plan: VerificationPlan, *args: Any) -> Any:
+            if plan.is_mixed:
+                plan = replace(plan, offsets=(plan.offsets - 1).clip(min=0))
+            return type(scorer).forward(scorer, plan, *args)
+
+        scorer.forward = forward
+
+    def restore(worker: Any) -> None:
+        del worker.model_runner.scorer.forward
+
+    mixed, params = long_and_short(prompts)
+    reference = generate(vanilla, mixed, params)
+    engine = engines.get(speculative_config=THREE_EXITS, **CHUNKED)
+    set_thresholds(engine, 0.5)
+    engine.collective_rpc(shift)
+    try:
+        outputs = generate(engine, mixed, params)
+    finally:
+        engine.collective_rpc(restore)
+    wrong = [d for d in divergences(vanilla, outputs, reference) if d.gap > 0.05]
+    assert len(wrong) > len(mixed) // 3
 
 
 def test_prefix_caching_second_pass(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
@@ -135,6 +184,7 @@ def test_preemption(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> No
     assert_same(vanilla, generate(engine, prompts[:8], params), reference)
     preemptions = [m for m in engine.get_metrics() if m.name == "vllm:num_preemptions"]
     assert preemptions[0].value > 0
+    assert stats(engine)["mixed_batches"] > 2
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [64, 2048])
@@ -183,6 +233,18 @@ def test_max_model_len_edge(engines: EnginePool, vanilla: LLM, prompts: list[str
     assert_same(engines.get(**small), generate(engine, given, greedy(1000)), reference)
 
 
+def compare_logprobs(ours: RequestOutput, theirs: RequestOutput) -> None:
+    """The same probabilities of what is likely, in the prompt and in an equal output."""
+    pairs = list(zip(ours.prompt_logprobs, theirs.prompt_logprobs, strict=True))
+    if token_ids([ours]) == token_ids([theirs]):  # else a tie, allowed by assert_same
+        a, b = ours.outputs[0].logprobs, theirs.outputs[0].logprobs
+        pairs += zip(a, b, strict=True)
+    for a, b in pairs:
+        assert (a is None) == (b is None)
+        for token in set(a or ()) & set(b or ()):
+            assert a[token].logprob == pytest.approx(b[token].logprob, abs=1e-3)
+
+
 def test_logprobs_equal(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
     params = greedy(32, logprobs=3, prompt_logprobs=1)
     reference = generate(vanilla, prompts[:8], params)
@@ -191,12 +253,7 @@ def test_logprobs_equal(engines: EnginePool, vanilla: LLM, prompts: list[str]) -
     outputs = generate(engine, prompts[:8], params)
     assert_same(vanilla, outputs, reference)
     for ours, theirs in zip(outputs, reference, strict=True):
-        if token_ids([ours]) != token_ids([theirs]):
-            continue  # a tie, allowed by assert_same
-        for a, b in zip(ours.outputs[0].logprobs, theirs.outputs[0].logprobs, strict=True):
-            for token in set(a) & set(b):
-                assert a[token].logprob == pytest.approx(b[token].logprob, abs=1e-3)
-        assert len(ours.prompt_logprobs) == len(theirs.prompt_logprobs)
+        compare_logprobs(ours, theirs)
 
 
 def test_structured_outputs_equal(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
@@ -214,7 +271,10 @@ def test_structured_outputs_equal(engines: EnginePool, vanilla: LLM, prompts: li
     for options in variants:
         engine = engines.get(speculative_config=THREE_EXITS, **options)
         set_thresholds(engine, 0.3)
+        stats(engine, reset=True)
         assert_same(vanilla, generate(engine, prompts[:12], mixed), reference)
+    # Six seats for twelve: prefill met pending tokens.
+    assert stats(engine)["mixed_batches"] > 2
 
 
 def test_abort_mid_stream(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:

@@ -7,6 +7,7 @@ that moves one fails here, with the name of what moved.
 import dataclasses
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 from types import SimpleNamespace
@@ -22,25 +23,27 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.worker.gpu import model_runner
 
 from tests.engines import DEMO_MODEL, async_scheduling_on_cpu, speculative
-from vllm_adadecode import patches, patches_cpu, plugin
+from vllm_adadecode import patches, patches_cpu, patches_metrics, plugin
 from vllm_adadecode.config import AdaDecodeSpeculativeConfig
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.patches import CONFIG_PATCHES, METHOD, WORKER_PATCHES, Patch
 from vllm_adadecode.patches_cpu import CPU_PATCHES
+from vllm_adadecode.patches_metrics import FRONT_END_PATCHES, METRICS_PATCHES
 from vllm_adadecode.versions import vllm_distribution
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 
-ALL_PATCHES = [*CONFIG_PATCHES, *WORKER_PATCHES]
+ALL_PATCHES = [*CONFIG_PATCHES, *WORKER_PATCHES, *METRICS_PATCHES]
 if current_platform.is_cpu():
     ALL_PATCHES += CPU_PATCHES
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> None:
-    """Everything applied, as in a worker process."""
+    """Everything applied, as where front end, engine and worker share a process."""
     plugin.register()
     patches.apply_worker_patches()
+    patches_metrics.apply_metrics_patches()
 
 
 def create(spec: Any, **options: Any) -> VllmConfig:
@@ -121,7 +124,12 @@ def test_target_that_is_gone(patch: Patch) -> None:
 def test_plugin_on_a_vllm_that_moved(monkeypatch: pytest.MonkeyPatch, moved: Patch) -> None:
     """The front end says so at start-up, not the worker; other methods go on working."""
     replaced = dataclasses.replace(moved, target=gone(moved.target)[0])
-    for module, table in ((patches, "CONFIG_PATCHES"), (patches_cpu, "CPU_PATCHES")):
+    for module, table in (
+        (patches, "CONFIG_PATCHES"),
+        (patches_cpu, "CPU_PATCHES"),
+        (patches_metrics, "SCHEDULER_PATCHES"),
+        (patches_metrics, "METRICS_PATCHES"),
+    ):
         rows = tuple(replaced if p is moved else p for p in getattr(module, table))
         monkeypatch.setattr(module, table, rows)
     # vLLM calls this unguarded: raising would stop vLLM without the method, too.
@@ -130,9 +138,10 @@ def test_plugin_on_a_vllm_that_moved(monkeypatch: pytest.MonkeyPatch, moved: Pat
     if moved.name != "speculative-config":
         with pytest.raises(AdaDecodeError, match=moved.name):
             create(speculative())
-    # What a worker asks.
-    with pytest.raises(AdaDecodeError, match=moved.name):
-        patches.check_not_refused()
+    # What a worker asks; it has nothing to do with what shows the metrics.
+    if moved not in FRONT_END_PATCHES:
+        with pytest.raises(AdaDecodeError, match=moved.name):
+            patches.check_not_refused()
     assert type(create(NGRAM).speculative_config) is SpeculativeConfig
     assert create(None).speculative_config is None
 
@@ -277,6 +286,22 @@ def test_speculator_of_other_methods_is_vllms(monkeypatch: pytest.MonkeyPatch) -
     assert patched(config, "device", "states") == (config, "device", "states")
 
 
+def test_statistics_of_another_type_are_refused() -> None:
+    for declared in ({}, {"spec_decoding_stats": dict[str, int] | None}):
+        with pytest.raises(AdaDecodeError, match=r"'statistics-type'.*install a supported"):
+            patches_metrics._annotations(declared)
+
+
+def test_scheduler_is_left_alone_where_it_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's process does not pay for its import."""
+    rows = (Patch("never", "vllm.v1.core.sched.no_module:Never", "test", lambda original: None),)
+    monkeypatch.setattr(patches_metrics, "SCHEDULER_PATCHES", rows)
+    with pytest.raises(AdaDecodeError, match="never"):
+        patches_metrics.apply_scheduler_patches()
+    monkeypatch.delitem(sys.modules, patches_metrics.SCHEDULER)
+    patches_metrics.apply_scheduler_patches()
+
+
 # --- what we rest on besides the patches -------------------------------------------------------
 
 
@@ -318,6 +343,8 @@ MIXIN = "vllm_adadecode.runner:AdaDecodeRunnerMixin"
 OURS = "vllm_adadecode.proposer:AdaDecodeSpeculator"
 SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 WORKER = "vllm.v1.worker.gpu_worker:Worker"
+STATISTICS = "vllm.v1.spec_decode.metrics"
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 
 # (ours, vLLM's): vLLM calls ours as it calls its own.
 OVERRIDES = [
@@ -329,6 +356,7 @@ OVERRIDES = [
             "execute_model",
             "prepare_inputs",
             "sample_tokens",
+            "sample",
             "take_draft_token_ids",
             "reload_weights",
         )
@@ -336,6 +364,13 @@ OVERRIDES = [
     *(
         (f"{OURS}.{name}", f"{SPECULATOR}.{name}")
         for name in ("propose", "load_draft_model", "set_attn", "init_cudagraph_manager", "capture")
+    ),
+    *(
+        (f"vllm_adadecode.metrics:AdaDecode{name}", f"{STATISTICS}:SpecDecoding{name}")
+        for name in (
+            *("Logging.observe", "Logging.log", "Logging.reset"),
+            *("Prom.__init__", "Prom.observe"),
+        )
     ),
     ("vllm_adadecode.worker:AdaDecodeGPUWorker._make_model_runner", f"{WORKER}._make_model_runner"),
     ("vllm_adadecode.worker:AdaDecodeGPUWorker.sleep", f"{WORKER}.sleep"),
@@ -399,6 +434,10 @@ CALLS: list[tuple[str, int, str]] = [
     ("vllm.engine.arg_utils:EngineArgs.create_speculative_config", 3, ""),
     ("vllm.v1.spec_decode.dynamic.utils:validate_and_normalize_dynamic_sd_schedule", 1, ""),
     ("vllm.triton_utils.dispatcher:register_kernels", 1, ""),
+    (f"{SCHEDULER}.update_from_output", 3, ""),
+    (f"{STATISTICS}:SpecDecodingStats.new", 1, ""),
+    ("vllm.v1.metrics.utils:create_metric_per_engine", 2, ""),
+    ("vllm.v1.utils:record_function_or_nullcontext", 1, ""),
 ]
 
 
@@ -424,6 +463,12 @@ POSITIONS = [
     ("vllm.forward_context:set_forward_context", "attn_metadata vllm_config"),
     (f"{RUNNER}.execute_model", "self scheduler_output"),
     (f"{RUNNER}.prepare_inputs", "self scheduler_output"),
+    (f"{SCHEDULER}.update_from_output", "self scheduler_output model_runner_output"),
+    (
+        f"{STATISTICS}:SpecDecodingProm.__init__",
+        "self speculative_config labelnames per_engine_labelvalues",
+    ),
+    ("vllm.v1.worker.gpu.async_utils:AsyncOutput.__init__", "self model_runner_output"),
 ]
 
 
@@ -441,6 +486,8 @@ FIELDS = {
     "vllm.v1.core.sched.output:SchedulerOutput": "num_scheduled_tokens finished_req_ids "
     "preempted_req_ids scheduled_new_reqs scheduled_spec_decode_tokens "
     "total_num_scheduled_tokens",
+    "vllm.v1.metrics.stats:SchedulerStats": "spec_decoding_stats",
+    f"{STATISTICS}:SpecDecodingStats": "num_drafts",
     "vllm.v1.core.sched.output:GrammarOutput": "structured_output_request_ids grammar_bitmask",
     "vllm.forward_context:ForwardContext": "all_moe_layers",
 }

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -139,6 +140,34 @@ def test_metrics_rise(server: Server, prompts: list[str]) -> None:
     # vLLM's counts and ours are of the same drafts.
     drafted = server.stats()["drafted"] - counts["drafted"]
     assert after[1] - before[1] == drafted
+
+
+def test_metrics_by_exit_layer(server: Server, prompts: list[str]) -> None:
+    def of_exits() -> dict[str, dict[str, float]]:
+        """Our counters by exit layer, as the names that `adadecode_stats` gives them."""
+        names = {"gate_checks": "gated", "head_checks": "checked"}
+        found: dict[str, dict[str, float]] = {}
+        for metric in text_string_to_metric_families(server.client.get("/metrics").text):
+            for sample in metric.samples:
+                name = re.fullmatch(r"vllm:adadecode_(\w+)_total", sample.name)
+                if name and "exit_layer" in sample.labels:
+                    counts = found.setdefault(sample.labels["exit_layer"], {})
+                    counts[names.get(name[1], name[1])] = sample.value
+        return found
+
+    def accepted() -> float:
+        return sum(counts["accepted"] for counts in of_exits().values())
+
+    # From the start of the server: whatever was aborted in between, nothing is counted twice or
+    # lost on the way.
+    assert of_exits() == server.stats()["exits"]
+    ours, vllms = accepted(), counter(server, "spec_decode_num_accepted_tokens")
+    server.complete(prompts[2], TOKENS)
+    assert of_exits() == server.stats()["exits"]
+    # vLLM leaves out what a step accepts for a request that was aborted meanwhile; here is none.
+    rise = accepted() - ours
+    assert rise == counter(server, "spec_decode_num_accepted_tokens") - vllms > 0
+    assert counter(server, "adadecode_deferred_tokens") == server.stats()["deferred_tokens"] > 0
 
 
 def test_ends_cleanly(server: Server) -> None:

@@ -1,11 +1,11 @@
 """Counts of what the method did, kept by each worker.
 
-Owns the numbers behind `adadecode_stats`, the log line and the demo's table; counting never
-touches the device.
+Owns the numbers behind `adadecode_stats`, the Prometheus metrics, the log line and the demo's
+table; counting never touches the device.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 
 @dataclass
@@ -18,16 +18,19 @@ class ExitCounters:
     gated: int = 0
     checked: int = 0
     drafted: int = 0
+    # Rows that went on through the next span, not confident or held back by the gate.
+    promoted: int = 0
     accepted: int = 0
     rejected: int = 0
 
 
 @dataclass
 class Counters:
-    """Totals since start (or the last `reset`).
+    """Totals since start, or between two moments (`-`).
 
-    A *layer pass* is one layer run once on a batch of any size. Passes are counted for batches
-    without prefill only, where a token's cost is the method's alone.
+    A *layer pass* is one layer run once on a batch of any size. Those of verification, and the
+    tokens it emits, are counted for batches without prefill only, where a token's cost is the
+    method's alone; mixed batches, prefill beside deferred states, have counts of their own.
     """
 
     num_layers: int
@@ -44,11 +47,22 @@ class Counters:
     deferred_batches: int = 0
     plain_batches: int = 0
     prefill_batches: int = 0
+    # Of the batches with prefill, those that had deferred states too: their layer passes, and what
+    # prefill and verification, each in its own tokens, took of those.
+    mixed_batches: int = 0
+    mixed_layer_passes: int = 0
+    mixed_prefill_token_layers: int = 0
+    mixed_verify_token_layers: int = 0
+    # Tokens that a verification took up from a deferred state, and tokens sampled after the last
+    # layer, in all batches: the emitted tokens that are no accepted drafts.
+    deferred_tokens: int = 0
+    sampled_tokens: int = 0
 
     @classmethod
     def create(cls, num_layers: int, exit_layers: tuple[int, ...]) -> "Counters":
         return cls(num_layers=num_layers, exits={e: ExitCounters() for e in exit_layers})
 
+<<<<<<< HEAD
     @property
     def checked(self) -> int:
         """Head checks, of all exits."""
@@ -57,6 +71,22 @@ class Counters:
     def reset(self) -> None:
         fresh = Counters.create(self.num_layers, tuple(self.exits))
         self.__dict__.update(fresh.__dict__)
+=======
+    def __add__(self, other: Self) -> "Counters":
+        return self._combine(other, 1)
+
+    def __sub__(self, earlier: Self) -> "Counters":
+        """What was counted since ``earlier``, a former state of the same counters."""
+        return self._combine(earlier, -1)
+
+    def _combine(self, other: Self, sign: int) -> "Counters":
+        result = Counters(self.num_layers, {})
+        _combine_counts(result, self, other, sign)
+        for layer, counts in self.exits.items():
+            result.exits[layer] = ExitCounters()
+            _combine_counts(result.exits[layer], counts, other.exits[layer], sign)
+        return result
+>>>>>>> main
 
     def snapshot(self) -> dict[str, Any]:
         """All counts and the ratios users ask for, JSON-ready; a ratio without data is None."""
@@ -77,6 +107,15 @@ class Counters:
             "layer_passes_per_token": _ratio(passes, self.num_layers * self.tokens),
         }
         return values
+
+
+def _combine_counts(result: Any, a: Any, b: Any, sign: int) -> None:
+    for field in fields(result):
+        # The fields that count have a default, 0; the others are not counts.
+        if field.default == 0:
+            # int: NumPy's integers cannot be sent between processes.
+            total = int(getattr(a, field.name)) + sign * int(getattr(b, field.name))
+            setattr(result, field.name, total)
 
 
 def _ratio(part: int, whole: int) -> float | None:

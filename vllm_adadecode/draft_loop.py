@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from vllm.v1.utils import record_function_or_nullcontext
 
 from vllm_adadecode.counters import Counters, ExitCounters
 from vllm_adadecode.fused_head import FusedHeads
@@ -107,12 +108,15 @@ class DraftLoop:
             if self.policy.uses_gate(exit_index):
                 self._exit_counters(exit_index).gated += len(rows)
             ask = self._ask_stored if self.fused is None else self._ask_fused
-            actions, tokens = ask(exit_index, rows, offset, hidden, residual)
+            with record_function_or_nullcontext(f"adadecode: head {exit_index + 1}"):
+                actions, tokens = ask(exit_index, rows, offset, hidden, residual)
             self._extend(state, exit_index, rows, offset, actions, tokens)
             # Rows that the gate holds back go deeper, or stop here if this is the last exit.
             rows = rows[(actions == Action.PROMOTE) | (actions == HELD_BACK)]
             if rows.size == 0:
                 return
+            if exit_index + 1 < self.policy.num_used_exits:
+                self._exit_counters(exit_index).promoted += len(rows)
 
     def _ask_fused(
         self,

@@ -140,8 +140,10 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         config = original(*args, **kwargs)
         if config.speculative_config is not None and config.speculative_config.method == METHOD:
             from vllm_adadecode.config import check_runner
+            from vllm_adadecode.patches_metrics import apply_metrics_patches
 
             check_runner(config)
+            apply_metrics_patches()
         return config
 
     return _one_line_at_command_line(create_engine_config)
@@ -234,7 +236,7 @@ CONFIG_PATCHES = (
         "engine-config",
         "vllm.engine.arg_utils:EngineArgs.create_engine_config",
         "which model runner serves a configuration is known only when all of it is there, and a "
-        "V1 runner would fail in the worker",
+        "V1 runner would fail in the worker; and this is where our metrics are asked for",
         _create_engine_config,
     ),
     Patch(

@@ -22,9 +22,11 @@ def register() -> None:
         return
     from vllm_adadecode.cpu import enable_model_runner_v2
     from vllm_adadecode.heads import speculators
+    from vllm_adadecode.patches_metrics import apply_scheduler_patches
 
     try:
         patches.apply_config_patches()
+        apply_scheduler_patches()
         speculators.register()
         enable_model_runner_v2()
     except AdaDecodeError as error:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
@@ -180,14 +181,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             fused=fused,
         )
         checks = self.counters.checked
-        state = loop.run(
-            slots=input_batch.idx_mapping_np,
-            first_pos=first_pos,
-            last_sampled=last_sampled[slots].view(-1),
-            limits=limits,
-            max_drafts=self.num_speculative_steps,
-            seq_lens_upper=input_batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs],
-        )
+        with record_function_or_nullcontext("adadecode: draft loop"):
+            state = loop.run(
+                slots=input_batch.idx_mapping_np,
+                first_pos=first_pos,
+                last_sampled=last_sampled[slots].view(-1),
+                limits=limits,
+                max_drafts=self.num_speculative_steps,
+                seq_lens_upper=input_batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs],
+            )
 
         if self.budget is not None:
             checks = self.counters.checked - checks
@@ -255,6 +257,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         counters = self.counters
         exit_layers = self.model.exit_layers
         scheduled = input_batch.num_draft_tokens_per_req
+        counters.sampled_tokens += int((num_sampled > 0).sum())
         for row, req_id in enumerate(input_batch.req_ids):
             if input_batch.is_prefilling_np[row] or num_sampled[row] == 0:
                 continue

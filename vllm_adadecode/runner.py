@@ -2,21 +2,22 @@
 
 Owns the mixin over vLLM's Model Runner V2 that (1) forgets windows of requests that left, (2) cuts
 placeholder drafts that async scheduling adds, (3) swaps the target's forward pass for the scorer's
-where a batch allows it, (4) tells the scheduler how many drafts there really are.
+where a batch allows it, (4) tells the scheduler how many drafts there really are, and what was
+counted.
 """
 
 import dataclasses
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config.compilation import CUDAGraphMode
-from vllm.logger import init_logger
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_adadecode.metrics import UnsentCounts, attach_counts
 from vllm_adadecode.proposer import AdaDecodeSpeculator
 from vllm_adadecode.scorer import Scorer, VerificationPlan, make_plan
 from vllm_adadecode.span_runner import find_moe_layers_by_name
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
 else:
     _Base = object
-
-# Under vLLM's logger, whose level and format users know.
-logger = init_logger(f"vllm.{__name__}")
-
-LOG_INTERVAL_S = 30.0
 
 
 class AdaDecodeRunnerMixin(_Base):
@@ -42,8 +38,7 @@ class AdaDecodeRunnerMixin(_Base):
         self._plan: VerificationPlan | None = None
         self._placeholders: SchedulerOutput | None = None
         self._scheduled: SchedulerOutput | None = None
-        self._next_log = time.monotonic() + LOG_INTERVAL_S
-        self._logged_tokens = 0
+        self._unsent = UnsentCounts(self.speculator.counters)
         # vLLM calls the model it loaded: its layers from now on run as spans, from the deferred
         # states in batches that have a plan. One way for all batches: the same compiled code.
         self.model.forward = self._forward
@@ -70,13 +65,15 @@ class AdaDecodeRunnerMixin(_Base):
     ) -> torch.Tensor:
         if self._plan is not None:
             assert input_ids is not None
-            return self.scorer.forward(self._plan, input_ids, positions)
+            with record_function_or_nullcontext("adadecode: verification"):
+                return self.scorer.forward(self._plan, input_ids, positions)
         staged = self.speculator.model
         find_moe_layers_by_name()
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = staged.embed(input_ids)
-        return staged.run_all(positions, inputs_embeds)
+        with record_function_or_nullcontext("adadecode: all layers"):
+            if inputs_embeds is None:
+                assert input_ids is not None
+                inputs_embeds = staged.embed(input_ids)
+            return staged.run_all(positions, inputs_embeds)
 
     @torch.inference_mode()
     def execute_model(
@@ -105,8 +102,11 @@ class AdaDecodeRunnerMixin(_Base):
         self.speculator.in_verification = windows
         self._plan = make_plan(input_batch, windows)
         counters = self.speculator.counters
+        if self._plan is not None:
+            counters.deferred_tokens += int((self._plan.depths > 0).sum())
         if input_batch.has_prefill:
             counters.prefill_batches += 1
+            counters.mixed_batches += self._plan is not None
         elif self._plan is not None:
             counters.deferred_batches += 1
         else:
@@ -148,8 +148,14 @@ class AdaDecodeRunnerMixin(_Base):
         if grammar_output is not None and self._placeholders is not None:
             grammar_output = self._cut_grammar(grammar_output)
         output = super().sample_tokens(grammar_output)
-        self._log()
+        if output is not None:
+            # Of the ranks, only the first one's output, and so its counts, reach the scheduler.
+            attach_counts(output.model_runner_output, self._unsent.take())
         return output
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        with record_function_or_nullcontext("adadecode: LM head and rejection sampling"):
+            return super().sample(*args, **kwargs)
 
     def _cut_grammar(self, grammar_output: GrammarOutput) -> GrammarOutput:
         """Drop the bitmask rows of placeholder drafts that were not scheduled."""
@@ -168,6 +174,12 @@ class AdaDecodeRunnerMixin(_Base):
             grammar_output, grammar_bitmask=grammar_output.grammar_bitmask[keep_rows]
         )
 
+    def start_counting(self) -> None:
+        """From nothing: what has run until now was nobody's request."""
+        counters = self.speculator.counters
+        vars(counters).update(vars(counters - counters))
+        self._unsent = UnsentCounts(counters)
+
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         speculator = self.speculator
         # The scheduler may edit the lists.
@@ -177,24 +189,3 @@ class AdaDecodeRunnerMixin(_Base):
         self.speculator.windows.clear()
         super().reload_weights(*args, **kwargs)
         self.speculator.reload_heads()
-
-    def _log(self) -> None:
-        """One line of what the method does, at most every `LOG_INTERVAL_S`, from the first rank."""
-        now = time.monotonic()
-        counters = self.speculator.counters
-        if now < self._next_log or counters.tokens == self._logged_tokens:
-            return
-        self._next_log, self._logged_tokens = now + LOG_INTERVAL_S, counters.tokens
-        stats = counters.snapshot()
-        if self.parallel_config.rank == 0 and stats["tokens_per_verification"] is not None:
-            exits = ", ".join(
-                f"{layer}: {e['drafted']}/{e['accepted']}" for layer, e in stats["exits"].items()
-            )
-            logger.info(
-                "AdaDecode: %.2f tokens a verification, %.2f layer passes a token, "
-                "acceptance %.1f%%; drafted/accepted by exit layer: %s",
-                stats["tokens_per_verification"],
-                stats["layer_passes_per_token"],
-                100 * (stats["acceptance_rate"] or 0.0),
-                exits,
-            )

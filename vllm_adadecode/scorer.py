@@ -1,15 +1,16 @@
 """The scorer: verification that starts each pending token at its depth (DESIGN, step 3).
 
-Owns the forward pass of a batch that has deferred states: the spans a token has been through are
-not run again, the last span runs on all tokens at once, and vLLM's rejection sampler does the rest.
-Batches with prefill, and batches without any deferred state, run all spans on all tokens, which
-rewrites the same KV.
+Owns the forward pass of a batch that has deferred states. A token joins at its depth: a span below
+the deepest one runs for those tokens alone that have not been through it, among them whatever is
+prefilled in the same batch; from the deepest one on, all tokens run together. vLLM's rejection
+sampler does the rest. Batches without any deferred state run all spans on all tokens.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_adadecode.counters import Counters
@@ -21,28 +22,35 @@ from vllm_adadecode.windows import PendingWindow
 
 @dataclass
 class VerificationPlan:
-    """Where each token of a decode batch stands.
+    """Where each token of a batch stands.
 
     Attributes:
         slots: ``[num_reqs]`` request slots.
+        is_prefilling: bool ``[num_reqs]``; such a request has no deferred state.
         rows: ``[num_tokens]`` batch row of each token.
-        offsets: ``[num_tokens]`` window offset of each token.
+        offsets: ``[num_tokens]`` place of each token among its request's; for a pending token that
+            is its window offset.
         depths: ``[num_tokens]`` spans each token has been through.
         seq_lens_upper: ``[num_reqs]`` upper bound of the lengths.
     """
 
     slots: np.ndarray
+    is_prefilling: np.ndarray
     rows: np.ndarray
     offsets: np.ndarray
     depths: np.ndarray
     seq_lens_upper: np.ndarray
 
+    @property
+    def is_mixed(self) -> bool:
+        return bool(self.is_prefilling.any())
+
 
 def make_plan(
     input_batch: InputBatch, windows: dict[str, PendingWindow]
 ) -> VerificationPlan | None:
-    """Plan a verification, or None where all spans must or may as well run on all tokens."""
-    if input_batch.has_prefill or not windows:
+    """Plan a verification, or None where all tokens have all spans before them."""
+    if not windows:
         return None
     counts = input_batch.num_scheduled_tokens
     rows = np.repeat(np.arange(input_batch.num_reqs), counts)
@@ -50,15 +58,17 @@ def make_plan(
     depths = np.zeros(input_batch.num_tokens, dtype=np.int64)
     for row, req_id in enumerate(input_batch.req_ids):
         window = windows.get(req_id)
-        # The scheduler may verify fewer tokens than are pending, never more. A request without a
-        # window starts at depth 0.
-        if window is not None and counts[row] <= len(window.depths):
-            start = input_batch.query_start_loc_np[row]
-            depths[start : start + counts[row]] = window.depths[: counts[row]]
+        # A request that is new, resumed or still prefilling starts at depth 0. The scheduler may
+        # verify fewer tokens than are pending, never more.
+        if window is None or input_batch.is_prefilling_np[row] or counts[row] > len(window.depths):
+            continue
+        start = input_batch.query_start_loc_np[row]
+        depths[start : start + counts[row]] = window.depths[: counts[row]]
     if not depths.any():
         return None
     return VerificationPlan(
         slots=input_batch.idx_mapping_np,
+        is_prefilling=input_batch.is_prefilling_np,
         rows=rows,
         offsets=offsets,
         depths=depths,
@@ -91,55 +101,80 @@ class Scorer:
     ) -> torch.Tensor:
         """Final hidden states of all tokens, ``[num_tokens, hidden_size]``, as the target's own.
 
-        Called inside the forward context of the whole batch, which is the last span's.
+        Called inside the forward context of the whole batch, which is that of the spans that all
+        tokens run together.
         """
-        device = positions.device
-        slots = torch.from_numpy(plan.slots[plan.rows].astype(np.int64)).to(device)
-        offsets = torch.from_numpy(plan.offsets).to(device)
-        for span in range(self.staged.num_exits):
+        find_moe_layers_by_name()
+        hidden, residual = self._deferred_states(plan, positions.device)
+        joined = int(plan.depths.max())
+        for span in range(joined):
             # Depths never increase along a window: these are the ends of the windows.
             tokens = np.flatnonzero(plan.depths <= span)
             if tokens.size == 0:
                 continue
-            self._run_early(plan, span, tokens, input_ids, positions, slots, offsets)
-        hidden, residual = self.deferred.gather(slots, offsets)
-        find_moe_layers_by_name()
-        self._count(self.staged.num_exits, len(plan.rows))
-        hidden, residual = self.staged.run_span(self.staged.num_exits, positions, hidden, residual)
+            index = torch.from_numpy(tokens).to(positions.device)
+            if span == 0:
+                inputs = self.staged.embed(input_ids[index]), None
+            else:
+                inputs = hidden[index], residual[index]
+            outputs = self._run_early(plan, span, tokens, positions[index], *inputs)
+            hidden[index], residual[index] = outputs
+        for span in range(joined, len(self.staged.spans)):
+            self._count(plan, span, plan.rows)
+            with record_function_or_nullcontext(f"adadecode: span {span}"):
+                hidden, residual = self.staged.run_span(span, positions, hidden, residual)
         return self.staged.finish(hidden, residual)
+
+    def _deferred_states(
+        self, plan: VerificationPlan, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden, residual) of all tokens, undefined for those at depth 0."""
+        slots = np.where(plan.depths > 0, plan.slots[plan.rows].astype(np.int64), -1)
+        return self.deferred.gather(
+            torch.from_numpy(slots).to(device), torch.from_numpy(plan.offsets).to(device)
+        )
 
     def _run_early(
         self,
         plan: VerificationPlan,
         span: int,
+        # [n] tokens of the batch, in order
         tokens: np.ndarray,
-        input_ids: torch.Tensor,
+        # [n] int64
         positions: torch.Tensor,
-        slots: torch.Tensor,
-        offsets: torch.Tensor,
-    ) -> None:
-        """Run a span below the last on the tokens that have not been through it."""
-        index = torch.from_numpy(tokens).to(positions.device)
-        hidden: torch.Tensor
-        residual: torch.Tensor | None
-        if span == 0:
-            hidden, residual = self.staged.embed(input_ids[index]), None
-        else:
-            hidden, residual = self.deferred.gather(slots[index], offsets[index])
+        # [n, hidden_size]
+        hidden: torch.Tensor,
+        # [n, hidden_size], None for span 0
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a span on some of the tokens, with attention metadata of their own."""
+        self._count(plan, span, plan.rows[tokens])
         rows, counts = np.unique(plan.rows[tokens], return_counts=True)
-        hidden, residual = self.spans.run(
+        return self.spans.run(
             span,
             slots=plan.slots[rows],
             num_tokens=counts,
             seq_lens_upper=plan.seq_lens_upper[rows],
-            positions=positions[index],
+            positions=positions,
             hidden=hidden,
             residual=residual,
+            is_prefilling=plan.is_prefilling[rows],
         )
-        self.deferred.store(slots[index], offsets[index], hidden, residual)
-        self._count(span, len(tokens))
 
-    def _count(self, span: int, num_tokens: int) -> None:
+    def _count(
+        self,
+        plan: VerificationPlan,
+        span: int,
+        # [n] batch row of each token that runs
+        rows: np.ndarray,
+    ) -> None:
         start, stop = self.staged.spans[span]
-        self.counters.verify_layer_passes += stop - start
-        self.counters.verify_token_layers += (stop - start) * num_tokens
+        num_layers, counters = stop - start, self.counters
+        if not plan.is_mixed:
+            counters.verify_layer_passes += num_layers
+            counters.verify_token_layers += num_layers * len(rows)
+            return
+        prefill = int(plan.is_prefilling[rows].sum())
+        counters.mixed_layer_passes += num_layers
+        counters.mixed_prefill_token_layers += num_layers * prefill
+        counters.mixed_verify_token_layers += num_layers * (len(rows) - prefill)

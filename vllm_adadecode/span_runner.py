@@ -1,8 +1,9 @@
-"""Running one span on part of a batch: a suffix of each chosen request's pending window.
+"""Running one span on part of a batch: a suffix of each chosen request's tokens.
 
 Owns the input buffers, block tables and attention metadata of such a batch, so that the target
 runner's own, which the verification batch still needs, are never touched. The proposer (early
-spans, fill-in) and the scorer (spans below the last) both go through here.
+spans, fill-in) and the scorer (spans that not all tokens run, prefill among them) both go through
+here.
 """
 
 import os
@@ -14,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, get_forward_context, set_forward_context
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBuffers
@@ -40,13 +42,16 @@ def run_span(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One span in a forward context of its own; without metadata, no attention and no KV."""
     num_tokens = len(positions)
-    with set_forward_context(
-        attn_metadata,
-        vllm_config,
-        num_tokens=num_tokens,
-        cudagraph_runtime_mode=CUDAGraphMode.NONE,
-        batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
-        slot_mapping=slot_mappings,
+    with (
+        record_function_or_nullcontext(f"adadecode: span {span}"),
+        set_forward_context(
+            attn_metadata,
+            vllm_config,
+            num_tokens=num_tokens,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
+            slot_mapping=slot_mappings,
+        ),
     ):
         find_moe_layers_by_name()
         return staged.run_span(span, positions, hidden, residual)
@@ -62,7 +67,7 @@ def find_moe_layers_by_name() -> None:
 
 
 class SpanRunner:
-    """Runs spans below the last one on ragged batches of window suffixes."""
+    """Runs spans below the last one on ragged batches of suffixes."""
 
     def __init__(
         self,
@@ -88,7 +93,7 @@ class SpanRunner:
         self.input_block_table_ptrs = block_tables._make_ptr_tensor(self.input_block_tables)
         # [num_kv_cache_groups, max_num_tokens]
         self.slot_mappings = torch.zeros_like(block_tables.slot_mappings)
-        self.is_prefilling = torch.zeros(input_buffers.max_num_reqs, dtype=torch.bool)
+        self.none_prefilling = np.zeros(input_buffers.max_num_reqs, dtype=np.bool_)
 
     def run(
         self,
@@ -105,6 +110,8 @@ class SpanRunner:
         hidden: torch.Tensor,
         # [sum(num_tokens), hidden_size], None for span 0
         residual: torch.Tensor | None,
+        # [num_reqs] bool, None: no request is
+        is_prefilling: np.ndarray | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run ``span`` on the given tokens; their KV goes into the target's cache.
 
@@ -115,6 +122,8 @@ class SpanRunner:
             (hidden, residual) after the span, ``[sum(num_tokens), hidden_size]`` each.
         """
         num_reqs, total = len(slots), len(positions)
+        if is_prefilling is None:
+            is_prefilling = self.none_prefilling[:num_reqs]
         buffers = self.buffers
         query_start_loc = np.zeros(num_reqs + 1, dtype=np.int32)
         np.cumsum(num_tokens, out=query_start_loc[1:])
@@ -156,7 +165,7 @@ class SpanRunner:
             kv_cache_config=self.kv_cache_config,
             seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens_upper.astype(np.int32)),
             positions=buffers.positions[:total],
-            is_prefilling=self.is_prefilling[:num_reqs],
+            is_prefilling=torch.from_numpy(is_prefilling),
         )
         return run_span(
             self.vllm_config,

@@ -3,6 +3,7 @@
 Owns the worker classes that the configuration names (``worker_cls``), and the RPCs they answer.
 """
 
+from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
 
@@ -10,6 +11,7 @@ from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adadecode.budget import DraftBudget
+from vllm_adadecode.counters import Counters
 from vllm_adadecode.patches import apply_worker_patches, check_not_refused
 from vllm_adadecode.plugin import register
 from vllm_adadecode.runner import AdaDecodeRunnerMixin
@@ -28,13 +30,16 @@ def _with_mixin(runner_class: type) -> type:
 
 
 class _AdaDecodeWorkerMixin(Worker):
+    # The counters at the last reset. They themselves only rise, as Prometheus expects.
+    _at_reset: Counters | None = None
+
     def adadecode_stats(self, reset: bool = False) -> dict[str, Any]:
         """Counts and ratios since start or the last reset (see `counters.Counters.snapshot`)."""
         counters = self.model_runner.speculator.counters
-        stats = counters.snapshot()
+        stats = counters if self._at_reset is None else counters - self._at_reset
         if reset:
-            counters.reset()
-        return stats
+            self._at_reset = deepcopy(counters)
+        return stats.snapshot()
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
@@ -42,7 +47,7 @@ class _AdaDecodeWorkerMixin(Worker):
         if self.vllm_config.speculative_config.cost_aware and speculator.policy.num_used_exits:
             costs = measure_round_costs(self)
             speculator.windows.clear()
-            speculator.counters.reset()
+            self.model_runner.start_counting()
             if costs is not None:
                 speculator.budget = DraftBudget(
                     costs, speculator.num_speculative_steps, speculator.policy.num_used_exits

@@ -58,12 +58,14 @@ runs it; with {minutes:.0f} minutes of CPU time where this was made. Nothing is 
    one file in twenty is held out: no training step of any part sees it.
 2. {stages}
 3. Heads: a full matrix per exit layer with the target's norm {norm}, trained to the last layer's
-   distribution at temperature {temperature}, on text and on the target's own generations, and a
-   gate each (`adadecode train`). Thresholds and K are those that pay best on files that neither the
-   heads nor the figures below have seen, with at least {acceptance:.0%} of drafts accepted there
-   (`adadecode calibrate`): {setting}. {left_out} files of the second stage are left out of the
-   heads' training; `make heads-report` measures on some of them. Other kinds of heads that were
-   tried: `docs/evaluation.md` of the repository.
+   distribution at temperature {temperature}, on text and on the target's own generations, with a
+   gate each and a draft vocabulary of {draft_vocab} tokens (`adadecode train`).
+4. Thresholds and K are those that pay best on files that neither the heads nor the figures below
+   have seen, with at least {acceptance:.0%} of drafts accepted there (`adadecode calibrate`):
+   {setting}.
+
+The heads learn nothing of {left_out} files of the second stage; `make heads-report` measures on
+some of these. Other kinds of heads that were tried: `docs/evaluation.md` of the repository.
 
 Loss (nats a token) after the exits {exits} and at the last layer:
 
@@ -143,6 +145,7 @@ def card(
         stages=f"Trained with Muon and AdamW: {stages}.",
         norm={"none": "left out"}.get(recipe.heads.norm, f"{recipe.heads.norm} it"),
         temperature=f"{recipe.heads.temperature:g}",
+        draft_vocab=recipe.heads.draft_vocab_size or recipe.shape.vocab_size,
         acceptance=recipe.heads.least_acceptance,
         setting=report.setting_line(session.setting, recipe.exit_layers),
         left_out=len(HEADS_CHOOSE_FILES + HEADS_MEASURE_FILES),

@@ -78,7 +78,12 @@ def train_heads(
         output=output,
         data=DataSettings((str(sequences),), generate=False, max_length=heads.length),
         cache=cache,
-        heads=HeadSettings(exit_layers=recipe.exit_layers, norm=heads.norm, gate=heads.gate),
+        heads=HeadSettings(
+            exit_layers=recipe.exit_layers,
+            norm=heads.norm,
+            gate=heads.gate,
+            draft_vocab_size=heads.draft_vocab_size,
+        ),
         training=TrainSettings(
             loss=Loss(temperature=heads.temperature),
             learning_rate=heads.rate,
@@ -94,7 +99,7 @@ def train_heads(
 def choose_setting(
     session: Session,
     prompts: Mapping[str, Sequence[Sequence[int]]],
-    least_acceptance: float,
+    recipe: HeadRecipe,
     show: Progress,
 ) -> Calibration:
     """`adadecode calibrate` on the target's continuations of `prompts`, by set of files."""
@@ -107,7 +112,14 @@ def choose_setting(
         sets.append(DataSet(name, tuple(s for s in continued if len(s.output_ids) > 1)))
     costs = choose_costs("bytes", session.config, session.target, session.readout)
     traces = session.traces(sets)
-    return calibrate(traces, costs, session.setting, session.readout.has_gate, least_acceptance)
+    return calibrate(
+        traces,
+        costs,
+        session.setting,
+        session.readout.has_gate,
+        recipe.least_acceptance,
+        recipe.most_drafts,
+    )
 
 
 def make_heads(
@@ -123,7 +135,7 @@ def make_heads(
     folder = target / "adadecode"
     config = train_heads(target, folder, sequences, recipe, cache, show)
     session = open_session(str(folder), str(target), "float32")
-    found = choose_setting(session, prompts, recipe.heads.least_acceptance, show)
+    found = choose_setting(session, prompts, recipe.heads, show)
     exits = session.config.exit_layers
     paper = paper_setting(exits, session.config.target.num_hidden_layers)
     result = report.calibration_json(found, paper, session.setting, exits)

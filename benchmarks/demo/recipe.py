@@ -55,8 +55,10 @@ class HeadRecipe:
     # the last layer, rather than to be right about the text.
     temperature: float = 0.6
     gate: bool = True
+    draft_vocab_size: int | None = 1024  # half of all tokens: a head check costs half as much
     # Asked of the setting on the files it is chosen on: a bit more than is wanted on others.
     least_acceptance: float = 0.92
+    most_drafts: int = 16
 
 
 @dataclass(frozen=True)

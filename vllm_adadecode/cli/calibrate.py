@@ -36,6 +36,12 @@ def add_parser(subparsers: Any) -> None:
         help="smallest share of drafts that must be accepted on every set (default 0: speed alone)",
     )
     parser.add_argument(
+        "--most-drafts",
+        type=int,
+        metavar="K",
+        help="largest K (default: any); K tokens of every request are reserved in each step",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace heads that --output holds already"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -58,7 +64,12 @@ def run(args: argparse.Namespace) -> int:
     errors = Console(stderr=True)
     with errors.status("choosing settings"):
         found = calibrate(
-            traces, costs, session.setting, session.readout.has_gate, args.least_acceptance
+            traces,
+            costs,
+            session.setting,
+            session.readout.has_gate,
+            args.least_acceptance,
+            args.most_drafts,
         )
     exits = session.config.exit_layers
     paper = paper_setting(exits, session.config.target.num_hidden_layers)

@@ -85,6 +85,7 @@ def calibrate(
     current: Setting | None = None,
     has_gate: bool = False,
     least_acceptance: float = 0.0,
+    most_drafts: int | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Choose the setting with the most expected tokens a unit of cost.
@@ -99,12 +100,15 @@ def calibrate(
         has_gate: whether the heads have gates whose thresholds can be chosen.
         least_acceptance: smallest share of drafts that must be kept on every set. What costs most
             at batch 1 is passes, which wasted drafts hardly add to; in large batches they do.
+        most_drafts: largest K; None: any that is tried. K tokens of every request are reserved.
         advance: called after every setting that was tried.
 
     Raises:
         AdaDecodeError: there is no set, one has fewer than two sequences, or ``least_acceptance``
-            is no share.
+            is no share, or ``most_drafts`` is below 1.
     """
+    if most_drafts is not None and most_drafts < 1:
+        raise AdaDecodeError(f"most drafts must be at least 1, not {most_drafts}")
     if not 0.0 <= least_acceptance <= 1.0:
         raise AdaDecodeError(f"least acceptance must lie in [0, 1], not {least_acceptance:g}")
     if not sets:
@@ -119,7 +123,8 @@ def calibrate(
     checking = {name: Measurer(traces[1::2], costs) for name, traces in sets.items()}
     first = next(iter(sets.values()))[0]
     num_exits = len(first.exit_layers)
-    search = _Search(list(choosing.values()), num_exits, has_gate, Floor(least_acceptance), advance)
+    floor = Floor(least_acceptance)
+    search = _Search(list(choosing.values()), num_exits, has_gate, floor, most_drafts, advance)
     check = Floor(least_acceptance - ACCEPTANCE_SLACK)
     others = list(checking.values())
     setting = next((s for s in search.ranked() if check.score(others, s) > 1.0), None)
@@ -169,10 +174,12 @@ class _Search:
         num_exits: int,
         has_gate: bool,
         floor: Floor,
+        most_drafts: int | None,
         advance: Callable[[], None],
     ) -> None:
         self.measurers, self.num_exits, self.has_gate = measurers, num_exits, has_gate
         self.floor, self.advance = floor, advance
+        self.coarse, self.fine = (_up_to(most_drafts, k) for k in (COARSE_DRAFTS, FINE_DRAFTS))
         self.scores: dict[Setting, float] = {}
 
     def ranked(self) -> list[Setting]:
@@ -198,7 +205,7 @@ class _Search:
                 values = tuple(threshold if e in subset else 1.0 for e in range(self.num_exits))
                 for gate in gates:
                     closed = None if gate is None else (gate,) * self.num_exits
-                    for drafts in COARSE_DRAFTS:
+                    for drafts in self.coarse:
                         yield Setting(values, drafts, closed)
 
     def _starts(self) -> list[Setting]:
@@ -220,7 +227,7 @@ class _Search:
 
     def _moves(self) -> list[Callable[[Setting], list[Setting]]]:
         def drafts(s: Setting) -> list[Setting]:
-            return [replace(s, max_drafts=k) for k in FINE_DRAFTS]
+            return [replace(s, max_drafts=k) for k in self.fine]
 
         def threshold(e: int) -> Callable[[Setting], list[Setting]]:
             return lambda s: [
@@ -237,6 +244,12 @@ class _Search:
         exits = range(self.num_exits)
         gates = [gate(e) for e in exits] if self.has_gate else []
         return [drafts, *(threshold(e) for e in exits), *gates]
+
+
+def _up_to(most: int | None, drafts: tuple[int, ...]) -> tuple[int, ...]:
+    if most is None:
+        return drafts
+    return (*(k for k in drafts if k < most), most)
 
 
 def _subsets(num_exits: int) -> Iterable[tuple[int, ...]]:

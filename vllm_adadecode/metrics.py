@@ -1,0 +1,242 @@
+"""The way of the counts from the worker to vLLM's `/metrics` and its log.
+
+Owns what is attached to a worker's output, the type by which it crosses processes, and our part of
+vLLM's log line and Prometheus metrics. It counts nothing itself (counters.py), and is put in
+vLLM's place by patches_metrics.py.
+
+worker: `attach_counts` -> scheduler: `pass_on` -> front end: `AdaDecodeLogging`, `AdaDecodeProm`.
+Counts travel as the difference to those sent before, so what the front end adds up is a total
+whichever of several front ends gets which part.
+"""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from typing import Any
+
+from prometheus_client import Counter, Histogram
+from vllm.logger import init_logger
+from vllm.v1.metrics.utils import create_metric_per_engine
+from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats
+
+from vllm_adadecode.counters import Counters
+
+# Under vLLM's logger, whose level and format users know.
+logger = init_logger(f"vllm.{__name__}")
+
+METHOD = "adadecode"
+# Name of the attribute on vLLM's `ModelRunnerOutput`, which is pickled with it.
+ATTRIBUTE = "adadecode_counts"
+
+
+@dataclass
+class AdaDecodeStats(SpecDecodingStats):
+    """vLLM's statistics of a scheduler's step, with ours; None for other methods."""
+
+    adadecode: Counters | None = None
+
+
+class UnsentCounts:
+    """What a worker has counted and not sent yet."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._sent = deepcopy(counters)
+
+    def take(self) -> Counters | None:
+        """What was counted since the last call; None if nothing."""
+        counts = self._counters - self._sent
+        if self._sent + counts == self._sent:
+            return None
+        self._sent += counts
+        return counts
+
+
+def attach_counts(model_runner_output: Any, counts: Counters | None) -> None:
+    """Send ``counts`` along with a worker's output of a step."""
+    if counts is not None:
+        setattr(model_runner_output, ATTRIBUTE, counts)
+
+
+def pass_on(
+    model_runner_output: Any, engine_core_outputs: Iterable[Any], num_spec_tokens: int
+) -> None:
+    """Add counts that came with a worker's output to the statistics made of the same step.
+
+    Args:
+        model_runner_output: the worker's `ModelRunnerOutput`.
+        engine_core_outputs: `EngineCoreOutputs` of all front ends; at most one has statistics, none
+            where they are off.
+        num_spec_tokens: most drafts in a window.
+    """
+    counts = getattr(model_runner_output, ATTRIBUTE, None)
+    if counts is None:
+        return
+    for outputs in engine_core_outputs:
+        if (stats := outputs.scheduler_stats) is not None:
+            # A step that verified no draft has no statistics of vLLM's.
+            vllms = stats.spec_decoding_stats or SpecDecodingStats.new(num_spec_tokens)
+            values = {field.name: getattr(vllms, field.name) for field in fields(SpecDecodingStats)}
+            stats.spec_decoding_stats = AdaDecodeStats(**values, adadecode=counts)
+            return
+
+
+class AdaDecodeLogging(SpecDecodingLogging):
+    """vLLM's log line on speculative decoding, followed by ours for the same interval."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.counts: Counters | None = None
+
+    def observe(self, spec_decoding_stats: SpecDecodingStats) -> None:
+        counts = getattr(spec_decoding_stats, METHOD, None)
+        if counts is not None:
+            self.counts = counts if self.counts is None else self.counts + counts
+        # vLLM would divide by the number of windows with drafts, and it has no statistics at all
+        # of a step without one.
+        if counts is None or spec_decoding_stats.num_drafts:
+            super().observe(spec_decoding_stats)
+
+    def log(self, log_fn: Callable[..., None] = logger.info) -> None:
+        counts = self.counts
+        super().log(log_fn=log_fn)
+        self.counts = None
+        if counts is not None:
+            _log(counts.snapshot(), log_fn)
+
+
+def _log(stats: dict[str, Any], log_fn: Callable[..., None]) -> None:
+    """One line; a figure without data, as of an interval with prefill alone, is left out."""
+    parts: list[str] = []
+    values: list[float | str] = []
+    for text, name, scale in (
+        ("Tokens a verification: %.2f", "tokens_per_verification", 1),
+        ("Layer passes a token: %.3f", "layer_passes_per_token", 1),
+        ("Acceptance rate: %.1f%%", "acceptance_rate", 100),
+    ):
+        if stats[name] is not None:
+            parts.append(text)
+            values.append(scale * stats[name])
+    if stats["drafted"] or stats["accepted"]:
+        parts.append("Drafted/accepted by exit layer: %s")
+        exits = stats["exits"].items()
+        values.append(", ".join(f"{layer}: {e['drafted']}/{e['accepted']}" for layer, e in exits))
+    if parts:
+        log_fn("AdaDecode metrics: " + ", ".join(parts), *values)
+
+
+# Name after ``vllm:adadecode_``, field of `ExitCounters`, documentation. Labelled by exit layer.
+EXIT_COUNTERS = (
+    ("gate_checks", "gated", "Gates evaluated at an exit layer, by requests."),
+    ("head_checks", "checked", "Heads evaluated at an exit layer, by requests."),
+    ("drafted", "drafted", "Tokens drafted from an exit layer."),
+    ("promoted", "promoted", "Requests that went on drafting through deeper layers."),
+    ("accepted", "accepted", "Tokens drafted from an exit layer that verification accepted."),
+    ("rejected", "rejected", "Tokens drafted from an exit layer that verification rejected."),
+)
+# Name, documentation, extra label and its values by field of `Counters`. The ones without a label
+# have one field.
+COUNTERS: tuple[tuple[str, str, str | None, dict[str, str]], ...] = (
+    (
+        "rounds",
+        "Batches: decode batches started from deferred states (deferred) or without any (plain), "
+        "and batches with prefill (prefill).",
+        "kind",
+        {"deferred_batches": "deferred", "plain_batches": "plain", "prefill_batches": "prefill"},
+    ),
+    (
+        "layer_passes",
+        "Layers run, each once a batch of any size, in decode batches.",
+        "phase",
+        {"draft_layer_passes": "draft", "verify_layer_passes": "verification"},
+    ),
+    (
+        "verifications",
+        "Windows verified in decode batches, one a request and round.",
+        None,
+        {"verifications": ""},
+    ),
+    ("tokens", "Tokens that those verifications emitted.", None, {"tokens": ""}),
+    (
+        "deferred_tokens",
+        "Tokens that a verification took up from a deferred state.",
+        None,
+        {"deferred_tokens": ""},
+    ),
+)
+EXIT_DEPTH = "exit_depth"
+
+
+class AdaDecodeProm(SpecDecodingProm):
+    """vLLM's Prometheus metrics of speculative decoding and, for this method, ours.
+
+    Tokens a verification: ``rate(vllm:adadecode_tokens_total[$interval]) /
+    rate(vllm:adadecode_verifications_total[$interval])``. Mean depth in layers of an emitted token:
+    ``rate(vllm:adadecode_exit_depth_sum[$interval]) /
+    rate(vllm:adadecode_exit_depth_count[$interval])``.
+    """
+
+    _histogram_cls = Histogram
+
+    def __init__(
+        self,
+        speculative_config: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(speculative_config, labelnames, per_engine_labelvalues, *args, **kwargs)
+        self.is_ours = speculative_config is not None and speculative_config.method == METHOD
+        if not self.is_ours:
+            return
+        self._labelnames, self._engines = labelnames, per_engine_labelvalues
+        exit_layers = speculative_config.exit_layers
+        num_layers = speculative_config.target_model_config.get_total_num_hidden_layers()
+        # Metrics by engine, by the field that they show; those of exits by layer and field.
+        self.exit_counters: dict[int, dict[str, dict[int, Counter]]] = {e: {} for e in exit_layers}
+        self.counters: dict[str, dict[int, Counter]] = {}
+        for name, field, documentation in EXIT_COUNTERS:
+            metric = self._counter(name, documentation, "exit_layer")
+            for layer in exit_layers:
+                self.exit_counters[layer][field] = self._per_engine(metric, str(layer))
+        for name, documentation, label, values in COUNTERS:
+            metric = self._counter(name, documentation, *([label] if label else []))
+            for field, value in values.items():
+                self.counters[field] = self._per_engine(metric, *([value] if label else []))
+        self.exit_depth = self._per_engine(
+            self._histogram_cls(
+                name=f"vllm:adadecode_{EXIT_DEPTH}",
+                documentation="Layers after which emitted tokens were predicted: an exit layer for "
+                "accepted drafts, all layers for the others.",
+                labelnames=labelnames,
+                buckets=[*exit_layers, num_layers],
+            )
+        )
+
+    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
+        return self._counter_cls(
+            name=f"vllm:adadecode_{name}",
+            documentation=documentation,
+            labelnames=[*self._labelnames, *labels],
+        )
+
+    def _per_engine(self, metric: Any, *values: str) -> dict[int, Any]:
+        engines = {engine: [*labels, *values] for engine, labels in self._engines.items()}
+        return create_metric_per_engine(metric, engines)
+
+    def observe(self, spec_decoding_stats: SpecDecodingStats, engine_idx: int = 0) -> None:
+        super().observe(spec_decoding_stats, engine_idx)
+        counts = getattr(spec_decoding_stats, METHOD, None)
+        if counts is None or not self.is_ours:
+            return
+        depth = self.exit_depth[engine_idx]
+        for layer, exit_counts in counts.exits.items():
+            for field, metric in self.exit_counters[layer].items():
+                metric[engine_idx].inc(getattr(exit_counts, field))
+            for _ in range(exit_counts.accepted):
+                depth.observe(layer)
+        for field, metric in self.counters.items():
+            metric[engine_idx].inc(getattr(counts, field))
+        for _ in range(counts.sampled_tokens):
+            depth.observe(counts.num_layers)

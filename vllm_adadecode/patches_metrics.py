@@ -1,0 +1,103 @@
+"""What is changed in vLLM so that its `/metrics` and its log show our counts: rows for the table.
+
+Each side of vLLM has its own rows, applied where its modules are loaded anyway: they are heavy, and
+worker processes have no use for them.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, get_args
+
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.patches import Patch
+
+SCHEDULER = "vllm.v1.core.sched.scheduler"
+
+
+def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_adadecode.metrics import pass_on
+
+    @functools.wraps(original)
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = original(self, scheduler_output, model_runner_output)
+        pass_on(model_runner_output, outputs.values(), self.num_spec_tokens)
+        return outputs
+
+    return update_from_output
+
+
+def _annotations(original: dict[str, Any]) -> dict[str, Any]:
+    from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+    from vllm_adadecode.metrics import AdaDecodeStats
+
+    present = original.get("spec_decoding_stats")
+    if not any(
+        isinstance(kind, type) and issubclass(kind, SpecDecodingStats) for kind in get_args(present)
+    ):
+        raise AdaDecodeError(
+            f"patch 'statistics-type': vLLM's SchedulerStats.spec_decoding_stats is {present}, not "
+            "an optional SpecDecodingStats; install a supported vLLM or a newer vllm-adadecode"
+        )
+    return original | {"spec_decoding_stats": AdaDecodeStats | None}
+
+
+def _logging(original: type) -> type:
+    from vllm_adadecode.metrics import AdaDecodeLogging
+
+    return AdaDecodeLogging
+
+
+def _prom(original: type) -> type:
+    from vllm_adadecode.metrics import AdaDecodeProm
+
+    return AdaDecodeProm
+
+
+SCHEDULER_PATCHES = (
+    Patch(
+        "scheduler-statistics",
+        f"{SCHEDULER}:Scheduler.update_from_output",
+        "the statistics of a step are made from its outputs by the scheduler itself; a scheduler "
+        "class of our own would be announced as unsupported and take the place of the user's",
+        _update_from_output,
+    ),
+)
+FRONT_END_PATCHES = (
+    Patch(
+        "statistics-type",
+        "vllm.v1.metrics.stats:SchedulerStats.__annotations__",
+        "statistics are decoded in the front end by the types that are declared for them: what "
+        "vLLM's own type lacks is dropped",
+        _annotations,
+    ),
+    Patch(
+        "log-line",
+        "vllm.v1.metrics.loggers:SpecDecodingLogging",
+        "made by name in vLLM's logger; loggers of our own would have to be asked for, replace "
+        "vLLM's, or as plugins are only made for servers",
+        _logging,
+    ),
+    Patch(
+        "prometheus",
+        "vllm.v1.metrics.loggers:PrometheusStatLogger._spec_decoding_cls",
+        "vLLM removes all metrics named like its own when it makes these, and with them what any "
+        "logger plugin has made",
+        _prom,
+    ),
+)
+METRICS_PATCHES = (*SCHEDULER_PATCHES, *FRONT_END_PATCHES)
+
+
+def apply_metrics_patches() -> None:
+    """Where an engine is configured: the front end, and the engine if it runs in this process."""
+    for patch in METRICS_PATCHES:
+        patch.apply()
+
+
+def apply_scheduler_patches() -> None:
+    """In a process of the engine's own, which loads the scheduler before it loads plugins."""
+    if SCHEDULER in sys.modules:
+        for patch in SCHEDULER_PATCHES:
+            patch.apply()
