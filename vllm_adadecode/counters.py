@@ -62,16 +62,11 @@ class Counters:
     def create(cls, num_layers: int, exit_layers: tuple[int, ...]) -> "Counters":
         return cls(num_layers=num_layers, exits={e: ExitCounters() for e in exit_layers})
 
-<<<<<<< HEAD
     @property
     def checked(self) -> int:
         """Head checks, of all exits."""
         return sum(e.checked for e in self.exits.values())
 
-    def reset(self) -> None:
-        fresh = Counters.create(self.num_layers, tuple(self.exits))
-        self.__dict__.update(fresh.__dict__)
-=======
     def __add__(self, other: Self) -> "Counters":
         return self._combine(other, 1)
 
@@ -86,7 +81,6 @@ class Counters:
             result.exits[layer] = ExitCounters()
             _combine_counts(result.exits[layer], counts, other.exits[layer], sign)
         return result
->>>>>>> main
 
     def snapshot(self) -> dict[str, Any]:
         """All counts and the ratios users ask for, JSON-ready; a ratio without data is None."""
