@@ -113,7 +113,8 @@ def stop(engine: LLM) -> None:
 
 
 def speculative(**options: Any) -> dict[str, Any]:
-    return {"method": "adadecode", **options}
+    """Always as many drafts as there may be: counts are then the same on every machine."""
+    return {"method": "adadecode", "cost_aware": False, **options}
 
 
 def set_thresholds(engine: LLM, *thresholds: float) -> None:

@@ -45,6 +45,7 @@ USER_OPTIONS = PASSED_ON | {
     "confidence_threshold",
     "gate_threshold",
     "exit_layers",
+    "cost_aware",
 }
 
 
@@ -59,6 +60,8 @@ class AdaDecodeSpeculativeConfig(SpeculativeConfig):
     """Per exit layer, in [0, 1]; None for heads without a gate."""
     exit_layers: list[int] | None = None
     """Layers after which the heads sit, strictly increasing."""
+    cost_aware: bool = True
+    """Whether the number of drafts of a round follows what rounds cost, measured at start."""
     heads_path: str | None = None
     """Folder of the heads checkpoint; None for the training-free logit lens."""
 
@@ -128,6 +131,10 @@ def build_config(
         "target_model_config": model_config,
         "target_parallel_config": parallel_config,
     }
+    if (cost_aware := options.get("cost_aware")) is not None:
+        if not isinstance(cost_aware, bool):
+            raise AdaDecodeError(f"cost_aware must be true or false, not {cost_aware!r}")
+        fields["cost_aware"] = cost_aware
     fields |= {name: options[name] for name in PASSED_ON & set(options)}
     try:
         if (schedule := options.get("num_speculative_tokens_per_batch_size")) is not None:

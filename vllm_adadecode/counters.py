@@ -62,6 +62,11 @@ class Counters:
     def create(cls, num_layers: int, exit_layers: tuple[int, ...]) -> "Counters":
         return cls(num_layers=num_layers, exits={e: ExitCounters() for e in exit_layers})
 
+    @property
+    def checked(self) -> int:
+        """Head checks, of all exits."""
+        return sum(e.checked for e in self.exits.values())
+
     def __add__(self, other: Self) -> "Counters":
         return self._combine(other, 1)
 

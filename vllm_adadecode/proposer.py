@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_adadecode.budget import DraftBudget
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.draft_loop import DraftLoop
 from vllm_adadecode.draws import Draws, draft_columns
@@ -51,6 +52,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self.policy: DraftPolicy = ThresholdPolicy(
             config.confidence_threshold, config.gate_threshold
         )
+        # Set once rounds have been measured; None: always as many drafts as there may be.
+        self.budget: DraftBudget | None = None
         self.deferred = DeferredStates(
             self.max_num_reqs, self.num_speculative_steps + 1, self.hidden_size, self.dtype, device
         )
@@ -177,6 +180,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             sample=None if draws is None else draws.sample,
             fused=fused,
         )
+        checks = self.counters.checked
         with record_function_or_nullcontext("adadecode: draft loop"):
             state = loop.run(
                 slots=input_batch.idx_mapping_np,
@@ -187,6 +191,9 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                 seq_lens_upper=input_batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs],
             )
 
+        if self.budget is not None:
+            checks = self.counters.checked - checks
+            self.budget.statistics.add_round(limits, state.num_drafts, state.exits, checks)
         drafts[:, :] = state.tokens[:, 1:]
         drafts_cpu = drafts.cpu().tolist()
         self.last_req_ids = list(input_batch.req_ids)
@@ -201,6 +208,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                     PendingWindow(
                         depths=state.depths[row, : count + 1].copy(),
                         exits=state.exits[row, :count].copy(),
+                        limit=int(limits[row]),
                     ),
                 )
         return drafts
@@ -229,6 +237,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         )
         limits = np.clip(end - first_pos - 2, 0, steps)
         limits[num_sampled == 0] = 0  # mid-prefill
+        if self.budget is not None and (drafting := int(np.count_nonzero(limits))):
+            limits = np.minimum(limits, self.budget.choose(drafting))
         return limits
 
     def _heads(
@@ -258,6 +268,9 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                 counters.tokens += accepted + 1
             window = self.in_verification.get(req_id)
             if window is not None:
+                if self.budget is not None:
+                    kept = min(accepted, window.num_drafts)
+                    self.budget.statistics.add_window(window.limit, window.num_drafts, kept)
                 for i, exit_index in enumerate(window.exits[:verified]):
                     exit_counters = counters.exits[exit_layers[exit_index]]
                     exit_counters.accepted += i < accepted

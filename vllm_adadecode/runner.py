@@ -174,6 +174,12 @@ class AdaDecodeRunnerMixin(_Base):
             grammar_output, grammar_bitmask=grammar_output.grammar_bitmask[keep_rows]
         )
 
+    def start_counting(self) -> None:
+        """From nothing: what has run until now was nobody's request."""
+        counters = self.speculator.counters
+        vars(counters).update(vars(counters - counters))
+        self._unsent = UnsentCounts(counters)
+
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         speculator = self.speculator
         # The scheduler may edit the lists.

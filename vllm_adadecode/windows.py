@@ -16,10 +16,12 @@ class PendingWindow:
     Attributes:
         depths: ``[1 + num_drafts]`` spans each token has been through, never increasing.
         exits: ``[num_drafts]`` index of the exit whose head gave each draft.
+        limit: most drafts there might have been.
     """
 
     depths: np.ndarray
     exits: np.ndarray
+    limit: int = 0
 
     @property
     def num_drafts(self) -> int:

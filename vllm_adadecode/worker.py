@@ -7,12 +7,15 @@ from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
 
+from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_adadecode.budget import DraftBudget
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.patches import apply_worker_patches, check_not_refused
 from vllm_adadecode.plugin import register
 from vllm_adadecode.runner import AdaDecodeRunnerMixin
+from vllm_adadecode.startup_costs import measure_round_costs
 
 # vLLM only logs a plugin that fails to load, and a vLLM that has moved makes it refuse the method;
 # a worker that is ours must not start in either case.
@@ -37,6 +40,23 @@ class _AdaDecodeWorkerMixin(Worker):
         if reset:
             self._at_reset = deepcopy(counters)
         return stats.snapshot()
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        speculator = self.model_runner.speculator
+        if self.vllm_config.speculative_config.cost_aware and speculator.policy.num_used_exits:
+            costs = measure_round_costs(self)
+            speculator.windows.clear()
+            self.model_runner.start_counting()
+            if costs is not None:
+                speculator.budget = DraftBudget(
+                    costs, speculator.num_speculative_steps, speculator.policy.num_used_exits
+                )
+            # As at the end of vLLM's own warm-up: what ran until here must not be seen in samples.
+            set_random_seed(
+                self.model_config.seed, self.vllm_config.parallel_config.data_parallel_index
+            )
+        return times
 
     def sleep(self, level: int = 1) -> None:
         # The KV cache, and with level 2 the weights, that the deferred states belong to go away.

@@ -1,0 +1,272 @@
+"""What rounds cost on this machine, measured at start by running some, from requests of our own.
+
+Owns the requests, which go through the worker as the scheduler's would and end before it sends any,
+and the policies that make all of them do the same. Nothing is timed but whole rounds: scheduling is
+not in them, which makes drafting look a little worse than it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+from vllm_adadecode.budget import RoundCosts
+from vllm_adadecode.policy import Action, DraftPolicy
+
+# Under vLLM's logger, whose level and format users know.
+logger = init_logger(f"vllm.{__name__}")
+
+PROMPT = (1, 2)
+WARM_ROUNDS, TIMED_ROUNDS = 1, 5
+# Larger batches are left out once so much time has gone; they are taken to be like the largest.
+ENOUGH_SECONDS = 10.0
+STEP = 4  # from one batch size to the next
+
+
+@dataclass(frozen=True)
+class SamePolicy:
+    """Lets every request do the same, with the passes and checks of the real policy.
+
+    Attributes:
+        real: the policy that decides which exits and gates there are.
+        follow: exit index at which every head is followed; None: none is.
+        open_gates: whether gates let all rows pass; else only those at ``follow`` do.
+    """
+
+    real: DraftPolicy
+    follow: int | None = None
+    open_gates: bool = False
+
+    @property
+    def num_used_exits(self) -> int:
+        return self.real.num_used_exits
+
+    def uses(self, exit_index: int) -> bool:
+        return self.real.uses(exit_index)
+
+    def uses_gate(self, exit_index: int) -> bool:
+        return self.real.uses_gate(exit_index)
+
+    def passes_gate(self, exit_index: int, gate: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(gate, self.open_gates or exit_index == self.follow, dtype=torch.bool)
+
+    def decide(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
+        otherwise = Action.STOP if exit_index + 1 >= self.num_used_exits else Action.PROMOTE
+        action = Action.EXTEND if exit_index == self.follow else otherwise
+        return torch.full_like(confidence, int(action), dtype=torch.int8)
+
+
+@dataclass
+class Requests:
+    """Requests that decode together, outside of any scheduler.
+
+    Attributes:
+        worker: vLLM's worker with our runner.
+        count: requests.
+        max_rounds: they have blocks for.
+    """
+
+    worker: Any
+    count: int
+    max_rounds: int
+    ids: list[str] = field(init=False)
+    computed: list[int] = field(init=False)
+    drafts: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        runner = self.worker.model_runner
+        self.ids = [f"_adadecode_costs_{i}_" for i in range(self.count)]
+        self.computed = [len(PROMPT)] * self.count
+        output = SchedulerOutput.make_empty()
+        params = SamplingParams(temperature=0.0, max_tokens=runner.max_model_len, ignore_eos=True)
+        blocks = blocks_per_request(runner, self.max_rounds)
+        following = 1  # block 0 is vLLM's null block
+        for request in self.ids:
+            ids = []
+            for needed in blocks:
+                ids.append(list(range(following, following + needed)))
+                following += needed
+            output.scheduled_new_reqs.append(
+                NewRequestData(
+                    req_id=request,
+                    prompt_token_ids=list(PROMPT),
+                    mm_features=[],
+                    sampling_params=params,
+                    pooling_params=None,
+                    block_ids=tuple(ids),
+                    num_computed_tokens=0,
+                    lora_request=None,
+                    prefill_token_ids=list(PROMPT),
+                )
+            )
+        self._run(output, dict.fromkeys(self.ids, len(PROMPT)))
+
+    def round(self) -> float:
+        """Verify what was drafted, and draft; in seconds."""
+        output = SchedulerOutput.make_empty()
+        cached = CachedRequestData.make_empty()
+        cached.req_ids = list(self.ids)
+        cached.num_computed_tokens = list(self.computed)
+        cached.num_output_tokens = [1] * self.count
+        cached.new_block_ids = [None] * self.count
+        output.scheduled_cached_reqs = cached
+        output.scheduled_spec_decode_tokens = {r: d for r, d in self.drafts.items() if d}
+        tokens = {r: 1 + len(self.drafts.get(r, ())) for r in self.ids}
+        begun = time.perf_counter()
+        sampled = self._run(output, tokens)
+        seconds = time.perf_counter() - begun
+        for i, request in enumerate(self.ids):
+            self.computed[i] += len(sampled[request])
+        return seconds
+
+    def end(self) -> None:
+        output = SchedulerOutput.make_empty()
+        output.finished_req_ids = set(self.ids)
+        self.worker.execute_model(output)
+
+    def _run(self, output: SchedulerOutput, tokens: dict[str, int]) -> dict[str, list[int]]:
+        """A step; what it sampled, by request."""
+        runner = self.worker.model_runner
+        output.num_spec_tokens_to_schedule = runner.num_speculative_steps
+        output.num_scheduled_tokens = tokens
+        output.total_num_scheduled_tokens = sum(tokens.values())
+        result = self.worker.execute_model(output)
+        if result is None:
+            result = self.worker.sample_tokens(None)
+        if hasattr(result, "get_output"):
+            result = result.get_output()
+        found = runner.take_draft_token_ids()
+        self.drafts = dict(zip(found.req_ids, found.draft_token_ids, strict=True))
+        return {r: result.sampled_token_ids[result.req_id_to_index[r]] for r in self.ids}
+
+
+def blocks_per_request(runner: Any, rounds: int) -> list[int]:
+    """KV blocks of a request that decodes so many rounds, by group."""
+    steps = runner.num_speculative_steps
+    length = min(len(PROMPT) + rounds * (1 + steps) + steps, runner.max_model_len)
+    sizes = runner.speculator.block_tables.block_sizes
+    return [-(-length // size) for size in sizes]
+
+
+def batch_sizes(runner: Any, rounds: int) -> list[int]:
+    """1, 4, 16 ... as far as requests, tokens and KV blocks of a step allow."""
+    a_round = 1 + runner.num_speculative_steps
+    most = min(
+        runner.max_num_reqs,
+        runner.max_num_tokens // max(a_round, len(PROMPT)),
+        (runner.kv_cache_config.num_blocks - 1) // sum(blocks_per_request(runner, rounds)),
+    )
+    found = []
+    size = 1
+    while size <= most:
+        found.append(size)
+        size *= STEP
+    return found
+
+
+@torch.inference_mode()
+def measure_round_costs(worker: Any) -> RoundCosts | None:
+    """Costs of this engine's rounds, the same on all ranks; None where there is no room to measure.
+
+    Takes a second or so for a small model, `ENOUGH_SECONDS` and its last batch size at most.
+    """
+    runner = worker.model_runner
+    speculator = runner.speculator
+    real, exits = speculator.policy, speculator.policy.num_used_exits
+    rounds = WARM_ROUNDS + TIMED_ROUNDS
+    settings: list[SamePolicy | None] = [None, SamePolicy(real)]
+    settings += [SamePolicy(real, follow=e) for e in range(exits)]
+    gated = any(real.uses_gate(e) for e in range(exits))
+    if gated:
+        settings.append(SamePolicy(real, open_gates=True))
+    all_rounds = rounds * len(settings)
+    if len(PROMPT) + all_rounds * (1 + runner.num_speculative_steps) >= runner.max_model_len:
+        return None
+    table: list[tuple[int, list[float]]] = []
+    begun = time.perf_counter()
+    for size in batch_sizes(runner, all_rounds):
+        requests = Requests(worker, size, all_rounds)
+        try:
+            timed = [_timed(requests, speculator, policy, rounds) for policy in settings]
+        finally:
+            speculator.policy = real
+            requests.end()
+        table.append((size, timed))
+        if _rank_0(time.perf_counter() - begun) > ENOUGH_SECONDS:
+            break
+    if not table:
+        return None
+    costs = _rank_0(_costs(table, speculator.num_speculative_steps, exits, real, gated))
+    logger.info("Measured rounds of %s requests in %.1f s", costs.batch_sizes, _since(begun))
+    return costs
+
+
+def _timed(requests: Requests, speculator: Any, policy: SamePolicy | None, rounds: int) -> float:
+    """Seconds of a round, all requests following ``policy``; None: without drafting.
+
+    The quickest: whatever else a machine does while a server starts only ever adds."""
+    speculator.policy = policy or NO_DRAFTS
+    return min([requests.round() for _ in range(rounds)][WARM_ROUNDS:])
+
+
+def _costs(
+    table: list[tuple[int, list[float]]], drafts: int, exits: int, real: DraftPolicy, gated: bool
+) -> RoundCosts:
+    """Differences of whole rounds; one that noise has made negative counts as nothing."""
+    used = [e for e in range(exits) if real.uses(e)]
+    plain, failed, check, extended = [], [], [], []
+    for _, (without, in_vain, *rest) in table:
+        plain.append(without)
+        failed.append(max(0.0, in_vain - without))
+        deepest = 0.0
+        row = []
+        for e in range(exits):
+            # A deeper exit costs no less; at one that is passed by no draft was made.
+            if e in used:
+                deepest = max(deepest, (rest[e] - without) / drafts)
+            row.append(deepest)
+        extended.append(tuple(row))
+        check.append(max(0.0, rest[exits] - in_vain) / len(used) if gated else 0.0)
+    return RoundCosts(
+        batch_sizes=tuple(size for size, _ in table),
+        plain=tuple(plain),
+        failed=tuple(failed),
+        extended=tuple(extended),
+        check=tuple(check),
+    )
+
+
+@dataclass(frozen=True)
+class _NoDrafts:
+    """Turns drafting off."""
+
+    num_used_exits: int = 0
+    uses: Callable[[int], bool] = lambda exit_index: False
+    uses_gate: Callable[[int], bool] = lambda exit_index: False
+
+    def passes_gate(self, exit_index: int, gate: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("no exit is used")
+
+    def decide(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("no exit is used")
+
+
+NO_DRAFTS = _NoDrafts()
+
+
+def _rank_0(value: Any) -> Any:
+    """The value of the first tensor-parallel rank: all must come to the same choices."""
+    group = get_tp_group()
+    return value if group.world_size == 1 else group.broadcast_object(value, src=0)
+
+
+def _since(begun: float) -> float:
+    return time.perf_counter() - begun
