@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import quick_report
 from benchmarks.demo import compare, prompts, report
 from benchmarks.demo.__main__ import ARGUMENTS, HERE
-from benchmarks.demo.server import Server, ServerError
+from benchmarks.demo.server import ENVIRONMENT, Server, ServerError
 from benchmarks.widening.build import total_bytes, widen
 from benchmarks.widening.shape import PRESETS
 from vllm_adadecode.errors import AdaDecodeError
@@ -61,7 +61,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
                     folder / "target",
                     [*arguments, "--dtype", options.dtype],
                     options.out.with_name(f"bench-quick-{method}.log"),
-                    {"OMP_NUM_THREADS": str(options.threads)},
+                    environment=ENVIRONMENT | {"OMP_NUM_THREADS": str(options.threads)},
                 )
             )
             for method, arguments in ARGUMENTS.items()

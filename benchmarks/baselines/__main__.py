@@ -25,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks.baselines.data import ROWS, Data, demo_data, file_data
+from benchmarks.baselines.data import ROWS, Data, demo_data, demo_steps, file_data
 from benchmarks.baselines.draft import DraftModel
 from benchmarks.baselines.drafter import Drafter, evaluate, train
 from benchmarks.baselines.eagle3 import Eagle3
@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["demo"],
         help="demo: what the demo's heads are trained on; else as `adadecode eval` takes it",
     )
-    add("--steps", type=int, default=recipe.steps, help="of the optimizer")
+    add("--steps", type=int, default=demo_steps(recipe), help="of the optimizer")
     add("--rows", type=int, default=ROWS, help="of a step")
     add("--length", type=int, default=recipe.length, help="tokens of a row")
     add("--rate", type=float, nargs="+", default=RATES, help="of AdamW; the best is kept")

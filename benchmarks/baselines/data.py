@@ -9,22 +9,19 @@ from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from rich.progress import Progress
 from tokenizers import Tokenizer
 
 from benchmarks.demo import corpus as text
 from benchmarks.demo import prompts as demo_prompts
-from benchmarks.demo.measure import generate, generations
-from benchmarks.demo.recipe import Recipe
-from benchmarks.demo.train import windows
+from benchmarks.demo.heads import NEW_TOKENS, make_sequences
+from benchmarks.demo.recipe import HeadRecipe, Recipe
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.evaluation.data import load_sets
+from vllm_adadecode.evaluation.data import continue_prompts, load_sets
 from vllm_adadecode.training.batches import MicroBatch, TokenRow, micro_batches, step_rows
 from vllm_adadecode.training.target_model import FrozenTarget
 
-# As `benchmarks.demo.heads.train_heads` takes them: half text, half generations.
-ROWS = 8
-TEXT_ROWS = 512
+ROWS = 16  # of a step, as the heads'
 HELD_OUT_PROMPTS = 16
 
 
@@ -49,6 +46,11 @@ class Data:
         return next(micro_batches(chosen, 1 << 62))
 
 
+def demo_steps(recipe: HeadRecipe) -> int:
+    """Steps of `ROWS` in which the heads see their data."""
+    return round(recipe.epochs * (recipe.text + recipe.generations) / ROWS)
+
+
 def demo_data(target: FrozenTarget, recipe: Recipe) -> Data:
     """The rows that `benchmarks.demo.train` gives to the heads.
 
@@ -60,26 +62,24 @@ def demo_data(target: FrozenTarget, recipe: Recipe) -> Data:
         raise AdaDecodeError(f"{target.name} has no tokenizer.json: name other data with --data")
     tokenizer = Tokenizer.from_file(str(path))
     corpus = text.load_corpus()
-    tokens = [
-        text.encode(tokenizer, corpus.for_heads(files)) for files in ("train", "second_stage")
-    ]
-    half, length = recipe.heads.generations // 2, recipe.heads.length
-    prompt = length // 4
-    starts = torch.cat([windows(t, half, prompt, recipe.seed) for t in tokens])
-    own = generate(target.model, starts, length - prompt)
-    plain = torch.cat([windows(t, TEXT_ROWS, length, recipe.seed + 1) for t in tokens])
+    tokens = {
+        files: text.encode(tokenizer, corpus.for_heads(files))
+        for files in ("train", "second_stage")
+    }
+    with Progress(disable=True) as quiet:
+        found = make_sequences(target.model, tokens, recipe.heads, recipe.seed, quiet)
+    own = tuple(TokenRow(s.ids, 0) for s in found if s.source == "own")
+    plain = tuple(TokenRow(s.ids, 0) for s in found if s.source != "own")
     choosing, _ = demo_prompts.split_held_out(corpus)
     drawn = demo_prompts.draw(tokenizer, choosing, "held_out", HELD_OUT_PROMPTS, recipe.seed + 2)
     ids = demo_prompts.encoded_sets(drawn, tokenizer)["held_out"]
-    held_out = generations(target.model, ids, length - max(map(len, ids)))
+    held_out = [
+        s for s in continue_prompts(target, ids, NEW_TOKENS, "held_out") if len(s.output_ids) > 1
+    ]
     return Data(
-        sets=(_rows(plain), _rows(own)),
-        held_out=tuple(TokenRow(tuple(g.tokens.tolist()), g.prompt - 1) for g in held_out),
+        sets=(plain, own),
+        held_out=tuple(TokenRow(s.ids, len(s.prompt_ids) - 1) for s in held_out),
     )
-
-
-def _rows(tokens: torch.Tensor) -> tuple[TokenRow, ...]:
-    return tuple(TokenRow(tuple(row), 0) for row in tokens.tolist())
 
 
 def file_data(target: FrozenTarget, specs: ListOf[str], length: int) -> Data:
