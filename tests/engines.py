@@ -113,8 +113,7 @@ def stop(engine: LLM) -> None:
 
 
 def speculative(**options: Any) -> dict[str, Any]:
-    """Always as many drafts as there may be: counts are then the same on every machine."""
-    return {"method": "adadecode", "cost_aware": False, **options}
+    return {"method": "adadecode", **options}
 
 
 def set_thresholds(engine: LLM, *thresholds: float) -> None:

@@ -16,8 +16,10 @@ import numpy as np
 HALF_LIFE = 256
 # Weight of windows without which nothing is known about a draft: until then, it is tried.
 LEAST_WINDOWS = 8.0
-# One round in so many drafts as much as it may, to see whether that pays by now.
-PROBE_EVERY = 64
+# One round in so many makes a few drafts where none or one seemed best, to see whether they pay by
+# now. All that there may be would cost a large batch many rounds.
+PROBE_EVERY = 128
+PROBE_DRAFTS = 2
 # Rounds for which a choice holds.
 REUSE = 16
 
@@ -135,13 +137,11 @@ class DraftBudget:
         if self._rounds - at >= REUSE:
             drafts = self.best(num_reqs)
             self._chosen[num_reqs] = (self._rounds, drafts)
-        if drafts == self.max_drafts:
-            self._since_probe = 0
-            return drafts
-        self._since_probe += 1
+        probe = min(PROBE_DRAFTS, self.max_drafts)
+        self._since_probe = 0 if drafts >= probe else self._since_probe + 1
         if self._since_probe >= PROBE_EVERY:
             self._since_probe = 0
-            return self.max_drafts
+            return probe
         return drafts
 
     def best(self, num_reqs: int) -> int:

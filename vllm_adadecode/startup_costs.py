@@ -187,18 +187,15 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
     gated = any(real.uses_gate(e) for e in range(exits))
     if gated:
         settings.append(SamePolicy(real, open_gates=True))
-    all_rounds = rounds * len(settings)
-    if len(PROMPT) + all_rounds * (1 + runner.num_speculative_steps) >= runner.max_model_len:
+    if len(PROMPT) + (1 + rounds) * (1 + runner.num_speculative_steps) >= runner.max_model_len:
         return None
     table: list[tuple[int, list[float]]] = []
     begun = time.perf_counter()
-    for size in batch_sizes(runner, all_rounds):
-        requests = Requests(worker, size, all_rounds)
+    for size in batch_sizes(runner, rounds):
         try:
-            timed = [_timed(requests, speculator, policy, rounds) for policy in settings]
+            timed = [_timed(worker, size, policy, rounds) for policy in settings]
         finally:
             speculator.policy = real
-            requests.end()
         table.append((size, timed))
         if _rank_0(time.perf_counter() - begun) > ENOUGH_SECONDS:
             break
@@ -209,12 +206,16 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
     return costs
 
 
-def _timed(requests: Requests, speculator: Any, policy: SamePolicy | None, rounds: int) -> float:
+def _timed(worker: Any, size: int, policy: SamePolicy | None, rounds: int) -> float:
     """Seconds of a round, all requests following ``policy``; None: without drafting.
 
     The quickest: whatever else a machine does while a server starts only ever adds."""
-    speculator.policy = policy or NO_DRAFTS
-    return min([requests.round() for _ in range(rounds)][WARM_ROUNDS:])
+    worker.model_runner.speculator.policy = policy or NO_DRAFTS
+    requests = Requests(worker, size, rounds)
+    try:
+        return min([requests.round() for _ in range(rounds)][WARM_ROUNDS:])
+    finally:
+        requests.end()
 
 
 def _costs(
