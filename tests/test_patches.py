@@ -292,13 +292,13 @@ def test_statistics_of_another_type_are_refused() -> None:
             patches_metrics._annotations(declared)
 
 
-def test_scheduler_is_left_alone_where_it_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scheduler_is_left_alone_where_no_engine_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker's process does not pay for its import."""
     rows = (Patch("never", "vllm.v1.core.sched.no_module:Never", "test", lambda original: None),)
     monkeypatch.setattr(patches_metrics, "SCHEDULER_PATCHES", rows)
     with pytest.raises(AdaDecodeError, match="never"):
         patches_metrics.apply_scheduler_patches()
-    monkeypatch.delitem(sys.modules, patches_metrics.SCHEDULER)
+    monkeypatch.delitem(sys.modules, patches_metrics.ENGINE)
     patches_metrics.apply_scheduler_patches()
 
 

@@ -164,7 +164,7 @@ def test_metrics_by_exit_layer(server: Server, prompts: list[str]) -> None:
     ours, vllms = accepted(), counter(server, "spec_decode_num_accepted_tokens")
     server.complete(prompts[2], TOKENS)
     assert of_exits() == server.stats()["exits"]
-    # vLLM leaves out what a step accepts for a request that was aborted meanwhile; here is none.
+    # vLLM leaves out what a step accepts for a request that ended meanwhile; here is none.
     rise = accepted() - ours
     assert rise == counter(server, "spec_decode_num_accepted_tokens") - vllms > 0
     assert counter(server, "adadecode_deferred_tokens") == server.stats()["deferred_tokens"] > 0

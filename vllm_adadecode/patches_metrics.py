@@ -1,6 +1,6 @@
 """What is changed in vLLM so that its `/metrics` and its log show our counts: rows for the table.
 
-Each side of vLLM has its own rows, applied where its modules are loaded anyway: they are heavy, and
+Each side of vLLM has its own rows, applied where its modules are needed anyway: they are heavy, and
 worker processes have no use for them.
 """
 
@@ -12,7 +12,8 @@ from typing import Any, get_args
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.patches import Patch
 
-SCHEDULER = "vllm.v1.core.sched.scheduler"
+# Loaded in the engine's process before vLLM loads plugins there; the scheduler is only afterwards.
+ENGINE = "vllm.v1.engine.core"
 
 
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,7 +59,7 @@ def _prom(original: type) -> type:
 SCHEDULER_PATCHES = (
     Patch(
         "scheduler-statistics",
-        f"{SCHEDULER}:Scheduler.update_from_output",
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
         "the statistics of a step are made from its outputs by the scheduler itself; a scheduler "
         "class of our own would be announced as unsupported and take the place of the user's",
         _update_from_output,
@@ -97,7 +98,7 @@ def apply_metrics_patches() -> None:
 
 
 def apply_scheduler_patches() -> None:
-    """In a process of the engine's own, which loads the scheduler before it loads plugins."""
-    if SCHEDULER in sys.modules:
+    """Where the plugin loads, if that is a process of the engine's own."""
+    if ENGINE in sys.modules:
         for patch in SCHEDULER_PATCHES:
             patch.apply()
