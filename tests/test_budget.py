@@ -125,10 +125,25 @@ def test_ranks_that_count_the_same_choose_the_same() -> None:
                 rank.statistics.add_window(limit, int(d), a)
 
 
-def test_old_windows_are_forgotten() -> None:
+def test_old_windows_fade_where_newer_ones_take_their_place() -> None:
     found = DraftStatistics(2, 1)
     for _ in range(20 * budget.HALF_LIFE):
         found.add_window(2, 2, 2)
-    found.add_window(1, 0, 0)
-    assert found.windows[0] == pytest.approx(budget.HALF_LIFE / np.log(2), rel=0.01)
-    assert found.windows[2] < found.windows[1]
+    full = budget.HALF_LIFE / np.log(2)
+    assert found.windows == pytest.approx(full, rel=0.01)
+    for _ in range(20 * budget.HALF_LIFE):
+        found.add_window(1, 0, 0)
+        found.add_window(0, 0, 0)
+    assert found.windows == pytest.approx(full, rel=0.01)
+    assert found.drafted[1] < 0.01
+    assert found.drafted[2] == pytest.approx(full, rel=0.01)
+
+
+def test_rounds_without_drafts_do_not_make_it_forget() -> None:
+    made = DraftBudget(CHEAP, 4, 2)
+    fill(made, exit_index=0, kept=0.0, drafts=4)
+    none, exits = np.zeros(1, dtype=int), np.zeros((1, 4), dtype=int)
+    for _ in range(20 * budget.HALF_LIFE):
+        made.statistics.add_round(none, none, exits, 0)
+        made.statistics.add_window(0, 0, 0)
+    assert made.best(1) == 0

@@ -78,8 +78,14 @@ class DraftStatistics:
         self.exits = np.zeros(self.num_exits)
 
     def add_window(self, limit: int, drafted: int, accepted: int) -> None:
-        """A verified window that might have had ``limit`` drafts."""
-        self._forget(1)
+        """A verified window that might have had ``limit`` drafts.
+
+        Older ones fade as far as this one takes their place: what is known about more drafts than
+        it could have stays until there is something newer.
+        """
+        if limit == 0:
+            return
+        self._fade(limit)
         counts = np.arange(1 + limit)
         self.windows[: 1 + limit] += 1.0
         self.drafted[: 1 + limit] += counts <= drafted
@@ -105,10 +111,11 @@ class DraftStatistics:
         """Whether enough windows were tried with that many drafts."""
         return bool(self.windows[drafts] >= LEAST_WINDOWS and self.attempts >= LEAST_WINDOWS)
 
-    def _forget(self, windows: int) -> None:
-        keep = 0.5 ** (windows / HALF_LIFE)
-        for values in (self.windows, self.drafted, self.accepted, self.exits):
-            values *= keep
+    def _fade(self, limit: int) -> None:
+        keep = 0.5 ** (1 / HALF_LIFE)
+        for values in (self.windows, self.drafted, self.accepted):
+            values[: 1 + limit] *= keep
+        self.exits *= keep
         self.attempts *= keep
         self.checks *= keep
 
