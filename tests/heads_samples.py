@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_adadecode.heads import HeadsConfig, head_tensors, save_heads
 from vllm_adadecode.heads import make_heads as new_heads
 from vllm_adadecode.heads.tensors import DRAFT_VOCAB
 
+DEMO_MODEL = Path(__file__).parent.parent / "benchmarks" / "demo" / "model"
 HIDDEN, VOCAB, LAYERS = 64, 128, 4
 
 
@@ -65,6 +67,33 @@ def make_heads(path: Path, **changes: Any) -> tuple[Path, HeadsConfig, dict[str,
     config = HeadsConfig(**heads_fields(**changes))
     tensors = random_tensors(config)
     return save_heads(path, config, tensors), config, tensors
+
+
+def demo_heads(folder: Path, extra: dict[str, torch.Tensor] | None = None, **fields: Any) -> str:
+    """The demo's transforms without gate and draft vocabulary, threshold 0.75 and K = 5, with
+    changed fields and more tensors.
+
+    Args:
+        extra: tensors; names without an exit are given to every exit.
+    """
+    source = DEMO_MODEL / "adadecode"
+    data = HeadsConfig.load(source).model_dump() | {
+        "confidence_threshold": 0.75,
+        "gate": False,
+        "gate_threshold": 0.5,
+        "draft_vocab_size": None,
+    }
+    data["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = 5
+    data["speculators_config"]["verifier"]["name_or_path"] = str(DEMO_MODEL)
+    config = HeadsConfig(**(data | fields))
+    stored = load_file(source / "model.safetensors")
+    tensors = {name: tensor for name, tensor in stored.items() if name.endswith(".weight")}
+    for name, tensor in (extra or {}).items():
+        if name == DRAFT_VOCAB or name.startswith("exit_"):
+            tensors[name] = tensor
+        else:
+            tensors |= {f"exit_{e}.{name}": tensor.clone() for e in config.exit_layers}
+    return str(save_heads(folder, config, tensors))
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

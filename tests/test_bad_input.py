@@ -91,7 +91,6 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"confidence_threshold": "0.5"}, ["confidence_threshold", "number", "'0.5'"]),
     ({"confidence_threshold": True}, ["confidence_threshold", "number", "True"]),
     ({"confidence_threshold": {"2": 0.5}}, ["confidence_threshold", "number"]),
-    ({"gate_threshold": 0.5}, ["gate_threshold", "heads with a gate", "drop it"]),
     # K.
     ({"num_speculative_tokens": 0}, ["num_speculative_tokens", ">= 1", "0"]),
     ({"num_speculative_tokens": -3}, ["num_speculative_tokens", ">= 1", "-3"]),
@@ -126,7 +125,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"synthetic_acceptance_rates": [0.5] * 5}, ["only valid with rejection_sample_method"]),
     (
         {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.5]},
-        ["synthetic_acceptance_rates must have length 5"],
+        ["synthetic_acceptance_rates must have length 16"],
     ),
     (
         {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 99},
@@ -178,7 +177,11 @@ def test_gate_threshold_is_the_users_or_the_heads(target: Path, tmp_path: Path) 
     assert resolved(exit_layers=[3]) == [0.4]
     assert resolved(gate_threshold=0) == [0.0, 0.0]
     assert resolved(gate_threshold=[0.1, 1]) == [0.1, 1.0]
-    assert create(DEMO_MODEL).speculative_config.gate_threshold is None
+    without = str(make_heads(tmp_path / "without")[0])
+    assert create(target, {"model": without}).speculative_config.gate_threshold is None
+    message = refused(target, {"model": without, "gate_threshold": 0.5})
+    for word in ("gate_threshold", "heads with a gate", "drop it"):
+        assert word in message
 
 
 @pytest.mark.parametrize(
@@ -436,6 +439,7 @@ def test_supported_versions(version: str | None, supported: bool) -> None:
 
 def test_what_is_passed_on() -> None:
     values: dict[str, Any] = {
+        "num_speculative_tokens": 5,
         "revision": "main",
         "draft_sample_method": "probabilistic",
         "rejection_sample_method": "synthetic",
@@ -449,7 +453,7 @@ def test_what_is_passed_on() -> None:
     resolved = create(DEMO_MODEL, values).speculative_config
     # vLLM turns a length into rates.
     assert sum(resolved.synthetic_acceptance_rates) > 0
-    assert set(values) == config.PASSED_ON
+    assert set(values) == config.PASSED_ON | {"num_speculative_tokens"}
 
 
 def test_revision_is_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,7 +474,11 @@ def test_tokens_per_batch_size(engines: EnginePool, prompts: list[str], asynchro
     options: dict[str, Any] = {"async_scheduling": True} if asynchronous else {}
     engine: LLM = engines.get(
         speculative_config=speculative(
-            confidence_threshold=0.0, num_speculative_tokens_per_batch_size=schedule
+            confidence_threshold=0.0,
+            # Every head is asked.
+            gate_threshold=0.0,
+            num_speculative_tokens=5,
+            num_speculative_tokens_per_batch_size=schedule,
         ),
         **options,
     )

@@ -175,7 +175,7 @@ def test_the_command_writes_beside_the_target(
     monkeypatch.setattr(sys, "argv", ["baselines", "medusa", *options])
     assert command.main() == 0
     config = json.loads((folder / "medusa" / "config.json").read_text())
-    assert config["provenance"]["tokens"] == 2 * 8 * 16
+    assert config["provenance"]["tokens"] == 2 * 16 * 16
     tried = config["provenance"]["held_out_agreement_by_rate"]
     assert [len(tried[rate]) for rate in ("0", "0.001", "1e-09")] == [2, 2, 2]
     assert [p.name for p in folder.iterdir() if "unfinished" in p.name] == []

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from vllm import LLM
 
 from tests.engines import (
-    DEMO_MODEL,
     EnginePool,
     assert_same,
     generate,
@@ -22,30 +20,11 @@ from tests.engines import (
     stats,
     token_ids,
 )
-from vllm_adadecode.heads import HeadsConfig, save_heads
+from tests.heads_samples import demo_heads
 
-DEMO_HEADS = DEMO_MODEL / "adadecode"
 VOCAB, HIDDEN = 2048, 256
 NUM_PROMPTS = 12
 ALWAYS, NEVER = 100.0, -100.0
-
-
-def demo_heads(folder: Path, extra: dict[str, torch.Tensor] | None = None, **fields: Any) -> str:
-    """The demo's heads with changed fields and more tensors.
-
-    Args:
-        extra: tensors; names without an exit are given to every exit.
-    """
-    config = HeadsConfig.load(DEMO_HEADS)
-    data = config.model_dump() | fields
-    data["speculators_config"]["verifier"]["name_or_path"] = str(DEMO_MODEL)
-    tensors = load_file(DEMO_HEADS / "model.safetensors")
-    for name, tensor in (extra or {}).items():
-        if name == "draft_vocab" or name.startswith("exit_"):
-            tensors[name] = tensor
-        else:
-            tensors |= {f"exit_{e}.{name}": tensor.clone() for e in config.exit_layers}
-    return str(save_heads(folder, HeadsConfig(**data), tensors))
 
 
 def gate_tensors(weight: float, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -83,9 +62,12 @@ def reference(engines: EnginePool, prompts: list[str]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def plain(engines: EnginePool, prompts: list[str]) -> dict[str, Any]:
-    """Counts of the demo's own heads."""
-    return run(engines.get(speculative_config=speculative()), prompts)[1]
+def plain(
+    engines: EnginePool, prompts: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Counts of the demo's heads without any of the parts."""
+    heads = demo_heads(tmp_path_factory.mktemp("plain") / "heads")
+    return run(engines.get(speculative_config=speculative(model=heads)), prompts)[1]
 
 
 def test_gate(
@@ -242,7 +224,7 @@ def test_all_parts_at_once(
 # --- the way that a GPU takes, with the kernels' twins ------------------------------------------
 
 
-# The demo's own heads; a copy of the LM head; a gate, with an exit that does not ask it; all.
+# None of them; a copy of the LM head; a gate, with an exit that does not ask it; all.
 PARTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "int8": {"lm_head_quantization": "int8"},

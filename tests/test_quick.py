@@ -32,7 +32,7 @@ SECONDS: dict[str, dict[str, list[list[float]]]] = {
 
 
 def snapshot(passes: int, accepted: int, rejected: int) -> dict[str, Any]:
-    exits = {2: ExitCounters(50, 40, accepted + rejected, accepted, rejected)}
+    exits = {2: ExitCounters(drafted=accepted + rejected, accepted=accepted, rejected=rejected)}
     counters = Counters(8, exits, verifications=20, tokens=60, draft_layer_passes=passes)
     return counters.snapshot()
 

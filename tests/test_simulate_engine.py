@@ -9,10 +9,10 @@ import torch
 
 from tests import engines as harness
 from tests.engines import DEMO_MODEL, EnginePool, greedy, speculative, token_ids
+from tests.heads_samples import demo_heads
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
 from vllm_adadecode.evaluation.session import open_session
 from vllm_adadecode.evaluation.simulate import Setting, Simulator
-from vllm_adadecode.heads import HeadsConfig, head_tensors, load_heads, save_heads
 from vllm_adadecode.policy import ThresholdPolicy
 from vllm_adadecode.training.sequences import Sequence
 
@@ -30,18 +30,13 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def gated_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's heads with gates of random weights: neither always open nor always closed."""
-    source = DEMO_MODEL / "adadecode"
-    stored = HeadsConfig.load(source)
-    fields = stored.model_dump(mode="json") | {"gate": True, "gate_threshold": 0.5}
-    fields["speculators_config"]["verifier"]["name_or_path"] = str(DEMO_MODEL)
-    config = HeadsConfig(**fields)
-    tensors = head_tensors(load_heads(source, stored, torch.float32, "cpu"))
     generator = torch.Generator().manual_seed(0)
-    for e in config.exit_layers:
-        weight = torch.randn(config.target.hidden_size, generator=generator)
-        tensors[f"exit_{e}.gate_weight"] = weight * 0.02
-        tensors[f"exit_{e}.gate_bias"] = torch.zeros(1)
-    return save_heads(tmp_path_factory.mktemp("gated"), config, tensors)
+    extra: dict[str, torch.Tensor] = {}
+    for e in (2, 4, 6):
+        extra[f"exit_{e}.gate_weight"] = torch.randn(256, generator=generator) * 0.02
+        extra[f"exit_{e}.gate_bias"] = torch.zeros(1)
+    folder = tmp_path_factory.mktemp("gated") / "heads"
+    return Path(demo_heads(folder, extra, gate=True, gate_threshold=0.5))
 
 
 def test_counts_are_the_engine_s(

@@ -15,6 +15,7 @@ from tests.engines import (
     speculative,
     stop,
 )
+from tests.heads_samples import demo_heads
 
 # Few seats and small steps: prefill in chunks beside pending tokens.
 OPTIONS: dict[str, Any] = DEFAULTS | {
@@ -23,6 +24,12 @@ OPTIONS: dict[str, Any] = DEFAULTS | {
     "max_num_batched_tokens": 64,
 }
 SPEC = speculative(num_speculative_tokens=5, exit_layers=[2, 4, 6], confidence_threshold=0.5)
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Without the draft vocabulary of the demo's own, which one rank alone can serve."""
+    return demo_heads(tmp_path_factory.mktemp("plain") / "heads")
 
 
 def requests(prompts: list[str]) -> tuple[list[str], list[SamplingParams]]:
@@ -64,12 +71,13 @@ def test_ranks_decide_alike(
     engines: EnginePool,
     prompts: list[str],
     reference: list[RequestOutput],
+    heads: str,
     draft_sample_method: str,
 ) -> None:
     engine = LLM(
         str(DEMO_MODEL),
         **OPTIONS,
-        speculative_config=SPEC | {"draft_sample_method": draft_sample_method},
+        speculative_config=SPEC | {"model": heads, "draft_sample_method": draft_sample_method},
     )
     try:
         engine.collective_rpc(note_rounds)
