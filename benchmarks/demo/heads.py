@@ -141,9 +141,11 @@ def make_heads(
     paper = paper_setting(exits, session.config.target.num_hidden_layers)
     result = report.calibration_json(found, paper, session.setting, exits)
     result |= {"data": list(prompts), "made_with": dict(made_with)}
-    config = with_setting(folder, _told(config, made_with), found.setting, result, folder, "..")
+    told = _told(config, made_with)
+    config = with_setting(folder, told, found.setting, result, folder, "..")
     publish(folder, config, folder, result)
-    card = make_card(config).rstrip() + "\n" + card_section(result)
+    # What the card says of held-out data is of the setting before.
+    card = make_card(told).rstrip() + "\n" + card_section(result)
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
     show.console.print(report.setting_line(found.setting, exits), markup=False)
     return open_session(str(folder), str(target), "float32")
