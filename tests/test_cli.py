@@ -94,6 +94,17 @@ def torch_tensors(file: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+def test_long_provenance_is_left_to_the_card(target: Path, capsys: Capture) -> None:
+    made = {"command": "adadecode train", "settings": {"numbers": list(range(200))}}
+    heads, _, _ = make_heads(target / "adadecode", provenance=made)
+    assert main(["info", str(heads)]) == 0
+    text = capsys.readouterr().out
+    assert "adadecode train" in text
+    assert "199" not in text
+    assert "settings: in README.md, or with --json" in text
+    assert as_json(capsys, "info", heads)[1]["provenance"] == made
+
+
 def test_text_for_people(target: Path, capsys: Capture) -> None:
     heads, _, _ = make_heads(target / "adadecode")
     assert main(["info", str(heads)]) == 0

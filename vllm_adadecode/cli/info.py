@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vllm_adadecode.heads import HeadsConfig
     from vllm_adadecode.heads.target import TargetInfo
 
+LONGEST = 200  # characters of a line of provenance that is printed
+
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
@@ -234,9 +236,13 @@ def _print(report: Report) -> None:
     ]
     # A line for what these heads have.
     pairs = [pair for pair in pairs if pair[1]]
-    pairs += [(f"  {key}", _plain(value)) for key, value in config.provenance.items()]
     if config.provenance:
-        pairs.insert(len(pairs) - len(config.provenance), ("provenance", ""))
+        pairs.append(("provenance", ""))
+        # Settings and results are a page of JSON, which the model card has as tables.
+        told = {k: _plain(v) for k, v in config.provenance.items()}
+        pairs += [(f"  {k}", v) for k, v in told.items() if len(v) <= LONGEST]
+        if left_out := [k for k, v in told.items() if len(v) > LONGEST]:
+            pairs.append(("  more", f"{', '.join(left_out)}: in README.md, or with --json"))
     print_pairs(console, pairs)
     console.print()
     print_checks(console, report.checks)
