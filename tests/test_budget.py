@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_adadecode import budget
+from vllm_adadecode import budget, round_times
 from vllm_adadecode.budget import DraftBudget, DraftStatistics, RoundCosts
 
 # A round of 10; a failed attempt adds 1, a draft at the first exit 3, at the second 6.
@@ -88,13 +88,91 @@ def test_checks_in_vain_cost_what_gates_let_pass() -> None:
     np.testing.assert_allclose(made.rates(1), [1 / 10, 1 / 14.5], rtol=1e-6)
 
 
-def test_drafting_is_tried_again_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "PROBE_EVERY", 10)
+def _chosen(made: DraftBudget, rounds: int) -> list[int]:
+    return [made.choose(1) for _ in range(rounds)]
+
+
+def test_drafting_is_tried_again_now_and_then() -> None:
     made = DraftBudget(CHEAP, 4, 2)
     fill(made, exit_index=0, kept=0.0, drafts=4)
-    chosen = [made.choose(1) for _ in range(40)]
+    chosen = _chosen(made, budget.FIRST_PROBE + budget.PROBE_EVERY + 2 * budget.PROBE_ROUNDS)
     assert set(chosen) == {0, budget.PROBE_DRAFTS}
-    assert chosen.count(budget.PROBE_DRAFTS) == 4
+    assert chosen.count(budget.PROBE_DRAFTS) == 2 * budget.PROBE_ROUNDS
+
+
+def test_so_is_decoding_without_drafts_and_with_more() -> None:
+    made = DraftBudget(CHEAP, 4, 2)
+    fill(made, exit_index=0, kept=1.0, drafts=4)
+    chosen = _chosen(made, 3 * budget.PROBE_EVERY)
+    assert set(chosen) == {0, 4}
+    assert chosen.count(0) == 3 * budget.PROBE_ROUNDS
+    some = DraftBudget(CHEAP, 8, 2)
+    for _ in range(64):
+        some.statistics.add_round(np.array([8]), np.array([8]), np.zeros((1, 8), dtype=int), 8)
+        some.statistics.add_window(8, 8, 2)
+    assert set(_chosen(some, 3 * budget.PROBE_EVERY)) == {0, 2, 4}
+
+
+def _serve(made: DraftBudget, monkeypatch: pytest.MonkeyPatch, plain: float, each: float) -> int:
+    """Rounds of 4 requests that take ``plain`` seconds and ``each`` for every draft more."""
+    now = 0.0
+    monkeypatch.setattr(round_times.time, "perf_counter", lambda: now)
+    drafts = 0
+    for _ in range(4 * budget.PROBE_EVERY):
+        drafts = made.choose(4)
+        now += plain + each * drafts
+        made.round_ended(["a", "b", "c", "d"])
+    # What holds, whatever was tried in the last round.
+    return made.best(4)
+
+
+def test_rounds_set_costs_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = DraftBudget(CHEAP, 4, 2)
+    fill(made, exit_index=0, kept=0.6, drafts=4)
+    assert made.best(4) == 4
+    # The machine was busy when rounds without drafts were timed.
+    assert _serve(made, monkeypatch, plain=3.0, each=3.0) == 0
+    assert made.best(1) == 4, "another batch size"
+    # And the other way round.
+    assert _serve(made, monkeypatch, plain=30.0, each=3.0) == 4
+
+
+def test_the_first_rank_says_how_long_rounds_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = DraftBudget(CHEAP, 4, 2, share=lambda own: (0.1, 1.0))
+    fill(slow, exit_index=0, kept=0.6, drafts=4)
+    assert _serve(slow, monkeypatch, plain=30.0, each=3.0) == 0
+
+
+def test_a_round_is_timed_if_it_is_like_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(round_times.time, "perf_counter", lambda: now)
+    clock = round_times.RoundClock()
+    found = []
+    for at, requests, drafts in (
+        (1.0, ["a"], 4),
+        (3.0, ["a"], 4),
+        (6.0, ["a"], 0),
+        (7.0, ["a"], 0),
+        (9.0, ["a", "b"], 0),
+        (10.0, None, 0),
+        (11.0, ["a", "b"], 0),
+        (15.0, ["a", "b"], 0),
+    ):
+        now = at
+        found.append(clock.ended(requests, drafts))
+    assert found == [None, 2.0, None, 1.0, None, None, None, 4.0]
+
+
+def test_a_round_that_was_held_up_counts_little() -> None:
+    times = round_times.RoundTimes()
+    for _ in range(20):
+        times.add(1, False, expected=1.0, taken=2.0)
+    times.add(1, False, expected=1.0, taken=1000.0)
+    assert 2.0 < times.factors(1)[0] < 2.5
+    assert times.factors(1)[1] == times.factors(1)[0], "nothing is known of drafting"
+    for _ in range(1000):
+        times.add(1, False, expected=1.0, taken=1000.0)
+    assert times.factors(1)[0] == pytest.approx(1000.0, rel=0.01), "slow for good"
 
 
 def test_a_choice_follows_what_happens() -> None:
@@ -103,7 +181,7 @@ def test_a_choice_follows_what_happens() -> None:
     assert made.choose(1) == 0
     fill(made, exit_index=0, kept=1.0, drafts=4, windows=4 * budget.HALF_LIFE)
     # The last choice holds for a while.
-    chosen = [made.choose(1) for _ in range(2 * budget.REUSE)]
+    chosen = _chosen(made, budget.REUSE + 1)
     assert chosen[0] == 0
     assert chosen[-1] == 4
 

@@ -445,8 +445,9 @@ def test_phases_are_ranges(
     assert paths.count("verification") == counts["deferred_batches"] > 0
     assert paths.count(f"verification > span {last}") == counts["deferred_batches"]
     rounds = counts["deferred_batches"] + counts["plain_batches"] + counts["prefill_batches"]
-    for phase in ("draft loop", "LM head and rejection sampling"):
-        assert paths.count(phase) == rounds
+    assert paths.count("LM head and rejection sampling") == rounds
+    # Where there is no room for a draft, there is no loop.
+    assert counts["deferred_batches"] <= paths.count("draft loop") <= rounds
     for number, exit_counts in enumerate(counts["exits"].values(), start=1):
         # One request: a check is one row.
         checks = paths.count(f"draft loop > head {number}")

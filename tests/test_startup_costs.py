@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
 
 from tests.engines import EnginePool, assert_same, generate, greedy, speculative, stats
-from vllm_adadecode.budget import RoundCosts
+from vllm_adadecode.budget import DraftBudget, RoundCosts
 from vllm_adadecode.policy import Action, ThresholdPolicy
 from vllm_adadecode.startup_costs import SamePolicy, _costs
 
@@ -115,3 +116,20 @@ class TestEngine:
         # All but the rounds that probe.
         assert counted["early_prediction_rate"] < 0.1
         assert counted["verifications"] > 0.9 * counted["tokens"]
+
+    def test_requests_with_a_seed_draft_all_the_same(
+        self, engine: Any, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def never(budget: DraftBudget, num_reqs: int) -> int:
+            return 0
+
+        monkeypatch.setattr(DraftBudget, "choose", never)
+        for params, drafts in (
+            (greedy(), False),
+            (greedy(seed=1), False),
+            (SamplingParams(temperature=0.8, max_tokens=16, ignore_eos=True), False),
+            (SamplingParams(temperature=0.8, max_tokens=16, ignore_eos=True, seed=1), True),
+        ):
+            stats(engine, reset=True)
+            generate(engine, prompts[:2], params)
+            assert (stats(engine)["drafted"] > 0) == drafts, params

@@ -1,25 +1,33 @@
 """How many drafts a round may make: the number that gives most tokens a second, 0 if none pays.
 
 Owns what a batch's next drafts are expected to bring and to cost, and the choice between them.
-Costs are measured at start (`startup_costs.py`), what drafts bring is counted as they are verified.
-Both are the same on all tensor-parallel ranks, so the choice is.
+Costs are measured at start (`startup_costs.py`) and set right by the rounds that follow
+(`round_times.py`); what drafts bring is counted as they are verified. All of it is the same on all
+tensor-parallel ranks, so the choice is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from vllm_adadecode.round_times import RoundClock, RoundTimes
 
 # Windows after which an old one counts half: some hundred tokens of text at batch 1.
 HALF_LIFE = 256
 # Weight of windows without which nothing is known about a draft: until then, it is tried.
 LEAST_WINDOWS = 8.0
-# One round in so many makes a few drafts where none or one seemed best, to see whether they pay by
-# now. All that there may be would cost a large batch many rounds.
-PROBE_EVERY = 128
+# Once in so many rounds of a batch size, a few do something else, to see what that takes and brings
+# by now: none where there were drafts, more drafts, or a few where there were none. All that there
+# may be would cost a large batch many rounds.
+PROBE_EVERY = 256
+PROBE_ROUNDS = 3
 PROBE_DRAFTS = 2
+FIRST_PROBE = 32
+# Drafting must promise so much more than decoding without: less than that is not measured.
+MARGIN = 1.02
 # Rounds for which a choice holds.
 REUSE = 16
 
@@ -120,6 +128,29 @@ class DraftStatistics:
         self.checks *= keep
 
 
+@dataclass
+class _Probes:
+    """When something else is tried at one batch size."""
+
+    rounds: int = PROBE_EVERY - FIRST_PROBE
+    left: int = 0
+    drafts: int = 0
+    upwards: bool = False
+
+    def instead(self, chosen: int, max_drafts: int) -> int:
+        """The drafts of this round, ``chosen`` or a probe's."""
+        if self.left == 0:
+            self.rounds += 1
+            if self.rounds < PROBE_EVERY:
+                return chosen
+            self.rounds, self.left = 0, PROBE_ROUNDS
+            self.upwards = chosen == 0 or (not self.upwards and chosen < max_drafts)
+            more = max(2 * chosen, PROBE_DRAFTS)
+            self.drafts = min(more, max_drafts) if self.upwards else 0
+        self.left -= 1
+        return self.drafts
+
+
 class DraftBudget:
     """Chooses the most drafts of each round.
 
@@ -127,29 +158,47 @@ class DraftBudget:
         costs: of this target on this machine.
         max_drafts: K, never exceeded.
         num_exits: exits that the policy uses.
+        share: the first tensor-parallel rank's value of what ranks may see differently.
     """
 
-    def __init__(self, costs: RoundCosts, max_drafts: int, num_exits: int) -> None:
+    def __init__(
+        self,
+        costs: RoundCosts,
+        max_drafts: int,
+        num_exits: int,
+        share: Callable[[tuple[float, float]], tuple[float, float]] = lambda value: value,
+    ) -> None:
         self.costs, self.max_drafts, self.num_exits = costs, max_drafts, num_exits
+        self.share = share
         self.statistics = DraftStatistics(max_drafts, num_exits)
+        self.times = RoundTimes()
+        self._clock = RoundClock()
         self._rounds = 0
-        self._since_probe = 0
-        # By batch size: the round of the choice, and the choice.
-        self._chosen: dict[int, tuple[int, int]] = {}
+        # By requests: the round of the choice, the choice, and expected seconds by most drafts.
+        self._chosen: dict[int, tuple[int, int, np.ndarray]] = {}
+        self._probes: dict[int, _Probes] = {}
+        # Of the round under way: requests that may draft, and their most drafts.
+        self._now = (0, 0)
 
     def choose(self, num_reqs: int) -> int:
         """Most drafts of the next round, for ``num_reqs`` requests that may draft."""
         self._rounds += 1
-        at, drafts = self._chosen.get(num_reqs, (-REUSE, 0))
-        if self._rounds - at >= REUSE:
-            drafts = self.best(num_reqs)
-            self._chosen[num_reqs] = (self._rounds, drafts)
-        probe = min(PROBE_DRAFTS, self.max_drafts)
-        self._since_probe = 0 if drafts >= probe else self._since_probe + 1
-        if self._since_probe >= PROBE_EVERY:
-            self._since_probe = 0
-            return probe
-        return drafts
+        known = self._chosen.get(num_reqs)
+        if known is None or self._rounds - known[0] >= REUSE:
+            drafts, seconds = self.best(num_reqs), self.expected(num_reqs)[1]
+            known = self._chosen[num_reqs] = (self._rounds, drafts, seconds)
+        probes = self._probes.setdefault(num_reqs.bit_length(), _Probes())
+        self._now = num_reqs, probes.instead(known[1], self.max_drafts)
+        return self._now[1]
+
+    def round_ended(self, requests: Sequence[str] | None) -> None:
+        """A draft loop is over; ``requests`` as for `RoundClock.ended`."""
+        num_reqs, drafts = self._now
+        self._now = (0, 0)
+        taken = self._clock.ended(requests if num_reqs else None, drafts)
+        if taken is not None:
+            expected = self._chosen[num_reqs][2][drafts]
+            self.times.add(num_reqs, drafts > 0, float(expected), taken)
 
     def best(self, num_reqs: int) -> int:
         """The number of drafts with the most tokens a second; the largest while nothing is known
@@ -157,20 +206,28 @@ class DraftBudget:
         if not self.statistics.knows(self.max_drafts):
             return self.max_drafts
         rates = self.rates(num_reqs)
-        return int(np.argmax(rates))
+        drafts = int(np.argmax(rates))
+        return drafts if rates[drafts] > MARGIN * rates[0] else 0
 
     def rates(self, num_reqs: int) -> np.ndarray:
         """Expected tokens a second by most drafts, ``[1 + K]``."""
+        tokens, seconds = self.expected(num_reqs)
+        plain, drafting = self.share(self.times.factors(num_reqs))
+        seconds = seconds * drafting
+        seconds[0] *= plain / drafting
+        return tokens / seconds
+
+    def expected(self, num_reqs: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of a round and its seconds, by most drafts, ``[1 + K]`` each; as costs say."""
         found, known = self.statistics, np.maximum(self.statistics.windows, 1e-9)
         alive, kept = found.drafted / known, found.accepted / known
-        seconds = self.costs.at(self.costs.plain, num_reqs)
-        tokens = float(num_reqs)
-        rates = [tokens / seconds]
+        tokens, seconds = np.empty(1 + self.max_drafts), np.empty(1 + self.max_drafts)
+        tokens[0], seconds[0] = num_reqs, self.costs.at(self.costs.plain, num_reqs)
         for draft in range(1, 1 + self.max_drafts):
-            seconds += self._attempt_seconds(num_reqs * float(alive[draft - 1]))
-            tokens += num_reqs * float(kept[draft])
-            rates.append(tokens / seconds)
-        return np.array(rates)
+            rows = num_reqs * float(alive[draft - 1])
+            seconds[draft] = seconds[draft - 1] + self._attempt_seconds(rows)
+            tokens[draft] = tokens[draft - 1] + num_reqs * float(kept[draft])
+        return tokens, seconds
 
     def _attempt_seconds(self, rows: float) -> float:
         """Of one more draft tried from the newest token of ``rows`` requests, in expectation.
@@ -178,7 +235,8 @@ class DraftBudget:
         They go in step: a span runs if one of them needs it, and costs what so many rows cost.
         """
         found, costs = self.statistics, self.costs
-        followed = found.exits / found.attempts
+        attempts = max(found.attempts, 1.0)
+        followed = found.exits / attempts
         fails = max(0.0, 1.0 - float(followed.sum()))
         happens = min(1.0, rows)
         rows = max(rows, 1.0)
@@ -193,5 +251,5 @@ class DraftBudget:
             # Where all fail, the spans are verification's, only earlier.
             seconds += max(0.0, some - all_fail) * costs.at(step, max(1.0, rows * reached))
             before, reached = column, max(0.0, reached - float(followed[exit_index]))
-        in_vain = max(0.0, (found.checks - float(found.exits.sum())) / found.attempts)
+        in_vain = max(0.0, (found.checks - float(found.exits.sum())) / attempts)
         return happens * (seconds + in_vain * costs.at(costs.check, rows))

@@ -60,7 +60,7 @@ class AdaDecodeSpeculativeConfig(SpeculativeConfig):
     """Per exit layer, in [0, 1]; None for heads without a gate."""
     exit_layers: list[int] | None = None
     """Layers after which the heads sit, strictly increasing."""
-    cost_aware: bool = False
+    cost_aware: bool = True
     """Whether the number of drafts of a round follows what rounds cost, measured at start."""
     heads_path: str | None = None
     """Folder of the heads checkpoint; None for the training-free logit lens."""

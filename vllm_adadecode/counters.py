@@ -67,6 +67,11 @@ class Counters:
         """Head checks, of all exits."""
         return sum(e.checked for e in self.exits.values())
 
+    def __bool__(self) -> bool:
+        """Whether anything was counted."""
+        parts = (self, *self.exits.values())
+        return any(getattr(part, name) for part in parts for name in _COUNTS[type(part)])
+
     def __add__(self, other: Self) -> "Counters":
         return self._combine(other, 1)
 
@@ -104,13 +109,17 @@ class Counters:
 
 
 def _combine_counts(result: Any, a: Any, b: Any, sign: int) -> None:
-    for field in fields(result):
-        # The fields that count have a default, 0; the others are not counts.
-        if field.default == 0:
-            # int: NumPy's integers cannot be sent between processes.
-            total = int(getattr(a, field.name)) + sign * int(getattr(b, field.name))
-            setattr(result, field.name, total)
+    for name in _COUNTS[type(result)]:
+        # int: NumPy's integers cannot be sent between processes.
+        setattr(result, name, int(getattr(a, name)) + sign * int(getattr(b, name)))
 
 
 def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
+
+
+# By class, the fields that count: they have a default, 0; the others are not counts.
+_COUNTS: dict[type, tuple[str, ...]] = {
+    kind: tuple(field.name for field in fields(kind) if field.default == 0)
+    for kind in (Counters, ExitCounters)
+}

@@ -46,7 +46,7 @@ class UnsentCounts:
     def take(self) -> Counters | None:
         """What was counted since the last call; None if nothing."""
         counts = self._counters - self._sent
-        if self._sent + counts == self._sent:
+        if not counts:
             return None
         self._sent += counts
         return counts

@@ -54,6 +54,9 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         )
         # Set once rounds have been measured; None: always as many drafts as there may be.
         self.budget: DraftBudget | None = None
+        # Requests whose samples must not depend on what rounds take: their user gave a seed, and
+        # what is drawn depends on which drafts there were.
+        self.seeded: set[str] = set()
         self.deferred = DeferredStates(
             self.max_num_reqs, self.num_speculative_steps + 1, self.hidden_size, self.dtype, device
         )
@@ -161,6 +164,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self._dummy_run(num_reqs)
             return drafts
 
+        self.last_req_ids = list(input_batch.req_ids)
+        self.last_drafts = [[]] * num_reqs
         slots = input_batch.idx_mapping
         sampled_np = num_sampled[:num_reqs].cpu().numpy()
         self._count_verified(input_batch, sampled_np)
@@ -169,6 +174,11 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         limits = self._draft_limits(
             input_batch, sampled_np, first_pos.cpu().numpy(), num_speculative_tokens
         )
+
+        if not limits.any():
+            # As quick as can be: this is every round where drafting does not pay.
+            self._end_round(input_batch)
+            return drafts
 
         draws, fused = self._heads(temperature, seeds)
         loop = DraftLoop(
@@ -196,7 +206,6 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.budget.statistics.add_round(limits, state.num_drafts, state.exits, checks)
         drafts[:, :] = state.tokens[:, 1:]
         drafts_cpu = drafts.cpu().tolist()
-        self.last_req_ids = list(input_batch.req_ids)
         self.last_drafts = [
             row[:count] for row, count in zip(drafts_cpu, state.num_drafts, strict=True)
         ]
@@ -211,7 +220,12 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                         limit=int(limits[row]),
                     ),
                 )
+        self._end_round(input_batch)
         return drafts
+
+    def _end_round(self, input_batch: InputBatch) -> None:
+        if self.budget is not None:
+            self.budget.round_ended(None if input_batch.has_prefill else input_batch.req_ids)
 
     def _draft_limits(
         self,
@@ -237,8 +251,13 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         )
         limits = np.clip(end - first_pos - 2, 0, steps)
         limits[num_sampled == 0] = 0  # mid-prefill
-        if self.budget is not None and (drafting := int(np.count_nonzero(limits))):
-            limits = np.minimum(limits, self.budget.choose(drafting))
+        if self.budget is None:
+            return limits
+        free = limits > 0
+        if self.seeded:
+            free &= [req_id not in self.seeded for req_id in input_batch.req_ids]
+        if drafting := int(np.count_nonzero(free)):
+            limits[free] = np.minimum(limits[free], self.budget.choose(drafting))
         return limits
 
     def _heads(

@@ -84,6 +84,14 @@ class AdaDecodeRunnerMixin(_Base):
             windows.drop(scheduler_output.finished_req_ids)
             windows.drop(scheduler_output.preempted_req_ids)
             windows.drop({req.req_id for req in scheduler_output.scheduled_new_reqs})
+            self.speculator.seeded -= scheduler_output.finished_req_ids
+            self.speculator.seeded |= {
+                req.req_id
+                for req in scheduler_output.scheduled_new_reqs
+                if (params := req.sampling_params) is not None
+                and params.seed is not None
+                and params.temperature > 0.0
+            }
             scheduler_output = self._cut_placeholders(scheduler_output)
         try:
             return super().execute_model(scheduler_output, *args, dummy_run=dummy_run, **kwargs)

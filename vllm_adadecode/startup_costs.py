@@ -197,11 +197,11 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
         finally:
             speculator.policy = real
         table.append((size, timed))
-        if _rank_0(time.perf_counter() - begun) > ENOUGH_SECONDS:
+        if rank_0(time.perf_counter() - begun) > ENOUGH_SECONDS:
             break
     if not table:
         return None
-    costs = _rank_0(_costs(table, speculator.num_speculative_steps, exits, real, gated))
+    costs = rank_0(_costs(table, speculator.num_speculative_steps, exits, real, gated))
     logger.info("Measured rounds of %s requests in %.1f s", costs.batch_sizes, _since(begun))
     return costs
 
@@ -263,7 +263,7 @@ class _NoDrafts:
 NO_DRAFTS = _NoDrafts()
 
 
-def _rank_0(value: Any) -> Any:
+def rank_0(value: Any) -> Any:
     """The value of the first tensor-parallel rank: all must come to the same choices."""
     group = get_tp_group()
     return value if group.world_size == 1 else group.broadcast_object(value, src=0)

@@ -15,7 +15,7 @@ from vllm_adadecode.counters import Counters
 from vllm_adadecode.patches import apply_worker_patches, check_not_refused
 from vllm_adadecode.plugin import register
 from vllm_adadecode.runner import AdaDecodeRunnerMixin
-from vllm_adadecode.startup_costs import measure_round_costs
+from vllm_adadecode.startup_costs import measure_round_costs, rank_0
 
 # vLLM only logs a plugin that fails to load, and a vLLM that has moved makes it refuse the method;
 # a worker that is ours must not start in either case.
@@ -50,7 +50,10 @@ class _AdaDecodeWorkerMixin(Worker):
             self.model_runner.start_counting()
             if costs is not None:
                 speculator.budget = DraftBudget(
-                    costs, speculator.num_speculative_steps, speculator.policy.num_used_exits
+                    costs,
+                    speculator.num_speculative_steps,
+                    speculator.policy.num_used_exits,
+                    rank_0,
                 )
             # As at the end of vLLM's own warm-up: what ran until here must not be seen in samples.
             set_random_seed(
