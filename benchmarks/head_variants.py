@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from safetensors.torch import load_file
 
 from benchmarks.demo import prompts as demo_prompts
@@ -28,6 +28,7 @@ from benchmarks.demo.heads_prompts import CHOOSING, OUT_OF_DOMAIN, STORED
 from benchmarks.demo.heads_report import LEAST_ACCEPTANCE, continue_sets
 from benchmarks.demo.recipe import HeadRecipe, Recipe
 from benchmarks.demo.stages import native_bf16
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.calibrate import calibrate, paper_setting
 from vllm_adadecode.evaluation.data import DataSet
@@ -43,7 +44,6 @@ from vllm_adadecode.training.request import DataSettings, HeadSettings, Request
 from vllm_adadecode.training.run import run_training
 from vllm_adadecode.training.trainer import TrainSettings
 
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 REPORTED = (*CHOOSING, *OUT_OF_DOMAIN)
 
 
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     num_layers = json.loads((args.target / CONFIG_NAME).read_text())["num_hidden_layers"]
     results: dict[str, Any] = {}
     sets: list[DataSet] = []
-    with Progress(*COLUMNS, console=console) as show:
+    with counting(console) as show:
         task = show.add_task("variants", total=len(args.only or VARIANTS))
         for name in args.only or VARIANTS:
             folder = study.make(name, num_layers, show)

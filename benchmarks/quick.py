@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import quick_report
 from benchmarks.demo import compare, prompts, report
@@ -30,6 +29,7 @@ from benchmarks.demo.__main__ import ARGUMENTS, HERE
 from benchmarks.demo.server import ENVIRONMENT, Server, ServerError
 from benchmarks.widening.build import total_bytes, widen
 from benchmarks.widening.shape import PRESETS
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
 
 DTYPES = ("float32", "bfloat16")
@@ -42,10 +42,9 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     dtype: torch.dtype = getattr(torch, options.dtype)
     shape = PRESETS[options.shape]
     chosen = choose(prompts.load(HERE / "prompts.json"), options.prompts)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-quick-")))
-        progress = stack.enter_context(Progress(*columns, TimeElapsedColumn(), console=console))
+        progress = stack.enter_context(counting(console))
         size = total_bytes(shape, dtype)
         widening = progress.add_task("widening the target (MB)", total=size // 10**6)
         widen(

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import DownloadColumn
 
 from benchmarks.widening.build import read_config, total_bytes, widen
 from benchmarks.widening.shape import PRESETS, Shape
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -53,14 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     try:
         config = read_config(options.source)
         start = PRESETS[options.shape] if options.shape else Shape.of(config)
         names = (*SIZES, "tie_word_embeddings")
         wide = start.change(**{name: getattr(options, name) for name in names})
         dtype = DTYPES[options.dtype] if options.dtype else config.dtype
-        with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        with counting(console, count=DownloadColumn()) as progress:
             task = progress.add_task("widening", total=total_bytes(wide, dtype))
             plan = widen(
                 options.source,

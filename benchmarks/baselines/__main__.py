@@ -16,14 +16,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from benchmarks.baselines.data import ROWS, Data, demo_data, demo_steps, file_data
 from benchmarks.baselines.draft import DraftModel
@@ -32,6 +25,7 @@ from benchmarks.baselines.eagle3 import Eagle3
 from benchmarks.baselines.medusa import Medusa
 from benchmarks.demo.files import write_folder
 from benchmarks.demo.recipe import Recipe
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.provenance import provenance
 from vllm_adadecode.training.target_model import FrozenTarget, load_target
@@ -152,11 +146,9 @@ def run(options: argparse.Namespace, progress: Progress) -> Path:
 
 def main() -> int:
     options = parse()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     console = Console()
     try:
-        with Progress(*columns, *times, console=console) as progress:
+        with counting(console, left=True) as progress:
             output = run(options, progress)
     except AdaDecodeError as error:
         print(f"baselines: error: {error}", file=sys.stderr)

@@ -17,19 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from benchmarks.compare import methods, report, run, workload
 from benchmarks.compare.load import MODEL
 from benchmarks.compare.store import Store
 from benchmarks.machine import git_revision, gpus, machine, versions
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.records import RecordReader
 from vllm_adadecode.training.target_model import load_tokenizer
@@ -214,9 +207,7 @@ def about(plan: run.Plan) -> dict[str, Any]:
 
 
 def measure(plan: run.Plan, store: Store, console: Console, retry: bool) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *times, console=console) as progress:
+    with counting(console, left=True) as progress:
         task = progress.add_task("measuring", total=len(plan.all_cells()))
         listener = run.Listener(
             lambda line: progress.console.print(line, markup=False, highlight=False),

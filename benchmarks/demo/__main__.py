@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.demo import compare, prompts, report
 from benchmarks.demo.server import FLAGS, Server, ServerError
+from vllm_adadecode.cli.progress import counting
 
 HERE = Path(__file__).parent
 ARGUMENTS = {"vanilla": [], "adadecode": ["--speculative-config", "adadecode"]}
@@ -34,7 +34,6 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             : options.prompts
         ]
     ]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with ExitStack() as stack:
         servers = {
             method: stack.enter_context(
@@ -42,7 +41,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             )
             for method, arguments in ARGUMENTS.items()
         }
-        progress = stack.enter_context(Progress(*columns, TimeElapsedColumn(), console=console))
+        progress = stack.enter_context(counting(console))
         starting = progress.add_task("starting two servers", total=len(servers))
         for server in servers.values():
             server.wait_until_ready()

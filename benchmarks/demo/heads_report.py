@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.heads_prompts import CHOOSING, OUT_OF_DOMAIN, STORED
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.calibrate import calibrate, paper_setting
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
@@ -36,7 +37,6 @@ HERE = Path(__file__).parent
 # Asked of `calibrated_accepting` on the files it is chosen on.
 LEAST_ACCEPTANCE = 0.9
 COMMAND = ["python", "-m", "benchmarks.demo.heads_report"]
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
 def continue_sets(
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stored = demo_prompts.load(STORED)
     sets = dict.fromkeys(p.files for p in stored)
     prompts = [p for name in sets for p in [p for p in stored if p.files == name][: args.prompts]]
-    with Progress(*COLUMNS, console=console) as show:
+    with counting(console) as show:
         traces = make_traces(session, prompts, args.new_tokens, show)
         result = make_report(session, traces, prompts)
     write_json(args.out, result)

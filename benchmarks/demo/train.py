@@ -11,14 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from benchmarks.demo import corpus as text
 from benchmarks.demo import heads_prompts
@@ -29,6 +22,7 @@ from benchmarks.demo.heads import make_heads, make_sequences
 from benchmarks.demo.measure import report_sets
 from benchmarks.demo.recipe import Recipe
 from benchmarks.demo.stages import new_model, text_loss, train_target
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.training.sequences import write_sequences
 
 HERE = Path(__file__).parent
@@ -108,15 +102,7 @@ def main() -> None:
     place = args.build / "plain" if args.plain else HERE
     recipe = Recipe().plain() if args.plain else Recipe()
     torch.set_num_threads(args.threads)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as show:
+    with counting(left=True) as show:
         model, prompts = args.model or place / "model", args.prompts or place / "prompts.json"
         run(recipe, text.load_corpus(), args.build, model, prompts, show)
 

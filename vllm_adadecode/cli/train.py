@@ -52,29 +52,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
+    from vllm_adadecode.cli.progress import counting
     from vllm_adadecode.training.run import run_training
 
     request = make_request(args)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
     console = Console(highlight=False)
     try:
-        with Progress(*columns, console=console) as progress:
+        with counting(console, left=True) as progress:
             config = run_training(request, progress)
     except OSError as error:
         raise _disk_error(error) from None
