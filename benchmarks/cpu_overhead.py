@@ -22,7 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.machine import machine, versions
+from benchmarks.machine import command, machine, versions
+from vllm_adadecode.cli.arguments import positive
 
 RUNNERS = {"v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "v2": {}}
 
@@ -73,7 +74,7 @@ def report(options: argparse.Namespace, runs: dict[str, list[dict[str, list[floa
         }
     result = {
         "what": "decoding tokens/s of the V1 and the V2 runner on a CPU",
-        "command": ["python", "-m", "benchmarks.cpu_overhead", *sys.argv[1:]],
+        "command": command(),
         "machine": {
             **machine(),
             **versions(),
@@ -91,10 +92,10 @@ def report(options: argparse.Namespace, runs: dict[str, list[dict[str, list[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--tokens", type=int, default=200, help="tokens a request and round")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds a process")
-    parser.add_argument("--repeats", type=int, default=5, help="processes a runner")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 4])
+    parser.add_argument("--tokens", type=positive, default=200, help="tokens a request and round")
+    parser.add_argument("--rounds", type=positive, default=3, help="rounds a process")
+    parser.add_argument("--repeats", type=positive, default=5, help="processes a runner")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")

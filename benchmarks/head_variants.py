@@ -11,7 +11,6 @@ import argparse
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,8 @@ from benchmarks.demo.heads_prompts import CHOOSING, OUT_OF_DOMAIN, STORED
 from benchmarks.demo.heads_report import LEAST_ACCEPTANCE, continue_sets
 from benchmarks.demo.recipe import HeadRecipe, Recipe
 from benchmarks.demo.stages import native_bf16
+from benchmarks.machine import command
+from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.calibrate import calibrate, paper_setting
@@ -207,9 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="to train on; `make demo-model` leaves its own in .demo-build/",
     )
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--prompts", type=int, help="of each set, at most; default: all")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompts", type=positive, help="of each set, at most; default: all")
+    parser.add_argument("--new-tokens", type=positive, default=128)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps what is done")
     parser.add_argument("--out", type=Path, default=Path("results/head-variants.json"))
     args = parser.parse_args(argv)
@@ -233,9 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_json(kept, measure(session, sets, VARIANTS[name].use_gate))
             results[name] = json.loads(kept.read_text())
             show.advance(task)
-    made = provenance() | {
-        "command": shlex.join(["python", "-m", "benchmarks.head_variants", *(argv or sys.argv[1:])])
-    }
+    made = provenance() | {"command": shlex.join(command())}
     write_json(args.out, {"variants": results, "made_with": made})
     console.print(table(results), markup=False, soft_wrap=True)
     console.print(f"written: {args.out}", markup=False)

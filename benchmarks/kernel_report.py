@@ -33,7 +33,7 @@ from benchmarks.kernel_launches import (
     record,
     use_triton_without_device,
 )
-from benchmarks.machine import git_revision, machine, versions
+from benchmarks.machine import command, git_revision, machine, versions
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,7 +137,7 @@ def main() -> int:
     show(kernels, console)
     result = {
         "what": "kernels against their references in the interpreter, and compiled; no GPU",
-        "command": ["python", "-m", "benchmarks.kernel_report", *sys.argv[1:]],
+        "command": command(),
         "machine": machine(),
         "versions": {**versions(), "triton": triton.__version__},
         "revision": git_revision(),

@@ -32,7 +32,8 @@ from benchmarks.kernel_shapes import (
     head_shapes,
     summarise,
 )
-from benchmarks.machine import git_revision, machine, versions
+from benchmarks.machine import command, git_revision, machine, versions
+from vllm_adadecode.cli.arguments import positive
 
 THRESHOLD = 0.75
 
@@ -87,9 +88,9 @@ def show(entries: list[dict[str, Any]], console: Console) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
-    parser.add_argument("--vocab", type=int, nargs="+", default=list(VOCAB_SIZES))
-    parser.add_argument("--hidden", type=int, nargs="+", default=list(HIDDEN_SIZES))
+    parser.add_argument("--rows", type=positive, nargs="+", default=list(ROWS))
+    parser.add_argument("--vocab", type=positive, nargs="+", default=list(VOCAB_SIZES))
+    parser.add_argument("--hidden", type=positive, nargs="+", default=list(HIDDEN_SIZES))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(WEIGHT_BYTES))
     parser.add_argument("--out", type=Path, default=Path("results/kernels_gpu.json"))
     parser.add_argument("--again", action="store_true", help="measure what is measured already")
@@ -99,7 +100,7 @@ def main() -> int:
     console = Console(stderr=True)
     result: dict[str, Any] = {
         "what": "the fused head on a GPU; medians in milliseconds over rotating input sets",
-        "command": ["python", "-m", "benchmarks.kernels", *sys.argv[1:]],
+        "command": command(),
         "machine": machine(),
         "versions": versions(),
         "revision": git_revision(),

@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
 from benchmarks import quick_report
 from benchmarks.demo import compare, prompts, report
 from benchmarks.demo.__main__ import ARGUMENTS, HERE
-from benchmarks.demo.server import ENVIRONMENT, Server, ServerError
+from benchmarks.demo.server import ENVIRONMENT, Server, ServerError, stop_on_sigterm
 from benchmarks.widening.build import total_bytes, widen
 from benchmarks.widening.shape import PRESETS
+from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
 
@@ -104,11 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, default=HERE / "model", help="small model to widen")
     parser.add_argument("--shape", choices=PRESETS, default="cpu", help="to widen it to")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
-    parser.add_argument("--prompts", type=_count, default=8, help="of each kind, at most 32")
-    parser.add_argument("--tokens", type=_count, default=64, help="generated for each prompt")
-    parser.add_argument("--repeats", type=_count, default=3, help="of every prompt")
+    parser.add_argument("--prompts", type=positive, default=8, help="of each kind, at most 32")
+    parser.add_argument("--tokens", type=positive, default=64, help="generated for each prompt")
+    parser.add_argument("--repeats", type=positive, default=3, help="of every prompt")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=_count, default=cores, help="of each server")
+    parser.add_argument("--threads", type=positive, default=cores, help="of each server")
     parser.add_argument("--out", type=Path, default=Path("results/bench-quick.json"))
     return parser
 
@@ -116,8 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     console = Console()
-    # Ended from outside, the servers are to be stopped as after Ctrl-C.
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_sigterm()
     begin = time.monotonic()
     try:
         old = quick_report.load(options.compare) if options.compare else None
@@ -138,17 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in worse:
         print(f"bench-quick: worse: {line}", file=sys.stderr)
     return 1 if worse else 0
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from rich.progress import Progress
 from benchmarks.demo.files import write_file
 from benchmarks.gpu import make_rows, make_weights, median_ms, require_gpu
 from benchmarks.kernel_shapes import HIDDEN_SIZES, VOCAB_SIZES, WEIGHT_BYTES, HeadShape
+from vllm_adadecode.cli.arguments import positive
 
 ROWS = (16, 32, 64, 128, 256)
 
@@ -142,8 +143,8 @@ def tune(shape: HeadShape, device: str, kept: Measurements, progress: Progress) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--vocab", type=int, nargs="+", default=list(VOCAB_SIZES))
-    parser.add_argument("--hidden", type=int, nargs="+", default=list(HIDDEN_SIZES))
+    parser.add_argument("--vocab", type=positive, nargs="+", default=list(VOCAB_SIZES))
+    parser.add_argument("--hidden", type=positive, nargs="+", default=list(HIDDEN_SIZES))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(WEIGHT_BYTES))
     parser.add_argument("--out", type=Path, help="folder; default: kernels/configs")
     options = parser.parse_args()

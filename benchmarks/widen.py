@@ -20,6 +20,7 @@ from rich.progress import DownloadColumn
 
 from benchmarks.widening.build import read_config, total_bytes, widen
 from benchmarks.widening.shape import PRESETS, Shape
+from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
 
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=PRESETS, help=f"start from one of these. {presets}")
     for name in SIZES:
         option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=_count, help="instead of the shape's or the source's")
+        parser.add_argument(option, type=positive, help="instead of the shape's or the source's")
     parser.add_argument(
         "--tie",
         action=argparse.BooleanOptionalAction,
@@ -77,13 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(f"{options.output}: {plan.wide}; {plan.wide.weights / 1e6:.0f} M weights")
     return 0
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

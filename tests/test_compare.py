@@ -546,8 +546,8 @@ def test_options_make_a_plan(tmp_path: Path) -> None:
     [
         (["--methods", "vanilla,magic"], "no method magic"),
         (["--methods", "ngram"], "needs vanilla"),
-        (["--concurrency", "0"], "at least 1"),
-        (["--spec", "ngram=[]"], "no JSON object"),
+        (["--concurrency", "0"], "from 1 up"),
+        (["--spec", "ngram=[]"], "must be a JSON object"),
         (["--drafter", "medusa"], "not METHOD=VALUE"),
     ],
 )

@@ -23,14 +23,15 @@ from benchmarks.baselines.draft import DraftModel
 from benchmarks.baselines.drafter import Drafter, evaluate, train
 from benchmarks.baselines.eagle3 import Eagle3
 from benchmarks.baselines.medusa import Medusa
+from benchmarks.demo import DEMO_TARGET
 from benchmarks.demo.files import write_folder
 from benchmarks.demo.recipe import Recipe
+from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.provenance import provenance
 from vllm_adadecode.training.target_model import FrozenTarget, load_target
 
-DEMO_TARGET = "benchmarks/demo/model"
 # The best of these is kept, as the best of several variants is of the demo's heads.
 RATES = (1e-3, 3e-3, 1e-2)
 
@@ -52,19 +53,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["demo"],
         help="demo: what the demo's heads are trained on; else as `adadecode eval` takes it",
     )
-    add("--steps", type=int, default=demo_steps(recipe), help="of the optimizer")
-    add("--rows", type=int, default=ROWS, help="of a step")
-    add("--length", type=int, default=recipe.length, help="tokens of a row")
+    add("--steps", type=positive, default=demo_steps(recipe), help="of the optimizer")
+    add("--rows", type=positive, default=ROWS, help="of a step")
+    add("--length", type=positive, default=recipe.length, help="tokens of a row")
     add("--rate", type=float, nargs="+", default=RATES, help="of AdamW; the best is kept")
-    add("--heads", type=int, default=5, help="of Medusa: one for each draft")
-    add("--drafts", type=int, default=3, help="of EAGLE-3 that it is trained to make in a row")
-    add("--layers", type=int, default=2, help="of the draft model")
+    add("--heads", type=positive, default=5, help="of Medusa: one for each draft")
+    add("--drafts", type=positive, default=3, help="of EAGLE-3 that it is trained to make in a row")
+    add("--layers", type=positive, default=2, help="of the draft model")
     add("--seed", type=int, default=0)
-    add("--threads", type=int, help="of PyTorch")
-    options = parser.parse_args(arguments)
-    if min(options.steps, options.rows, options.heads, options.drafts, options.layers) < 1:
-        parser.error("--steps, --rows, --heads, --drafts and --layers must be at least 1")
-    return options
+    add("--threads", type=positive, help="of PyTorch")
+    return parser.parse_args(arguments)
 
 
 def make(options: argparse.Namespace, target: FrozenTarget) -> Drafter:

@@ -8,26 +8,26 @@ goes on without it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
 from benchmarks.compare import methods, report, run, workload
 from benchmarks.compare.load import MODEL
 from benchmarks.compare.store import Store
-from benchmarks.machine import git_revision, gpus, machine, versions
+from benchmarks.demo import DEMO_TARGET
+from benchmarks.demo.server import stop_on_sigterm
+from benchmarks.machine import command, git_revision, gpus, machine, versions
+from vllm_adadecode.cli.arguments import json_object, positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.records import RecordReader
 from vllm_adadecode.training.target_model import load_tokenizer
 
-DEMO_TARGET = "benchmarks/demo/model"
 ALL = ("vanilla", "adadecode", "medusa", "eagle3", "draft_model", "ngram", "suffix")
 
 
@@ -52,17 +52,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="demo, offline, xsum, humaneval, gsm8k (or NAME=FILE of its rows), spec_bench=FILE, "
         "FILE.jsonl[:name], or another data set of the hub",
     )
-    add("--concurrency", type=_list_of(_positive), default=[1, 4, 16], help="requests at once")
+    add("--concurrency", type=_list_of(positive), default=[1, 4, 16], help="requests at once")
     add("--temperature", type=_list_of(float), default=[0.0, 0.7])
-    add("--repetitions", type=_positive, default=3, help="servers of each method, one at a time")
-    add("--prompts", type=_positive, default=32, help="of each part of the data, at most")
+    add("--repetitions", type=positive, default=3, help="servers of each method, one at a time")
+    add("--prompts", type=positive, default=32, help="of each part of the data, at most")
     add(
         "--tokens",
-        type=_positive,
+        type=positive,
         help="generated for each prompt; the paper's sets: 512, else 128",
     )
     add("--chat", action="store_true", help="put prompts into the target's chat template")
-    add("--drafts", type=_positive, default=5, help="most drafts of methods that do not say")
+    add("--drafts", type=positive, default=5, help="most drafts of methods that do not say")
     add("--drafter", type=_named, action="append", default=[], metavar="METHOD=FOLDER")
     add("--spec", type=_options, action="append", default=[], metavar="METHOD=JSON",
         help="more of a method's --speculative-config")  # fmt: skip
@@ -85,12 +85,6 @@ def _list_of(kind: Any) -> Any:
     return parse_list
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
-
-
 def _method(text: str) -> str:
     if text not in methods.METHODS:
         raise argparse.ArgumentTypeError(f"no method {text}: use {', '.join(methods.METHODS)}")
@@ -106,13 +100,7 @@ def _named(text: str) -> tuple[str, str]:
 
 def _options(text: str) -> tuple[str, dict[str, Any]]:
     name, value = _named(text)
-    try:
-        found = json.loads(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{value} is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{value} is no JSON object")
-    return name, found
+    return name, json_object(value)
 
 
 def make_plan(options: argparse.Namespace) -> run.Plan:
@@ -202,7 +190,7 @@ def about(plan: run.Plan) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(),
         "git": git_revision(),
-        "command": shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]),
+        "command": shlex.join(command()),
     }
 
 
@@ -220,7 +208,7 @@ def main() -> int:
     options = parse()
     # Wide enough for the table where the output is a file.
     console = Console() if sys.stdout.isatty() else Console(width=190)
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_sigterm()
     try:
         plan = make_plan(options)
         store = Store(options.out, settings(plan))
@@ -235,10 +223,6 @@ def main() -> int:
         return 130
     console.print(f"written to {page.parent}: compare.json, compare.csv, figures; open {page}")
     return 0
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.heads import NEW_TOKENS
 from benchmarks.demo.measure import Report, report_sets
+from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.files import write_json
 from vllm_adadecode.evaluation.session import open_session
@@ -71,10 +72,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--heads", type=Path, help="default: adadecode/ in the model's folder")
     parser.add_argument("--prompts", type=Path, default=HERE / "prompts.json")
-    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
+    parser.add_argument("--new-tokens", type=positive, default=NEW_TOKENS)
     parser.add_argument("--threshold", type=float, help="of all exits; default: the heads' own")
-    parser.add_argument("--drafts", type=int, help="before a verification; default: the heads' own")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--drafts", type=positive, help="before a verification; default: the heads' own"
+    )
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--output", type=Path, default=Path("results/demo-heads.json"))
     return parser.parse_args()
 

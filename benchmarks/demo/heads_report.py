@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from rich.progress import Progress
 
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.heads_prompts import CHOOSING, OUT_OF_DOMAIN, STORED
+from benchmarks.machine import command
+from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.calibrate import calibrate, paper_setting
@@ -36,7 +37,6 @@ from vllm_adadecode.training.provenance import provenance
 HERE = Path(__file__).parent
 # Asked of `calibrated_accepting` on the files it is chosen on.
 LEAST_ACCEPTANCE = 0.9
-COMMAND = ["python", "-m", "benchmarks.demo.heads_report"]
 
 
 def continue_sets(
@@ -124,7 +124,7 @@ def make_report(
         "calibrated_on": {name: files[name] for name in CHOOSING.values()},
         "least_acceptance": LEAST_ACCEPTANCE,
         "costs": costs.model_dump(),
-        "made_with": provenance() | {"command": shlex.join(COMMAND + sys.argv[1:])},
+        "made_with": provenance() | {"command": shlex.join(command())},
     }
 
 
@@ -164,9 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--heads", type=Path, default=HERE / "model" / "adadecode")
     parser.add_argument("--target", type=Path, default=HERE / "model")
-    parser.add_argument("--prompts", type=int, help="of each set, at most; default: all")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompts", type=positive, help="of each set, at most; default: all")
+    parser.add_argument("--new-tokens", type=positive, default=128)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/heads.json"))
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

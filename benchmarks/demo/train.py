@@ -22,6 +22,7 @@ from benchmarks.demo.heads import make_heads, make_sequences
 from benchmarks.demo.measure import report_sets
 from benchmarks.demo.recipe import Recipe
 from benchmarks.demo.stages import new_model, text_loss, train_target
+from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.training.sequences import write_sequences
 
@@ -88,7 +89,7 @@ def run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo.train", description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--build", type=Path, default=HERE.parents[1] / ".demo-build")
     parser.add_argument("--model", type=Path, help="folder to write")
     parser.add_argument("--prompts", type=Path, help="file to write")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_adadecode.cli.train_options import positive
+from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.errors import AdaDecodeError
 
 if TYPE_CHECKING:
