@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.machine import command, machine, versions
 from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.files import write_json
 
 RUNNERS = {"v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "v2": {}}
 
@@ -84,8 +85,7 @@ def report(options: argparse.Namespace, runs: dict[str, list[dict[str, list[floa
         "summary": summary,
         "runs": runs,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1))
+    write_json(options.out, result)
     print(json.dumps({"machine": result["machine"], "summary": summary}, indent=1))
 
 

@@ -33,10 +33,10 @@ from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.calibrate import calibrate, paper_setting
 from vllm_adadecode.evaluation.data import DataSet
-from vllm_adadecode.evaluation.files import write_json
 from vllm_adadecode.evaluation.metrics import Measurer
 from vllm_adadecode.evaluation.session import Session, open_session
 from vllm_adadecode.evaluation.timing import choose_costs
+from vllm_adadecode.files import write_json
 from vllm_adadecode.heads import HeadsConfig, save_heads
 from vllm_adadecode.heads.files import CONFIG_NAME, WEIGHTS_NAME
 from vllm_adadecode.training.losses import Loss

@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.demo.files import write_file
 from benchmarks.kernel_launches import (
     ARCHITECTURES,
     compile_launch,
@@ -34,6 +33,7 @@ from benchmarks.kernel_launches import (
     use_triton_without_device,
 )
 from benchmarks.machine import command, git_revision, machine, versions
+from vllm_adadecode.files import write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,7 +144,7 @@ def main() -> int:
         "kernels": kernels,
         "checks": {name: text or "holds" for name, text in comparison["checks"].items()},
     }
-    write_file(options.out, lambda file: file.write_text(json.dumps(result, indent=1)))
+    write_json(options.out, result)
     console.print(f"written to {options.out}")
     done = all(
         (kernel["equal"] or options.no_compare) and kernel["compiled"] == list(ARCHITECTURES)

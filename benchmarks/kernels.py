@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.demo.files import write_file
 from benchmarks.gpu import make_rows, make_weights, median_ms, require_gpu
 from benchmarks.kernel_shapes import (
     HIDDEN_SIZES,
@@ -34,6 +33,7 @@ from benchmarks.kernel_shapes import (
 )
 from benchmarks.machine import command, git_revision, machine, versions
 from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.files import write_json
 
 THRESHOLD = 0.75
 
@@ -128,7 +128,7 @@ def main() -> int:
         ms = measure(shape, weights)
         entry = {"shape": asdict(shape), "ms": ms, **summarise(shape, ms)}
         result["entries"].append(entry)
-        write_file(options.out, lambda file: file.write_text(json.dumps(result, indent=1)))
+        write_json(options.out, result)
     show(result["entries"], console)
     console.print(f"written to {options.out}")
     return 0

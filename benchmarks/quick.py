@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import quick_report
-from benchmarks.demo import compare, prompts, report
+from benchmarks.demo import compare, prompts
 from benchmarks.demo.__main__ import ARGUMENTS, HERE
 from benchmarks.demo.server import ENVIRONMENT, Server, ServerError, stop_on_sigterm
 from benchmarks.widening.build import total_bytes, widen
@@ -31,6 +31,7 @@ from benchmarks.widening.shape import PRESETS
 from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.files import write_json
 
 DTYPES = ("float32", "bfloat16")
 
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         old = quick_report.load(options.compare) if options.compare else None
         result = measure(options, console)
         result["seconds"] = round(time.monotonic() - begin, 1)
-        report.save(result, options.out)
+        write_json(options.out, result)
         quick_report.print_report(console, result, old)
         console.print(f"written to {options.out} after {result['seconds']:.0f} s")
         worse = quick_report.regressions(result, old) if old is not None else []

@@ -22,10 +22,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.demo.files import write_file
 from benchmarks.gpu import make_rows, make_weights, median_ms, require_gpu
 from benchmarks.kernel_shapes import HIDDEN_SIZES, VOCAB_SIZES, WEIGHT_BYTES, HeadShape
 from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.files import write_json
 
 ROWS = (16, 32, 64, 128, 256)
 
@@ -98,7 +98,7 @@ class Measurements:
 
     def put(self, key: str, ms: float) -> None:
         self.times[key] = ms
-        write_file(self.path, lambda file: file.write_text(json.dumps(self.times, indent=1)))
+        write_json(self.path, self.times)
 
 
 def measure(
@@ -162,8 +162,7 @@ def main() -> int:
             config = tune(HeadShape(1, vocab, hidden, dtype), device, kept, progress)
             config["triton_version"] = triton.__version__
             path = (options.out or CONFIGS) / config_file_name(vocab, hidden, dtype, device)
-            text = json.dumps(config, indent=2) + "\n"
-            write_file(path, partial(Path.write_text, data=text))
+            write_json(path, config)
             console.print(f"written to {path}")
     return 0
 

@@ -24,11 +24,11 @@ from benchmarks.baselines.drafter import Drafter, evaluate, train
 from benchmarks.baselines.eagle3 import Eagle3
 from benchmarks.baselines.medusa import Medusa
 from benchmarks.demo import DEMO_TARGET
-from benchmarks.demo.files import write_folder
 from benchmarks.demo.recipe import Recipe
 from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.files import replaced_folder
 from vllm_adadecode.training.provenance import provenance
 from vllm_adadecode.training.target_model import FrozenTarget, load_target
 
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace, progress: Progress) -> Path:
         "held_out_agreement_by_rate": tried,
         "seconds": round(time.monotonic() - begin),
     }
-    with write_folder(output, scratch=output.parent / f".{output.name}-unfinished") as folder:
+    with replaced_folder(output, scratch=output.parent / f".{output.name}-unfinished") as folder:
         best.save(folder, made_with)
     (output.parent / f".{output.name}-unfinished").rmdir()
     return output

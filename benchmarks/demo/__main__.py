@@ -21,6 +21,7 @@ from benchmarks.demo import DEMO_TARGET, compare, prompts, report
 from benchmarks.demo.server import FLAGS, Server, ServerError, stop_on_sigterm
 from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
+from vllm_adadecode.files import write_json
 
 HERE = Path(__file__).parent
 ARGUMENTS = {"vanilla": [], "adadecode": ["--speculative-config", "adadecode"]}
@@ -76,7 +77,7 @@ def main() -> int:
         print("demo: interrupted, servers stopped", file=sys.stderr)
         return 130
     result["seconds"] = round(time.monotonic() - begin, 1)
-    report.save(result, options.out)
+    write_json(options.out, result)
     report.print_report(console, result)
     console.print(f"written to {options.out} after {result['seconds']:.0f} s")
     return 0 if result["identical"] else 1

@@ -21,9 +21,9 @@ from benchmarks.demo.heads import NEW_TOKENS
 from benchmarks.demo.measure import Report, report_sets
 from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.evaluation import report
-from vllm_adadecode.evaluation.files import write_json
 from vllm_adadecode.evaluation.session import open_session
 from vllm_adadecode.evaluation.simulate import Setting
+from vllm_adadecode.files import write_json
 
 HERE = Path(__file__).parent
 NAMES = {"held_out": "held-out files", "second_stage": "trained files"}

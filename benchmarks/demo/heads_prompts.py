@@ -20,7 +20,7 @@ from benchmarks.demo.corpus import (
     Source,
     load_corpus,
 )
-from benchmarks.demo.files import write_file
+from vllm_adadecode.files import write_whole
 
 HERE = Path(__file__).parent
 STORED = HERE / "heads_prompts.json"
@@ -69,7 +69,7 @@ def main() -> None:
         for seed, (name, files) in enumerate(sources(load_corpus()).items())
         for prompt in demo_prompts.draw(tokenizer, files, name, COUNT, 100 + seed)
     ]
-    write_file(STORED, lambda path: path.write_text(demo_prompts.dump(prompts), encoding="utf-8"))
+    write_whole(STORED, demo_prompts.dump(prompts).encode())
     print(f"written: {STORED} ({len(prompts)} prompts)")
 
 

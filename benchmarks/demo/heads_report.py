@@ -26,12 +26,12 @@ from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.calibrate import calibrate, paper_setting
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
-from vllm_adadecode.evaluation.files import write_json
 from vllm_adadecode.evaluation.metrics import Measurer
 from vllm_adadecode.evaluation.session import Session, open_session
 from vllm_adadecode.evaluation.simulate import Setting
 from vllm_adadecode.evaluation.timing import choose_costs
 from vllm_adadecode.evaluation.trace import Trace
+from vllm_adadecode.files import write_json
 from vllm_adadecode.training.provenance import provenance
 
 HERE = Path(__file__).parent

@@ -17,13 +17,13 @@ from benchmarks.demo import corpus as text
 from benchmarks.demo import heads_prompts
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.export import card, export, provenance
-from benchmarks.demo.files import write_file, write_folder
 from benchmarks.demo.heads import make_heads, make_sequences
 from benchmarks.demo.measure import report_sets
 from benchmarks.demo.recipe import Recipe
 from benchmarks.demo.stages import new_model, text_loss, train_target
 from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
+from vllm_adadecode.files import replaced_folder, write_whole
 from vllm_adadecode.training.sequences import write_sequences
 
 HERE = Path(__file__).parent
@@ -74,16 +74,14 @@ def run(
     choosing = heads_prompts.choosing(tokenizer, corpus)
     prompts = demo_prompts.demo_prompts(tokenizer, corpus, seed=recipe.seed)
     made_with = provenance(recipe, digest)
-    with write_folder(model_folder, scratch=build) as folder:
+    with replaced_folder(model_folder, scratch=build) as folder:
         export(folder, model, tokenizer)
         session = make_heads(folder, sequences, choosing, recipe, made_with, build, show)
         measured = report_sets(session, demo_prompts.encoded_sets(prompts, tokenizer))
         minutes = (preparing + training + time.process_time() - trained) / 60
         readme = card(session, recipe, corpus, losses, measured, made_with, minutes)
         (folder / "README.md").write_text(readme, encoding="utf-8")
-    write_file(
-        prompts_file, lambda path: path.write_text(demo_prompts.dump(prompts), encoding="utf-8")
-    )
+    write_whole(prompts_file, demo_prompts.dump(prompts).encode())
     show.console.print(f"written: {model_folder}, {minutes:.0f} CPU minutes")
 
 
