@@ -14,9 +14,6 @@ under ``launches``. Ends with 1 if a kernel is not equal or does not compile.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,22 +30,8 @@ from benchmarks.kernel_launches import (
     use_triton_without_device,
 )
 from benchmarks.machine import command, git_revision, machine, versions
+from tests.cpu_kernels.running import compare_apart
 from vllm_adadecode.files import write_json
-
-ROOT = Path(__file__).parents[1]
-
-
-def compare() -> dict[str, Any]:
-    """What tests/kernels/compare.py finds, in a process of its own."""
-    command = [sys.executable, "-m", "tests.kernels.compare"]
-    environment = {**os.environ, "VLLM_PLUGINS": ""}
-    run = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-    )
-    if run.returncode:
-        raise SystemExit(f"the comparison failed:\n{run.stderr}")
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
 
 
 def describe(
@@ -57,7 +40,7 @@ def describe(
     """One kernel's entry.
 
     Args:
-        comparison: from `compare`.
+        comparison: what tests/kernels/compare.py prints.
         launches: from `kernel_launches.compile_launch`, or with ``error``.
     """
     cases = [case for case, kernels in comparison["kernels"].items() if name in kernels]
@@ -132,7 +115,10 @@ def main() -> int:
     comparison: dict[str, Any] = {"differences": {}, "kernels": {}, "checks": {}}
     if not options.no_compare:
         console.print("comparing under Triton's interpreter (about two minutes)")
-        comparison = compare()
+        try:
+            comparison = compare_apart("tests.kernels.compare")
+        except RuntimeError as error:
+            sys.exit(str(error))
     kernels = [describe(name, comparison, entries) for name, entries in compiled.items()]
     show(kernels, console)
     result = {
