@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.arguments import make_parser
 from benchmarks.machine import command, machine, versions
 from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.files import write_json
@@ -90,16 +91,20 @@ def report(options: argparse.Namespace, runs: dict[str, list[dict[str, list[floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model")
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 4])
+    parser = make_parser("benchmarks.cpu_overhead", __doc__)
+    parser.add_argument("model", help="folder or hub id")
+    parser.add_argument(
+        "--batch", type=positive, nargs="+", default=[1, 4], help="requests at once"
+    )
     parser.add_argument("--tokens", type=positive, default=200, help="tokens a request and round")
     parser.add_argument("--rounds", type=positive, default=3, help="rounds a process")
     parser.add_argument("--repeats", type=positive, default=5, help="processes a runner")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--dtype", default="float32", help="of the engines")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--out", type=Path, default=Path("results/cpu_overhead.json"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/cpu_overhead.json"), help="JSON file"
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -7,7 +7,6 @@ variant that is done is kept: a stopped run goes on with the same command.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
 
+from benchmarks.arguments import make_parser
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.export import markdown
 from benchmarks.demo.heads_prompts import CHOOSING, OUT_OF_DOMAIN, STORED
@@ -196,10 +196,7 @@ def _cell(metrics: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.head_variants",
-        description=__doc__.splitlines()[0] if __doc__ else None,
-    )
+    parser = make_parser("benchmarks.head_variants", __doc__)
     parser.add_argument("target", type=Path, help="folder, for example benchmarks/demo/model")
     parser.add_argument(
         "--sequences",
@@ -207,12 +204,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         required=True,
         help="to train on; `make demo-model` leaves its own in .demo-build/",
     )
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(VARIANTS),
+        metavar="NAME",
+        help=f"of {'; '.join(VARIANTS)}; default: all",
+    )
     parser.add_argument("--prompts", type=positive, help="of each set, at most; default: all")
-    parser.add_argument("--new-tokens", type=positive, default=128)
-    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--new-tokens", type=positive, default=128, help="of a prompt")
+    parser.add_argument("--threads", type=positive, default=2, help="of PyTorch")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps what is done")
-    parser.add_argument("--out", type=Path, default=Path("results/head-variants.json"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/head-variants.json"), help="JSON file"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     console = Console(highlight=False)

@@ -13,7 +13,6 @@ under ``launches``. Ends with 1 if a kernel is not equal or does not compile.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.arguments import make_parser
 from benchmarks.kernel_launches import (
     ARCHITECTURES,
     compile_launch,
@@ -86,11 +86,11 @@ def show(kernels: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser("benchmarks.kernel_report", __doc__)
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
     parser.add_argument("--no-compare", action="store_true", help="compile alone; equal is false")
     parser.add_argument("--quick", action="store_true", help="one variant of each kernel")
-    parser.add_argument("--out", type=Path, default=Path("results/kernels.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/kernels.json"), help="JSON file")
     options = parser.parse_args()
     console = Console(stderr=True)
 

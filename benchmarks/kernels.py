@@ -8,7 +8,6 @@ where it stopped (`--again` starts over). Ends with 1 and one line where there i
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.arguments import make_parser
 from benchmarks.gpu import make_rows, make_weights, median_ms, require_gpu
 from benchmarks.kernel_shapes import (
     HIDDEN_SIZES,
@@ -87,12 +87,25 @@ def show(entries: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=positive, nargs="+", default=list(ROWS))
-    parser.add_argument("--vocab", type=positive, nargs="+", default=list(VOCAB_SIZES))
-    parser.add_argument("--hidden", type=positive, nargs="+", default=list(HIDDEN_SIZES))
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(WEIGHT_BYTES))
-    parser.add_argument("--out", type=Path, default=Path("results/kernels_gpu.json"))
+    parser = make_parser("benchmarks.kernels", __doc__)
+    parser.add_argument("--rows", type=positive, nargs="+", default=list(ROWS), help="of its input")
+    parser.add_argument(
+        "--vocab", type=positive, nargs="+", default=list(VOCAB_SIZES), help="rows of an LM head"
+    )
+    parser.add_argument(
+        "--hidden", type=positive, nargs="+", default=list(HIDDEN_SIZES), help="its columns"
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["bfloat16"],
+        choices=list(WEIGHT_BYTES),
+        metavar="DTYPE",
+        help=f"of its weights, of {', '.join(WEIGHT_BYTES)}",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/kernels_gpu.json"), help="JSON file"
+    )
     parser.add_argument("--again", action="store_true", help="measure what is measured already")
     options = parser.parse_args()
     require_gpu("python -m benchmarks.kernels")

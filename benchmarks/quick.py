@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import quick_report
+from benchmarks.arguments import make_parser
 from benchmarks.demo import compare, prompts
 from benchmarks.demo.__main__ import ARGUMENTS, HERE
 from benchmarks.demo.server import ENVIRONMENT, Server, ServerError, stop_on_sigterm
@@ -98,19 +99,19 @@ def choose(known: Sequence[prompts.Prompt], count: int) -> list[prompts.Prompt]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quick", description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    parser = make_parser("benchmarks.quick", __doc__)
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="an earlier result")
     parser.add_argument("--model", type=Path, default=HERE / "model", help="small model to widen")
     parser.add_argument("--shape", choices=PRESETS, default="cpu", help="to widen it to")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the target")
     parser.add_argument("--prompts", type=positive, default=8, help="of each kind, at most 32")
     parser.add_argument("--tokens", type=positive, default=64, help="generated for each prompt")
     parser.add_argument("--repeats", type=positive, default=3, help="of every prompt")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=positive, default=cores, help="of each server")
-    parser.add_argument("--out", type=Path, default=Path("results/bench-quick.json"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/bench-quick.json"), help="JSON file"
+    )
     return parser
 
 

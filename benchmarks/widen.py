@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import DownloadColumn
 
+from benchmarks.arguments import make_parser
 from benchmarks.widening.build import read_config, total_bytes, widen
 from benchmarks.widening.shape import PRESETS, Shape
 from vllm_adadecode.cli.arguments import positive
@@ -32,9 +33,7 @@ SIZES = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.widen", description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    parser = make_parser("benchmarks.widen", __doc__)
     parser.add_argument("source", type=Path, help="folder of the small model")
     parser.add_argument("output", type=Path, help="folder to make")
     presets = "; ".join(f"{name}: {shape}" for name, shape in PRESETS.items())

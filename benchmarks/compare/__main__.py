@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.arguments import make_parser
 from benchmarks.compare import methods, report, run, workload
 from benchmarks.compare.load import MODEL
 from benchmarks.compare.store import Store
@@ -32,11 +33,7 @@ ALL = ("vanilla", "adadecode", "medusa", "eagle3", "draft_model", "ngram", "suff
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare",
-        description=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser("benchmarks.compare", __doc__)
     add = parser.add_argument
     add("--target", default=DEMO_TARGET, help="folder or hub id of the model")
     add(
@@ -53,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "FILE.jsonl[:name], or another data set of the hub",
     )
     add("--concurrency", type=_list_of(positive), default=[1, 4, 16], help="requests at once")
-    add("--temperature", type=_list_of(float), default=[0.0, 0.7])
+    add("--temperature", type=_list_of(float), default=[0.0, 0.7], help="of sampling")
     add("--repetitions", type=positive, default=3, help="servers of each method, one at a time")
     add("--prompts", type=positive, default=32, help="of each part of the data, at most")
     add(
@@ -63,7 +60,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--chat", action="store_true", help="put prompts into the target's chat template")
     add("--drafts", type=positive, default=5, help="most drafts of methods that do not say")
-    add("--drafter", type=_named, action="append", default=[], metavar="METHOD=FOLDER")
+    add("--drafter", type=_named, action="append", default=[], metavar="METHOD=FOLDER",
+        help="in place of the one beside the target")  # fmt: skip
     add("--spec", type=_options, action="append", default=[], metavar="METHOD=JSON",
         help="more of a method's --speculative-config")  # fmt: skip
     add("--dtype", help="of the servers; without a GPU float32, which keeps outputs the same")

@@ -13,6 +13,7 @@ import json
 import random
 from collections.abc import Sequence
 
+from benchmarks.arguments import make_parser
 from benchmarks.compare.workload import OFFLINE_PROMPTS
 from benchmarks.demo.corpus import Source, load_corpus
 from vllm_adadecode.files import write_whole
@@ -116,6 +117,7 @@ def make(sources: Sequence[Source], count: int = COUNT, seed: int = 0) -> dict[s
 
 
 def main() -> None:
+    make_parser("benchmarks.compare.offline", __doc__).parse_args()
     parts = make(load_corpus().held_out)
     text = json.dumps(parts, indent=1, ensure_ascii=False) + "\n"
     write_whole(OFFLINE_PROMPTS, text.encode())

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.arguments import make_parser
 from benchmarks.demo import DEMO_TARGET, compare, prompts, report
 from benchmarks.demo.server import FLAGS, Server, ServerError, stop_on_sigterm
 from vllm_adadecode.cli.arguments import positive
@@ -55,15 +56,13 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo", description=__doc__.splitlines()[0] if __doc__ else None
-    )
-    parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser = make_parser("benchmarks.demo", __doc__)
+    parser.add_argument("--model", type=Path, default=HERE / "model", help="folder")
     parser.add_argument(
         "--prompts", type=positive, default=32, help="of each kind of files, at most 32"
     )
     parser.add_argument("--tokens", type=positive, default=128, help="generated for each prompt")
-    parser.add_argument("--out", type=Path, default=Path("results/demo.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/demo.json"), help="JSON file")
     options = parser.parse_args()
     console = Console()
     stop_on_sigterm()

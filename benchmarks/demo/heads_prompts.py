@@ -12,6 +12,7 @@ from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ig
 
 from tokenizers import Tokenizer
 
+from benchmarks.arguments import make_parser
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.corpus import (
     HEADS_CHOOSE_FILES,
@@ -63,6 +64,7 @@ def choosing(tokenizer: Tokenizer, corpus: Corpus) -> dict[str, list[list[int]]]
 
 
 def main() -> None:
+    make_parser("benchmarks.demo.heads_prompts", __doc__).parse_args()
     tokenizer = Tokenizer.from_file(str(HERE / "model" / "tokenizer.json"))
     prompts = [
         prompt

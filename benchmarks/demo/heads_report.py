@@ -8,7 +8,6 @@ the target's own greedy text: any machine gives these numbers.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.arguments import make_parser
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.heads_prompts import CHOOSING, OUT_OF_DOMAIN, STORED
 from benchmarks.machine import command
@@ -158,16 +158,13 @@ def print_report(console: Console, result: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo.heads_report",
-        description=__doc__.splitlines()[0] if __doc__ else None,
-    )
-    parser.add_argument("--heads", type=Path, default=HERE / "model" / "adadecode")
-    parser.add_argument("--target", type=Path, default=HERE / "model")
+    parser = make_parser("benchmarks.demo.heads_report", __doc__)
+    parser.add_argument("--heads", type=Path, default=HERE / "model" / "adadecode", help="folder")
+    parser.add_argument("--target", type=Path, default=HERE / "model", help="folder")
     parser.add_argument("--prompts", type=positive, help="of each set, at most; default: all")
-    parser.add_argument("--new-tokens", type=positive, default=128)
-    parser.add_argument("--threads", type=positive, default=2)
-    parser.add_argument("--out", type=Path, default=Path("results/heads.json"))
+    parser.add_argument("--new-tokens", type=positive, default=128, help="of a prompt")
+    parser.add_argument("--threads", type=positive, default=2, help="of PyTorch")
+    parser.add_argument("--out", type=Path, default=Path("results/heads.json"), help="JSON file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     console = Console(highlight=False)

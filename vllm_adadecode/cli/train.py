@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_adadecode.cli import train_options
+from vllm_adadecode.cli.arguments import Help
 from vllm_adadecode.errors import AdaDecodeError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
         help="train heads for a target",
         description="Train early-exit heads for a target, on its own continuations of prompts. "
         "A stopped run goes on when the same command is given again.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("target", metavar="TARGET", help="folder or hub id of the model")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="heads folder")
