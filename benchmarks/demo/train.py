@@ -1,18 +1,19 @@
 """``python -m benchmarks.demo.train``: makes the demo target and its heads from nothing.
 
 A killed run goes on where it was when started again: unfinished work is kept in ``.demo-build/``.
-The model folder is replaced only when everything has been made.
+The model folder is replaced only when everything has been made, with all that is in it: drafters
+of other methods (`benchmarks.baselines`) were for the old model and go with it.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 
+from benchmarks.arguments import make_parser
 from benchmarks.demo import corpus as text
 from benchmarks.demo import heads_prompts
 from benchmarks.demo import prompts as demo_prompts
@@ -86,11 +87,16 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo.train", description=__doc__)
-    parser.add_argument("--threads", type=positive, default=2)
-    parser.add_argument("--build", type=Path, default=HERE.parents[1] / ".demo-build")
-    parser.add_argument("--model", type=Path, help="folder to write")
-    parser.add_argument("--prompts", type=Path, help="file to write")
+    parser = make_parser("benchmarks.demo.train", __doc__)
+    parser.add_argument("--threads", type=positive, default=2, help="of PyTorch")
+    parser.add_argument(
+        "--build",
+        type=Path,
+        default=HERE.parents[1] / ".demo-build",
+        help="folder of unfinished work",
+    )
+    parser.add_argument("--model", type=Path, help="folder to write; default: the demo's own")
+    parser.add_argument("--prompts", type=Path, help="file to write; default: the demo's own")
     parser.add_argument(
         "--plain",
         action="store_true",
