@@ -222,9 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     console = Console(highlight=False)
     study = Study(args.target, args.sequences, args.work)
-    stored = demo_prompts.load(STORED)
-    names = dict.fromkeys(p.files for p in stored)
-    prompts = [p for n in names for p in [p for p in stored if p.files == n][: args.prompts]]
+    prompts = demo_prompts.load(STORED, args.prompts)
     num_layers = json.loads((args.target / CONFIG_NAME).read_text())["num_hidden_layers"]
     results: dict[str, Any] = {}
     sets: list[DataSet] = []

@@ -29,13 +29,7 @@ ARGUMENTS = {"vanilla": [], "adadecode": ["--speculative-config", "adadecode"]}
 
 
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    chosen = [
-        prompt
-        for files in ("held_out", "second_stage")
-        for prompt in [p for p in prompts.load(HERE / "prompts.json") if p.files == files][
-            : options.prompts
-        ]
-    ]
+    chosen = prompts.load(HERE / "prompts.json", options.prompts)
     with ExitStack() as stack:
         servers = {
             method: stack.enter_context(

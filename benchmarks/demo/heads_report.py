@@ -170,9 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(highlight=False)
     # The stored weights are bf16; computing in fp32 makes the numbers those of every machine.
     session = open_session(str(args.heads), str(args.target), "float32")
-    stored = demo_prompts.load(STORED)
-    sets = dict.fromkeys(p.files for p in stored)
-    prompts = [p for name in sets for p in [p for p in stored if p.files == name][: args.prompts]]
+    prompts = demo_prompts.load(STORED, args.prompts)
     with counting(console) as show:
         traces = make_traces(session, prompts, args.new_tokens, show)
         result = make_report(session, traces, prompts)
