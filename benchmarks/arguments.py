@@ -17,6 +17,6 @@ def make_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     text = re.sub(r"^``[^`]+``: (\w)", lambda found: found[1].upper(), doc or "")
     return argparse.ArgumentParser(
         prog=f"python -m {name}",
-        description=text.replace("``", "`").replace("%", "%%"),
+        description=text.replace("``", "`"),
         formatter_class=Help,
     )

@@ -49,8 +49,8 @@ def test_help_of_a_benchmark(
     # It says what the command does, in whole sentences, and what every option is.
     assert description.split()[0][0].isupper()
     assert description.strip().endswith(".")
-    assert "None" not in options
-    assert "[" not in options
+    assert "default: None" not in options
+    assert "default: [" not in options
     lines = options.splitlines()
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if line.startswith("  -") and len(line.split("  ")) < 3:
