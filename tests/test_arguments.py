@@ -47,8 +47,9 @@ def test_help_of_a_benchmark(
     assert text.startswith(f"usage: python -m {name} ")
     description, _, options = text.partition("\n\n")[2].partition("\noptions:\n")
     # It says what the command does, in whole sentences, and what every option is.
-    assert description.split()[0][0].isupper()
-    assert description.strip().endswith(".")
+    description = description.partition("\npositional arguments:\n")[0].strip()
+    assert description[0].isupper()
+    assert description.endswith(".")
     assert "default: None" not in options
     assert "default: [" not in options
     lines = options.splitlines()
