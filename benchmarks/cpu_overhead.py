@@ -22,7 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.machine import machine, versions
+from benchmarks.arguments import make_parser
+from benchmarks.machine import command, machine, versions
+from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.files import write_json
 
 RUNNERS = {"v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "v2": {}}
 
@@ -73,7 +76,7 @@ def report(options: argparse.Namespace, runs: dict[str, list[dict[str, list[floa
         }
     result = {
         "what": "decoding tokens/s of the V1 and the V2 runner on a CPU",
-        "command": ["python", "-m", "benchmarks.cpu_overhead", *sys.argv[1:]],
+        "command": command(),
         "machine": {
             **machine(),
             **versions(),
@@ -83,22 +86,25 @@ def report(options: argparse.Namespace, runs: dict[str, list[dict[str, list[floa
         "summary": summary,
         "runs": runs,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1))
+    write_json(options.out, result)
     print(json.dumps({"machine": result["machine"], "summary": summary}, indent=1))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--tokens", type=int, default=200, help="tokens a request and round")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds a process")
-    parser.add_argument("--repeats", type=int, default=5, help="processes a runner")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser = make_parser("benchmarks.cpu_overhead", __doc__)
+    parser.add_argument("model", help="folder or hub id")
+    parser.add_argument(
+        "--batch", type=positive, nargs="+", default=[1, 4], help="requests at once"
+    )
+    parser.add_argument("--tokens", type=positive, default=200, help="tokens a request and round")
+    parser.add_argument("--rounds", type=positive, default=3, help="rounds a process")
+    parser.add_argument("--repeats", type=positive, default=5, help="processes a runner")
+    parser.add_argument("--dtype", default="float32", help="of the engines")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--out", type=Path, default=Path("results/cpu_overhead.json"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/cpu_overhead.json"), help="JSON file"
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

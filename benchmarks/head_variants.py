@@ -7,11 +7,9 @@ variant that is done is kept: a stopped run goes on with the same command.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,22 +17,26 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from safetensors.torch import load_file
 
+from benchmarks.arguments import make_parser
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.export import markdown
 from benchmarks.demo.heads_prompts import CHOOSING, OUT_OF_DOMAIN, STORED
 from benchmarks.demo.heads_report import LEAST_ACCEPTANCE, continue_sets
 from benchmarks.demo.recipe import HeadRecipe, Recipe
 from benchmarks.demo.stages import native_bf16
+from benchmarks.machine import command
+from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.calibrate import calibrate, paper_setting
 from vllm_adadecode.evaluation.data import DataSet
-from vllm_adadecode.evaluation.files import write_json
 from vllm_adadecode.evaluation.metrics import Measurer
 from vllm_adadecode.evaluation.session import Session, open_session
 from vllm_adadecode.evaluation.timing import choose_costs
+from vllm_adadecode.files import write_json
 from vllm_adadecode.heads import HeadsConfig, save_heads
 from vllm_adadecode.heads.files import CONFIG_NAME, WEIGHTS_NAME
 from vllm_adadecode.training.losses import Loss
@@ -43,7 +45,6 @@ from vllm_adadecode.training.request import DataSettings, HeadSettings, Request
 from vllm_adadecode.training.run import run_training
 from vllm_adadecode.training.trainer import TrainSettings
 
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 REPORTED = (*CHOOSING, *OUT_OF_DOMAIN)
 
 
@@ -195,10 +196,7 @@ def _cell(metrics: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.head_variants",
-        description=__doc__.splitlines()[0] if __doc__ else None,
-    )
+    parser = make_parser("benchmarks.head_variants", __doc__)
     parser.add_argument("target", type=Path, help="folder, for example benchmarks/demo/model")
     parser.add_argument(
         "--sequences",
@@ -206,23 +204,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         required=True,
         help="to train on; `make demo-model` leaves its own in .demo-build/",
     )
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--prompts", type=int, help="of each set, at most; default: all")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(VARIANTS),
+        metavar="NAME",
+        help=f"of {'; '.join(VARIANTS)}; default: all",
+    )
+    parser.add_argument("--prompts", type=positive, help="of each set, at most; default: all")
+    parser.add_argument("--new-tokens", type=positive, default=128, help="of a prompt")
+    parser.add_argument("--threads", type=positive, default=2, help="of PyTorch")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps what is done")
-    parser.add_argument("--out", type=Path, default=Path("results/head-variants.json"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/head-variants.json"), help="JSON file"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     console = Console(highlight=False)
     study = Study(args.target, args.sequences, args.work)
-    stored = demo_prompts.load(STORED)
-    names = dict.fromkeys(p.files for p in stored)
-    prompts = [p for n in names for p in [p for p in stored if p.files == n][: args.prompts]]
+    prompts = demo_prompts.load(STORED, args.prompts)
     num_layers = json.loads((args.target / CONFIG_NAME).read_text())["num_hidden_layers"]
     results: dict[str, Any] = {}
     sets: list[DataSet] = []
-    with Progress(*COLUMNS, console=console) as show:
+    with counting(console) as show:
         task = show.add_task("variants", total=len(args.only or VARIANTS))
         for name in args.only or VARIANTS:
             folder = study.make(name, num_layers, show)
@@ -233,9 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_json(kept, measure(session, sets, VARIANTS[name].use_gate))
             results[name] = json.loads(kept.read_text())
             show.advance(task)
-    made = provenance() | {
-        "command": shlex.join(["python", "-m", "benchmarks.head_variants", *(argv or sys.argv[1:])])
-    }
+    made = provenance() | {"command": shlex.join(command())}
     write_json(args.out, {"variants": results, "made_with": made})
     console.print(table(results), markup=False, soft_wrap=True)
     console.print(f"written: {args.out}", markup=False)

@@ -13,10 +13,6 @@ under ``launches``. Ends with 1 if a kernel is not equal or does not compile.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,29 +22,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.demo.files import write_file
+from benchmarks.arguments import make_parser
 from benchmarks.kernel_launches import (
     ARCHITECTURES,
     compile_launch,
     record,
     use_triton_without_device,
 )
-from benchmarks.machine import git_revision, machine, versions
-
-ROOT = Path(__file__).parents[1]
-
-
-def compare() -> dict[str, Any]:
-    """What tests/kernels/compare.py finds, in a process of its own."""
-    command = [sys.executable, "-m", "tests.kernels.compare"]
-    environment = {**os.environ, "VLLM_PLUGINS": ""}
-    run = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-    )
-    if run.returncode:
-        raise SystemExit(f"the comparison failed:\n{run.stderr}")
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
+from benchmarks.machine import command, git_revision, machine, versions
+from tests.cpu_kernels.running import compare_apart
+from vllm_adadecode.files import write_json
 
 
 def describe(
@@ -57,7 +40,7 @@ def describe(
     """One kernel's entry.
 
     Args:
-        comparison: from `compare`.
+        comparison: what tests/kernels/compare.py prints.
         launches: from `kernel_launches.compile_launch`, or with ``error``.
     """
     cases = [case for case, kernels in comparison["kernels"].items() if name in kernels]
@@ -103,11 +86,11 @@ def show(kernels: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser("benchmarks.kernel_report", __doc__)
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
     parser.add_argument("--no-compare", action="store_true", help="compile alone; equal is false")
     parser.add_argument("--quick", action="store_true", help="one variant of each kernel")
-    parser.add_argument("--out", type=Path, default=Path("results/kernels.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/kernels.json"), help="JSON file")
     options = parser.parse_args()
     console = Console(stderr=True)
 
@@ -132,19 +115,22 @@ def main() -> int:
     comparison: dict[str, Any] = {"differences": {}, "kernels": {}, "checks": {}}
     if not options.no_compare:
         console.print("comparing under Triton's interpreter (about two minutes)")
-        comparison = compare()
+        try:
+            comparison = compare_apart("tests.kernels.compare")
+        except RuntimeError as error:
+            sys.exit(str(error))
     kernels = [describe(name, comparison, entries) for name, entries in compiled.items()]
     show(kernels, console)
     result = {
         "what": "kernels against their references in the interpreter, and compiled; no GPU",
-        "command": ["python", "-m", "benchmarks.kernel_report", *sys.argv[1:]],
+        "command": command(),
         "machine": machine(),
         "versions": {**versions(), "triton": triton.__version__},
         "revision": git_revision(),
         "kernels": kernels,
         "checks": {name: text or "holds" for name, text in comparison["checks"].items()},
     }
-    write_file(options.out, lambda file: file.write_text(json.dumps(result, indent=1)))
+    write_json(options.out, result)
     console.print(f"written to {options.out}")
     done = all(
         (kernel["equal"] or options.no_compare) and kernel["compiled"] == list(ARCHITECTURES)

@@ -8,7 +8,6 @@ where it stopped (`--again` starts over). Ends with 1 and one line where there i
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.demo.files import write_file
+from benchmarks.arguments import make_parser
 from benchmarks.gpu import make_rows, make_weights, median_ms, require_gpu
 from benchmarks.kernel_shapes import (
     HIDDEN_SIZES,
@@ -32,7 +31,9 @@ from benchmarks.kernel_shapes import (
     head_shapes,
     summarise,
 )
-from benchmarks.machine import git_revision, machine, versions
+from benchmarks.machine import command, git_revision, machine, versions
+from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.files import write_json
 
 THRESHOLD = 0.75
 
@@ -86,12 +87,25 @@ def show(entries: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
-    parser.add_argument("--vocab", type=int, nargs="+", default=list(VOCAB_SIZES))
-    parser.add_argument("--hidden", type=int, nargs="+", default=list(HIDDEN_SIZES))
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(WEIGHT_BYTES))
-    parser.add_argument("--out", type=Path, default=Path("results/kernels_gpu.json"))
+    parser = make_parser("benchmarks.kernels", __doc__)
+    parser.add_argument("--rows", type=positive, nargs="+", default=list(ROWS), help="of its input")
+    parser.add_argument(
+        "--vocab", type=positive, nargs="+", default=list(VOCAB_SIZES), help="rows of an LM head"
+    )
+    parser.add_argument(
+        "--hidden", type=positive, nargs="+", default=list(HIDDEN_SIZES), help="its columns"
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["bfloat16"],
+        choices=list(WEIGHT_BYTES),
+        metavar="DTYPE",
+        help=f"of its weights, of {', '.join(WEIGHT_BYTES)}",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/kernels_gpu.json"), help="JSON file"
+    )
     parser.add_argument("--again", action="store_true", help="measure what is measured already")
     options = parser.parse_args()
     require_gpu("python -m benchmarks.kernels")
@@ -99,7 +113,7 @@ def main() -> int:
     console = Console(stderr=True)
     result: dict[str, Any] = {
         "what": "the fused head on a GPU; medians in milliseconds over rotating input sets",
-        "command": ["python", "-m", "benchmarks.kernels", *sys.argv[1:]],
+        "command": command(),
         "machine": machine(),
         "versions": versions(),
         "revision": git_revision(),
@@ -127,7 +141,7 @@ def main() -> int:
         ms = measure(shape, weights)
         entry = {"shape": asdict(shape), "ms": ms, **summarise(shape, ms)}
         result["entries"].append(entry)
-        write_file(options.out, lambda file: file.write_text(json.dumps(result, indent=1)))
+        write_json(options.out, result)
     show(result["entries"], console)
     console.print(f"written to {options.out}")
     return 0

@@ -12,25 +12,27 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import quick_report
-from benchmarks.demo import compare, prompts, report
+from benchmarks.arguments import make_parser
+from benchmarks.demo import compare, prompts
 from benchmarks.demo.__main__ import ARGUMENTS, HERE
-from benchmarks.demo.server import ENVIRONMENT, Server, ServerError
+from benchmarks.demo.server import ENVIRONMENT, Server, ServerError, stop_on_sigterm
 from benchmarks.widening.build import total_bytes, widen
 from benchmarks.widening.shape import PRESETS
+from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.files import write_json
 
 # The number of drafts that pays depends on the machine, and on what else it does: what is counted
 # here must not.
@@ -47,10 +49,9 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     dtype: torch.dtype = getattr(torch, options.dtype)
     shape = PRESETS[options.shape]
     chosen = choose(prompts.load(HERE / "prompts.json"), options.prompts)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-quick-")))
-        progress = stack.enter_context(Progress(*columns, TimeElapsedColumn(), console=console))
+        progress = stack.enter_context(counting(console))
         size = total_bytes(shape, dtype)
         widening = progress.add_task("widening the target (MB)", total=size // 10**6)
         widen(
@@ -103,33 +104,32 @@ def choose(known: Sequence[prompts.Prompt], count: int) -> list[prompts.Prompt]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quick", description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    parser = make_parser("benchmarks.quick", __doc__)
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="an earlier result")
     parser.add_argument("--model", type=Path, default=HERE / "model", help="small model to widen")
     parser.add_argument("--shape", choices=PRESETS, default="cpu", help="to widen it to")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
-    parser.add_argument("--prompts", type=_count, default=8, help="of each kind, at most 32")
-    parser.add_argument("--tokens", type=_count, default=64, help="generated for each prompt")
-    parser.add_argument("--repeats", type=_count, default=3, help="of every prompt")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the target")
+    parser.add_argument("--prompts", type=positive, default=8, help="of each kind, at most 32")
+    parser.add_argument("--tokens", type=positive, default=64, help="generated for each prompt")
+    parser.add_argument("--repeats", type=positive, default=3, help="of every prompt")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=_count, default=cores, help="of each server")
-    parser.add_argument("--out", type=Path, default=Path("results/bench-quick.json"))
+    parser.add_argument("--threads", type=positive, default=cores, help="of each server")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/bench-quick.json"), help="JSON file"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     console = Console()
-    # Ended from outside, the servers are to be stopped as after Ctrl-C.
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_sigterm()
     begin = time.monotonic()
     try:
         old = quick_report.load(options.compare) if options.compare else None
         result = measure(options, console)
         result["seconds"] = round(time.monotonic() - begin, 1)
-        report.save(result, options.out)
+        write_json(options.out, result)
         quick_report.print_report(console, result, old)
         console.print(f"written to {options.out} after {result['seconds']:.0f} s")
         worse = quick_report.regressions(result, old) if old is not None else []
@@ -144,17 +144,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in worse:
         print(f"bench-quick: worse: {line}", file=sys.stderr)
     return 1 if worse else 0
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

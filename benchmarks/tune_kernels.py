@@ -10,7 +10,6 @@ stopped goes on. Ends with 1 and one line where there is no GPU.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from functools import partial
@@ -22,9 +21,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.demo.files import write_file
+from benchmarks.arguments import make_parser
 from benchmarks.gpu import make_rows, make_weights, median_ms, require_gpu
 from benchmarks.kernel_shapes import HIDDEN_SIZES, VOCAB_SIZES, WEIGHT_BYTES, HeadShape
+from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.files import write_json
 
 ROWS = (16, 32, 64, 128, 256)
 
@@ -97,7 +98,7 @@ class Measurements:
 
     def put(self, key: str, ms: float) -> None:
         self.times[key] = ms
-        write_file(self.path, lambda file: file.write_text(json.dumps(self.times, indent=1)))
+        write_json(self.path, self.times)
 
 
 def measure(
@@ -141,10 +142,21 @@ def tune(shape: HeadShape, device: str, kept: Measurements, progress: Progress) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--vocab", type=int, nargs="+", default=list(VOCAB_SIZES))
-    parser.add_argument("--hidden", type=int, nargs="+", default=list(HIDDEN_SIZES))
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(WEIGHT_BYTES))
+    parser = make_parser("benchmarks.tune_kernels", __doc__)
+    parser.add_argument(
+        "--vocab", type=positive, nargs="+", default=list(VOCAB_SIZES), help="rows of an LM head"
+    )
+    parser.add_argument(
+        "--hidden", type=positive, nargs="+", default=list(HIDDEN_SIZES), help="its columns"
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["bfloat16"],
+        choices=list(WEIGHT_BYTES),
+        metavar="DTYPE",
+        help=f"of its weights, of {', '.join(WEIGHT_BYTES)}",
+    )
     parser.add_argument("--out", type=Path, help="folder; default: kernels/configs")
     options = parser.parse_args()
     require_gpu("python -m benchmarks.tune_kernels")
@@ -161,8 +173,7 @@ def main() -> int:
             config = tune(HeadShape(1, vocab, hidden, dtype), device, kept, progress)
             config["triton_version"] = triton.__version__
             path = (options.out or CONFIGS) / config_file_name(vocab, hidden, dtype, device)
-            text = json.dumps(config, indent=2) + "\n"
-            write_file(path, partial(Path.write_text, data=text))
+            write_json(path, config)
             console.print(f"written to {path}")
     return 0
 

@@ -16,10 +16,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import DownloadColumn
 
+from benchmarks.arguments import make_parser
 from benchmarks.widening.build import read_config, total_bytes, widen
 from benchmarks.widening.shape import PRESETS, Shape
+from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -30,16 +33,14 @@ SIZES = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.widen", description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    parser = make_parser("benchmarks.widen", __doc__)
     parser.add_argument("source", type=Path, help="folder of the small model")
     parser.add_argument("output", type=Path, help="folder to make")
     presets = "; ".join(f"{name}: {shape}" for name, shape in PRESETS.items())
     parser.add_argument("--shape", choices=PRESETS, help=f"start from one of these. {presets}")
     for name in SIZES:
         option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=_count, help="instead of the shape's or the source's")
+        parser.add_argument(option, type=positive, help="instead of the shape's or the source's")
     parser.add_argument(
         "--tie",
         action=argparse.BooleanOptionalAction,
@@ -53,14 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     try:
         config = read_config(options.source)
         start = PRESETS[options.shape] if options.shape else Shape.of(config)
         names = (*SIZES, "tie_word_embeddings")
         wide = start.change(**{name: getattr(options, name) for name in names})
         dtype = DTYPES[options.dtype] if options.dtype else config.dtype
-        with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        with counting(console, count=DownloadColumn()) as progress:
             task = progress.add_task("widening", total=total_bytes(wide, dtype))
             plan = widen(
                 options.source,
@@ -77,13 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(f"{options.output}: {plan.wide}; {plan.wide.weights / 1e6:.0f} M weights")
     return 0
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.baselines import __main__ as command
+from benchmarks.baselines import drafter as drafter_module
 from benchmarks.baselines import medusa
+from benchmarks.baselines.checkpoint import Checkpoint
 from benchmarks.baselines.data import Data, file_data
 from benchmarks.baselines.draft import DraftModel
 from benchmarks.baselines.drafter import Drafter, Seen, distil, evaluate, look, train
@@ -20,6 +22,7 @@ from benchmarks.baselines.eagle3 import Eagle3
 from benchmarks.baselines.medusa import Medusa
 from tests.tiny_models import save_tiny_model
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads import target_fingerprint
 from vllm_adadecode.training.batches import TokenRow
 from vllm_adadecode.training.target_model import FrozenTarget, load_target
 
@@ -45,11 +48,35 @@ def data() -> Data:
     return Data((tuple(rows[:12]), tuple(rows[12:24])), tuple(rows[24:]))
 
 
-def learn(target: FrozenTarget, drafter: Drafter, data: Data, steps: int, rate: float) -> Any:
-    with Progress(disable=True) as progress:
+def learn(
+    target: FrozenTarget,
+    drafter: Drafter,
+    data: Data,
+    steps: int,
+    rate: float,
+    kept: Checkpoint | None = None,
+) -> Any:
+    with Progress(disable=True) as show:
         return train(
-            target, drafter, data, steps=steps, rows=8, rate=rate, seed=0, progress=progress
+            target, drafter, data, steps=steps, rows=8, rate=rate, seed=0, progress=show, kept=kept
         )
+
+
+class Watch:
+    """Counts the batches that the target looks at; `stop_at` ends a run as Ctrl-C would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> None:
+        self.batches, self.stop_at = 0, stop_at
+        monkeypatch.setattr(drafter_module, "look", self.look)
+
+    def look(self, *args: Any) -> Seen:
+        self.batches += 1
+        if self.batches == self.stop_at:
+            raise KeyboardInterrupt
+        return look(*args)
+
+    def start_anew(self) -> None:
+        self.batches, self.stop_at = 0, None
 
 
 def loss(target: FrozenTarget, drafter: Drafter, data: Data) -> float:
@@ -124,6 +151,27 @@ def test_medusa_learns_and_is_what_vllm_loads(
         torch.testing.assert_close(theirs, mine, atol=0.05, rtol=0.05)  # stored in bfloat16
 
 
+def test_a_stopped_training_goes_on(
+    target: FrozenTarget, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And ends where it would have, in what was learned and in what is said of it."""
+    whole = Medusa(target, heads=2)
+    expected = learn(target, whole, data, steps=45, rate=1e-2)
+    watch = Watch(monkeypatch, stop_at=30)
+    path = tmp_path / "kept.pt"
+    with pytest.raises(KeyboardInterrupt):
+        learn(target, Medusa(target, heads=2), data, 45, 1e-2, Checkpoint(path))
+    # 25 steps behind the last that was kept, and the evaluation; then nothing is left to do.
+    for batches in (26, 0):
+        watch.start_anew()
+        heads, kept = Medusa(target, heads=2), Checkpoint(path)
+        assert learn(target, heads, data, 45, 1e-2, kept) == expected
+        assert watch.batches == batches
+        assert kept.seconds > 0
+        for mine, other in zip(heads.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(mine, other)
+
+
 def test_draft_model_starts_as_the_targets_first_layers(target: FrozenTarget, data: Data) -> None:
     draft = DraftModel(target, num_layers=2)
     batch = data.batch(0, 8, 0)
@@ -184,6 +232,41 @@ def test_the_command_writes_beside_the_target(
     (folder / "medusa" / "config.json").unlink()
     assert command.main() == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("baselines: error: output ")
+
+
+def test_a_stopped_command_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path, output = tmp_path / "own.jsonl", tmp_path / "mine"
+    lines = [{"prompt_ids": [i + 1, 2], "output_ids": [3, 4, 5, 6]} for i in range(20)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    options = ["--data", str(path), "--length", "16", "--heads", "2", "--rate", "1e-3", "1e-2"]
+    options += ["--output", str(output), "--steps"]
+    monkeypatch.setattr(sys, "argv", ["baselines", "medusa", str(folder), *options, "2"])
+    # The untrained heads and the first rate take 1 + 2 + 1 batches.
+    watch = Watch(monkeypatch, stop_at=6)
+    assert command.main() == 130
+    assert capsys.readouterr().err == "baselines: stopped; the same command goes on\n"
+    assert not output.exists()
+
+    watch.start_anew()
+    assert command.main() == 0
+    assert watch.batches == 1 + 3
+    made_with = json.loads((output / "config.json").read_text())["provenance"]
+    assert list(made_with["held_out_agreement_by_rate"]) == ["0", "0.001", "0.01"]
+    assert made_with["target_fingerprint"] == target_fingerprint(folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "own.jsonl"]
+
+
+def test_other_settings_do_not_go_on(folder: Path, target: FrozenTarget, data: Data) -> None:
+    def identity(*more: str, of: Data = data) -> str:
+        return command.identity(command.parse(["medusa", str(folder), *more]), target, of)
+
+    assert identity() == identity("--rate", "1", "--threads", "1")
+    different = [("--steps", "7"), ("--rows", "7"), ("--heads", "2"), ("--seed", "1")]
+    keys = {identity(), identity(of=Data(data.sets, data.held_out[1:]))}
+    keys |= {identity(*more) for more in different}
+    assert len(keys) == 6
 
 
 @pytest.mark.parametrize(("untrained", "kept"), [([0.4, 0.4], 2), ([0.6, 0.6], 0)])

@@ -16,7 +16,9 @@ from benchmarks.compare.load import Measurement
 from benchmarks.compare.store import Cell, Store, Turn
 from benchmarks.demo.corpus import Source, load_corpus
 from benchmarks.demo.server import ServerError
+from tests.tiny_models import save_tiny_model
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads import target_fingerprint
 from vllm_adadecode.training.records import RecordReader
 from vllm_adadecode.training.target_model import load_tokenizer
 
@@ -73,6 +75,21 @@ def test_adadecode_goes_without_heads(tmp_path: Path) -> None:
 def test_a_missing_drafter_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(methods.NotReadyError, match=r"benchmarks\.baselines draft .*--drafter"):
         methods.arguments("draft_model", str(tmp_path))
+
+
+def test_a_drafter_for_another_model_is_refused(tmp_path: Path) -> None:
+    """As one that is named by mistake, or lies beside a target that was trained anew."""
+    made = {"target_fingerprint": target_fingerprint(DEMO_MODEL)}
+    drafter = folder(tmp_path / "mine", model_type="medusa", num_heads=3, provenance=made)
+    mine = methods.arguments("medusa", str(DEMO_MODEL), drafter=str(drafter))
+    assert config(mine.flags)["model"] == str(drafter)
+    other = save_tiny_model(tmp_path / "other")
+    with pytest.raises(methods.NotReadyError, match="trained for another model than") as refused:
+        methods.arguments("medusa", str(other), drafter=str(drafter))
+    assert len(str(refused.value).splitlines()) == 1
+    folder(other / "medusa", model_type="medusa", num_heads=3, provenance=made)
+    with pytest.raises(methods.NotReadyError, match=r"benchmarks\.baselines medusa .*--drafter"):
+        methods.arguments("medusa", str(other))
 
 
 # --- workload -------------------------------------------------------------------------------------
@@ -546,8 +563,8 @@ def test_options_make_a_plan(tmp_path: Path) -> None:
     [
         (["--methods", "vanilla,magic"], "no method magic"),
         (["--methods", "ngram"], "needs vanilla"),
-        (["--concurrency", "0"], "at least 1"),
-        (["--spec", "ngram=[]"], "no JSON object"),
+        (["--concurrency", "0"], "from 1 up"),
+        (["--spec", "ngram=[]"], "must be a JSON object"),
         (["--drafter", "medusa"], "not METHOD=VALUE"),
     ],
 )

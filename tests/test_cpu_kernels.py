@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,11 +10,11 @@ from typing import Any
 import pytest
 
 from tests.cpu_kernels.cases import CASES
+from tests.cpu_kernels.running import compare_apart
 from vllm_adadecode.cpu.install import import_twins
 from vllm_adadecode.cpu.registry import argument_mismatch
 from vllm_adadecode.cpu.support import WITHOUT_TWIN
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = "vllm.v1.worker.gpu"
 TWINS = import_twins()
 
@@ -27,16 +23,7 @@ TWINS = import_twins()
 def comparison() -> dict[str, Any]:
     """What compare.py found."""
     assert find_spec("triton"), "the reference is Triton's interpreter: install the test extra"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.cpu_kernels.compare"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "VLLM_PLUGINS": ""},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return compare_apart("tests.cpu_kernels.compare")
 
 
 @pytest.mark.parametrize("name", CASES)

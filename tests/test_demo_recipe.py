@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.demo import corpus as text
 from benchmarks.demo import heads_prompts, stages
 from benchmarks.demo import prompts as demo_prompts
-from benchmarks.demo.files import write_file, write_folder
 from benchmarks.demo.heads import generate, make_sequences
 from benchmarks.demo.measure import loops
 from benchmarks.demo.recipe import HeadRecipe, Recipe, Shape, Stage, rate_factor
@@ -94,39 +93,6 @@ class TestCorpus:
         assert prompts == demo_prompts.draw(tokenizer, corpus.second_stage, "second_stage", 8, 3)
         for prompt in prompts:
             assert len(tokenizer.encode(prompt.text).ids) == prompt.tokens
-
-
-class TestFiles:
-    def test_a_failed_file_leaves_the_old_one(self, tmp_path: Path) -> None:
-        path = tmp_path / "file"
-        path.write_text("old")
-
-        def fails(unfinished: Path) -> None:
-            unfinished.write_text("half")
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            write_file(path, fails)
-        assert path.read_text() == "old"
-        write_file(path, lambda unfinished: unfinished.write_text("new"))
-        assert path.read_text() == "new"
-        assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-    def test_a_failed_folder_leaves_the_old_one(self, tmp_path: Path) -> None:
-        path, scratch = tmp_path / "model", tmp_path / "build"
-        for content in ("old", "new"):
-            with write_folder(path, scratch) as folder:
-                (folder / content).write_text(content)
-            assert [p.name for p in path.iterdir()] == [content]
-
-        def fails() -> None:
-            with write_folder(path, scratch) as folder:
-                (folder / "half").write_text("half")
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            fails()
-        assert [p.name for p in path.iterdir()] == ["new"]
 
 
 class TestTraining:

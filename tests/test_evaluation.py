@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from safetensors.torch import load_file
 from tests.heads_samples import VOCAB, make_heads, make_target
 from vllm_adadecode.cli import main
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.evaluation import files, publish
 from vllm_adadecode.evaluation.data import continue_prompts, load_sets, split_spec
 from vllm_adadecode.evaluation.session import Session, open_session
 from vllm_adadecode.evaluation.simulate import Setting
@@ -339,19 +339,8 @@ class TestCommands:
         refused("must lie in [0, 1]", *args, str(output), "--least-acceptance", "2")
         assert not output.exists()
         assert [p.name for p in other.iterdir()] == ["notes.txt"]
-        monkeypatch.setattr(publish.os, "rename", full)
+        monkeypatch.setattr(os, "rename", full)
         refused("No space left", *args, str(output))
         assert not [p for p in tmp_path.iterdir() if output.name in p.name]
         make_target(tmp_path / "wider", hidden_size=32)
         refused("not for", "eval", heads, "--target", str(tmp_path / "wider"), "--data", str(data))
-
-    def test_a_full_disk_leaves_the_old_result(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = files.write_json(tmp_path / "result.json", {"old": 1})
-
-        monkeypatch.setattr(files.os, "replace", full)
-        with pytest.raises(OSError, match="No space left"):
-            files.write_json(path, {"new": 2})
-        assert json.loads(path.read_text()) == {"old": 1}
-        assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 
 import tests.kernels.head_cases as head_cases
 import tests.kernels.loop_cases as loop_cases
+from tests.cpu_kernels.running import compare_apart
 from tests.gpu.device import on_device
 from tests.kernels.registry import CASES, floats
 from vllm_adadecode.errors import AdaDecodeError
@@ -48,17 +48,7 @@ def rng() -> torch.Generator:
 def comparison() -> dict[str, Any]:
     """What compare.py found."""
     assert find_spec("triton"), "the kernels run in Triton's interpreter: install the test extra"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compare"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "VLLM_PLUGINS": ""},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    return compare_apart("tests.kernels.compare")
 
 
 @pytest.mark.parametrize("name", CASES)

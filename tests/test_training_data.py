@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -103,7 +104,7 @@ def test_a_failed_write_leaves_the_old_file(
     def refuse(source: Any, destination: Any) -> None:
         raise OSError("no")
 
-    monkeypatch.setattr(json_lines.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="no"):
         write_sequences(file, random_sequences(3))
     assert file.read_bytes() == before

@@ -68,6 +68,11 @@ class DraftPolicy(Protocol):
         ...
 
 
+def otherwise(policy: DraftPolicy, exit_index: int) -> Action:
+    """What becomes of a request whose head here is not followed: it goes deeper, if it can."""
+    return Action.PROMOTE if exit_index + 1 < policy.num_used_exits else Action.STOP
+
+
 def gate_at(policy: DraftPolicy, exit_index: int) -> PassesGate | None:
     """The policy's word on gates at an exit; None where it asks for none."""
     return partial(policy.passes_gate, exit_index) if policy.uses_gate(exit_index) else None
@@ -107,8 +112,7 @@ class ThresholdPolicy:
         return gate > self.gate_thresholds[exit_index]
 
     def decide(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
-        otherwise = Action.STOP if exit_index + 1 >= self.num_used_exits else Action.PROMOTE
         # NaN compares false: a broken row is never confident.
         confident = confidence > self.thresholds[exit_index]
-        actions = torch.full_like(confidence, int(otherwise), dtype=torch.int8)
+        actions = torch.full_like(confidence, int(otherwise(self, exit_index)), dtype=torch.int8)
         return actions.masked_fill_(confident, int(Action.EXTEND))

@@ -8,7 +8,6 @@ not in them, which makes drafting look a little worse than it is.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from vllm_adadecode.budget import RoundCosts
-from vllm_adadecode.policy import Action, DraftPolicy
+from vllm_adadecode.policy import Action, DraftPolicy, ThresholdPolicy, otherwise
 
 # Under vLLM's logger, whose level and format users know.
 logger = init_logger(f"vllm.{__name__}")
@@ -29,6 +28,7 @@ WARM_ROUNDS, TIMED_ROUNDS = 1, 5
 # Larger batches are left out once so much time has gone; they are taken to be like the largest.
 ENOUGH_SECONDS = 10.0
 STEP = 4  # from one batch size to the next
+NO_DRAFTS = ThresholdPolicy(())
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ class SamePolicy:
         return torch.full_like(gate, self.open_gates or exit_index == self.follow, dtype=torch.bool)
 
     def decide(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
-        otherwise = Action.STOP if exit_index + 1 >= self.num_used_exits else Action.PROMOTE
-        action = Action.EXTEND if exit_index == self.follow else otherwise
+        action = Action.EXTEND if exit_index == self.follow else otherwise(self, exit_index)
         return torch.full_like(confidence, int(action), dtype=torch.int8)
 
 
@@ -182,7 +181,7 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
     speculator = runner.speculator
     real, exits = speculator.policy, speculator.policy.num_used_exits
     rounds = WARM_ROUNDS + TIMED_ROUNDS
-    settings: list[SamePolicy | None] = [None, SamePolicy(real)]
+    settings: list[DraftPolicy] = [NO_DRAFTS, SamePolicy(real)]
     settings += [SamePolicy(real, follow=e) for e in range(exits)]
     gated = any(real.uses_gate(e) for e in range(exits))
     if gated:
@@ -197,20 +196,21 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
         finally:
             speculator.policy = real
         table.append((size, timed))
-        if rank_0(time.perf_counter() - begun) > ENOUGH_SECONDS:
+        spent = time.perf_counter() - begun
+        if rank_0(spent) > ENOUGH_SECONDS:
             break
     if not table:
         return None
     costs = rank_0(_costs(table, speculator.num_speculative_steps, exits, real, gated))
-    logger.info("Measured rounds of %s requests in %.1f s", costs.batch_sizes, _since(begun))
+    logger.info("Measured rounds of %s requests in %.1f s", costs.batch_sizes, spent)
     return costs
 
 
-def _timed(worker: Any, size: int, policy: SamePolicy | None, rounds: int) -> float:
-    """Seconds of a round, all requests following ``policy``; None: without drafting.
+def _timed(worker: Any, size: int, policy: DraftPolicy, rounds: int) -> float:
+    """Seconds of a round, all requests following ``policy``.
 
     The quickest: whatever else a machine does while a server starts only ever adds."""
-    worker.model_runner.speculator.policy = policy or NO_DRAFTS
+    worker.model_runner.speculator.policy = policy
     requests = Requests(worker, size, rounds)
     try:
         return min([requests.round() for _ in range(rounds)][WARM_ROUNDS:])
@@ -245,29 +245,7 @@ def _costs(
     )
 
 
-@dataclass(frozen=True)
-class _NoDrafts:
-    """Turns drafting off."""
-
-    num_used_exits: int = 0
-    uses: Callable[[int], bool] = lambda exit_index: False
-    uses_gate: Callable[[int], bool] = lambda exit_index: False
-
-    def passes_gate(self, exit_index: int, gate: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("no exit is used")
-
-    def decide(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("no exit is used")
-
-
-NO_DRAFTS = _NoDrafts()
-
-
 def rank_0(value: Any) -> Any:
     """The value of the first tensor-parallel rank: all must come to the same choices."""
     group = get_tp_group()
     return value if group.world_size == 1 else group.broadcast_object(value, src=0)
-
-
-def _since(begun: float) -> float:
-    return time.perf_counter() - begun

@@ -1,55 +1,52 @@
 """``python -m benchmarks.baselines medusa|eagle3|draft TARGET``: trains another method's drafter.
 
 The same text and as many tokens as the demo's heads are trained on, unless told otherwise. The
-result lies in the target's folder, where `benchmarks.compare` looks for it.
+result lies in the target's folder, where `benchmarks.compare` looks for it. A stopped run goes on
+when the same command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import operator
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
+from benchmarks.arguments import make_parser
+from benchmarks.baselines.checkpoint import Checkpoint
 from benchmarks.baselines.data import ROWS, Data, demo_data, demo_steps, file_data
 from benchmarks.baselines.draft import DraftModel
 from benchmarks.baselines.drafter import Drafter, evaluate, train
 from benchmarks.baselines.eagle3 import Eagle3
 from benchmarks.baselines.medusa import Medusa
-from benchmarks.demo.files import write_folder
+from benchmarks.demo import DEMO_TARGET
 from benchmarks.demo.recipe import Recipe
+from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.files import replaced_folder
+from vllm_adadecode.heads import target_fingerprint
 from vllm_adadecode.training.provenance import provenance
 from vllm_adadecode.training.target_model import FrozenTarget, load_target
 
-DEMO_TARGET = "benchmarks/demo/model"
-# The best of these is kept, as the best of several variants is of the demo's heads.
+# Which is best differs from method to method: all are tried.
 RATES = (1e-3, 3e-3, 1e-2)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     recipe = Recipe().heads
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.baselines",
-        description=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser("benchmarks.baselines", __doc__)
     add = parser.add_argument
-    add("method", choices=["medusa", "eagle3", "draft"])
+    add("method", choices=["medusa", "eagle3", "draft"], help="whose drafter")
     add("target", nargs="?", default=DEMO_TARGET, help="folder or hub id of the model")
     add("--output", type=Path, help="folder; in the target's own if none is given")
     add(
@@ -58,19 +55,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["demo"],
         help="demo: what the demo's heads are trained on; else as `adadecode eval` takes it",
     )
-    add("--steps", type=int, default=demo_steps(recipe), help="of the optimizer")
-    add("--rows", type=int, default=ROWS, help="of a step")
-    add("--length", type=int, default=recipe.length, help="tokens of a row")
+    add("--steps", type=positive, default=demo_steps(recipe), help="of the optimizer")
+    add("--rows", type=positive, default=ROWS, help="of a step")
+    add("--length", type=positive, default=recipe.length, help="tokens of a row")
     add("--rate", type=float, nargs="+", default=RATES, help="of AdamW; the best is kept")
-    add("--heads", type=int, default=5, help="of Medusa: one for each draft")
-    add("--drafts", type=int, default=3, help="of EAGLE-3 that it is trained to make in a row")
-    add("--layers", type=int, default=2, help="of the draft model")
-    add("--seed", type=int, default=0)
-    add("--threads", type=int, help="of PyTorch")
-    options = parser.parse_args(arguments)
-    if min(options.steps, options.rows, options.heads, options.drafts, options.layers) < 1:
-        parser.error("--steps, --rows, --heads, --drafts and --layers must be at least 1")
-    return options
+    add("--heads", type=positive, default=5, help="of Medusa: one for each draft")
+    add("--drafts", type=positive, default=3, help="of EAGLE-3 that it is trained to make in a row")
+    add("--layers", type=positive, default=2, help="of the draft model")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--threads", type=positive, help="of PyTorch")
+    return parser.parse_args(arguments)
 
 
 def make(options: argparse.Namespace, target: FrozenTarget) -> Drafter:
@@ -86,16 +80,30 @@ def worth(agreement: Sequence[float]) -> float:
     return sum(accumulate(agreement, operator.mul))
 
 
+def identity(options: argparse.Namespace, target: FrozenTarget, data: Data) -> str:
+    """Names what the training of a drafter depends on, but for the learning rate."""
+    names = ("method", "steps", "rows", "heads", "drafts", "layers", "seed")
+    settings = [getattr(options, name) for name in names]
+    depends_on = (*settings, target_fingerprint(target.name), data)
+    return hashlib.sha1(repr(depends_on).encode()).hexdigest()[:12]
+
+
 def choose(
-    options: argparse.Namespace, target: FrozenTarget, first: Drafter, data: Data, show: Progress
+    options: argparse.Namespace,
+    target: FrozenTarget,
+    first: Drafter,
+    data: Data,
+    kept: Mapping[float, Checkpoint],
+    show: Progress,
 ) -> tuple[Drafter, dict[str, list[float]]]:
     """The best drafter, and the agreement that each rate has led to.
 
     Args:
         first: an untrained one, which is kept if training only makes it worse.
+        kept: what there is of a stopped run, by rate.
     """
     best, tried = first, {"0": evaluate(target, first, data)}
-    for rate in options.rate:
+    for rate, checkpoint in kept.items():
         torch.manual_seed(options.seed)
         drafter = make(options, target)
         found = train(
@@ -107,6 +115,7 @@ def choose(
             rate=rate,
             seed=options.seed,
             progress=show,
+            kept=checkpoint,
         )
         shown = " ".join(f"{share:.2f}" for share in found)
         line = f"{options.method}, rate {rate:g}: held-out agreement by draft {shown}"
@@ -124,11 +133,12 @@ def run(options: argparse.Namespace, progress: Progress) -> Path:
         AdaDecodeError: target, data or method can't be used.
     """
     output: Path = options.output or Path(options.target, options.method)
+    unfinished = output.parent / f".{output.name}-unfinished"
     if output.exists() and not (output / "config.json").is_file():
         raise AdaDecodeError(f"output {output} holds something else: give another --output")
     if options.threads:
         torch.set_num_threads(options.threads)
-    begin = time.monotonic()
+    begin = time.process_time()
     target = load_target(options.target, dtype=torch.float32)
     torch.manual_seed(options.seed)
     first = make(options, target)
@@ -137,30 +147,35 @@ def run(options: argparse.Namespace, progress: Progress) -> Path:
         data = demo_data(target, Recipe())
     else:
         data = file_data(target, options.data, options.length)
-    best, tried = choose(options, target, first, data, progress)
+    preparing = time.process_time() - begin
+    key = identity(options, target, data)
+    kept = {rate: Checkpoint(unfinished / f"{key}-rate-{rate:g}.pt") for rate in options.rate}
+    best, tried = choose(options, target, first, data, kept, progress)
     made_with = provenance() | {
+        "target_fingerprint": target_fingerprint(target.name),
         "data": options.data,
         "tokens": options.steps * options.rows * options.length,
         "held_out_agreement_by_rate": tried,
-        "seconds": round(time.monotonic() - begin),
+        "cpu_seconds": round(preparing + sum(checkpoint.seconds for checkpoint in kept.values())),
     }
-    with write_folder(output, scratch=output.parent / f".{output.name}-unfinished") as folder:
+    with replaced_folder(output, scratch=unfinished) as folder:
         best.save(folder, made_with)
-    (output.parent / f".{output.name}-unfinished").rmdir()
+    shutil.rmtree(unfinished)
     return output
 
 
 def main() -> int:
     options = parse()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     console = Console()
     try:
-        with Progress(*columns, *times, console=console) as progress:
+        with counting(console, left=True) as progress:
             output = run(options, progress)
-    except AdaDecodeError as error:
+    except (AdaDecodeError, OSError) as error:
         print(f"baselines: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("baselines: stopped; the same command goes on", file=sys.stderr)
+        return 130
     console.print(f"written: {output}")
     return 0
 

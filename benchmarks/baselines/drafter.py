@@ -5,6 +5,7 @@ Owns no architecture: `medusa.py`, `eagle3.py` and `draft.py` have one each.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,13 @@ import torch
 from rich.progress import Progress
 from torch.nn import functional
 
+from benchmarks.baselines.checkpoint import Checkpoint
 from benchmarks.baselines.data import Data
 from benchmarks.demo.recipe import rate_factor
 from vllm_adadecode.training.batches import MicroBatch, micro_batches
 from vllm_adadecode.training.target_model import FrozenTarget
+
+SAVE_EVERY = 20  # steps
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,9 @@ def train(
     rate: float,
     seed: int,
     progress: Progress,
+    kept: Checkpoint | None = None,
 ) -> list[float]:
-    """Bring the drafter to its end.
+    """Bring the drafter to its end, from where ``kept`` was stopped.
 
     Args:
         rate: of AdamW, with warm-up and linear decay.
@@ -106,22 +111,34 @@ def train(
     Returns:
         Agreement of each draft with the target on the held-out rows.
     """
-    optimizer = torch.optim.AdamW(drafter.parameters(), rate, (0.9, 0.95), weight_decay=0.0)
-    task = progress.add_task(f"training, rate {rate:g}", total=steps)
-    for step in range(steps):
+    kept = kept or Checkpoint()
+    parameters = list(drafter.parameters())
+    optimizer = torch.optim.AdamW(parameters, rate, (0.9, 0.95), weight_decay=0.0)
+    start, known = kept.load(parameters, optimizer)
+    task = progress.add_task(f"training, rate {rate:g}", total=steps, completed=start)
+    if start:
+        progress.console.print(f"rate {rate:g}: goes on at step {start} of {steps}")
+    if known is not None:
+        return known
+    begin = time.process_time() - kept.seconds
+    for step in range(start, steps):
         seen = look(target, data.batch(step, rows, seed), drafter.layers)
         loss, agreement = drafter.learn(seen)
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = rate * rate_factor(step, steps)
-        torch.nn.utils.clip_grad_norm_(list(drafter.parameters()), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         progress.advance(task)
         if (step + 1) % max(1, steps // 5) == 0:
             shown = " ".join(f"{share:.2f}" for share in agreement)
             progress.console.print(f"step {step + 1}: loss {loss.item():.3f}, agreement {shown}")
-    return evaluate(target, drafter, data)
+        if (step + 1) % SAVE_EVERY == 0:
+            kept.save(step + 1, time.process_time() - begin, parameters, optimizer)
+    found = evaluate(target, drafter, data)
+    kept.save(steps, time.process_time() - begin, parameters, optimizer, found)
+    return found
 
 
 @torch.no_grad()

@@ -8,42 +8,32 @@ goes on without it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from benchmarks.arguments import make_parser
 from benchmarks.compare import methods, report, run, workload
 from benchmarks.compare.load import MODEL
 from benchmarks.compare.store import Store
-from benchmarks.machine import git_revision, gpus, machine, versions
+from benchmarks.demo import DEMO_TARGET
+from benchmarks.demo.server import stop_on_sigterm
+from benchmarks.machine import command, git_revision, gpus, machine, versions
+from vllm_adadecode.cli.arguments import json_object, positive
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.records import RecordReader
 from vllm_adadecode.training.target_model import load_tokenizer
 
-DEMO_TARGET = "benchmarks/demo/model"
 ALL = ("vanilla", "adadecode", "medusa", "eagle3", "draft_model", "ngram", "suffix")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare",
-        description=(__doc__ or "").partition("\n\n")[2],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser("benchmarks.compare", __doc__)
     add = parser.add_argument
     add("--target", default=DEMO_TARGET, help="folder or hub id of the model")
     add(
@@ -59,18 +49,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="demo, offline, xsum, humaneval, gsm8k (or NAME=FILE of its rows), spec_bench=FILE, "
         "FILE.jsonl[:name], or another data set of the hub",
     )
-    add("--concurrency", type=_list_of(_positive), default=[1, 4, 16], help="requests at once")
-    add("--temperature", type=_list_of(float), default=[0.0, 0.7])
-    add("--repetitions", type=_positive, default=3, help="servers of each method, one at a time")
-    add("--prompts", type=_positive, default=32, help="of each part of the data, at most")
+    add("--concurrency", type=_list_of(positive), default=[1, 4, 16], help="requests at once")
+    add("--temperature", type=_list_of(float), default=[0.0, 0.7], help="of sampling")
+    add("--repetitions", type=positive, default=3, help="servers of each method, one at a time")
+    add("--prompts", type=positive, default=32, help="of each part of the data, at most")
     add(
         "--tokens",
-        type=_positive,
+        type=positive,
         help="generated for each prompt; the paper's sets: 512, else 128",
     )
     add("--chat", action="store_true", help="put prompts into the target's chat template")
-    add("--drafts", type=_positive, default=5, help="most drafts of methods that do not say")
-    add("--drafter", type=_named, action="append", default=[], metavar="METHOD=FOLDER")
+    add("--drafts", type=positive, default=5, help="most drafts of methods that do not say")
+    add("--drafter", type=_named, action="append", default=[], metavar="METHOD=FOLDER",
+        help="in place of the one beside the target")  # fmt: skip
     add("--spec", type=_options, action="append", default=[], metavar="METHOD=JSON",
         help="more of a method's --speculative-config")  # fmt: skip
     add("--dtype", help="of the servers; without a GPU float32, which keeps outputs the same")
@@ -92,12 +83,6 @@ def _list_of(kind: Any) -> Any:
     return parse_list
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
-
-
 def _method(text: str) -> str:
     if text not in methods.METHODS:
         raise argparse.ArgumentTypeError(f"no method {text}: use {', '.join(methods.METHODS)}")
@@ -113,13 +98,7 @@ def _named(text: str) -> tuple[str, str]:
 
 def _options(text: str) -> tuple[str, dict[str, Any]]:
     name, value = _named(text)
-    try:
-        found = json.loads(value)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{value} is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{value} is no JSON object")
-    return name, found
+    return name, json_object(value)
 
 
 def make_plan(options: argparse.Namespace) -> run.Plan:
@@ -209,14 +188,12 @@ def about(plan: run.Plan) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(),
         "git": git_revision(),
-        "command": shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]),
+        "command": shlex.join(command()),
     }
 
 
 def measure(plan: run.Plan, store: Store, console: Console, retry: bool) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *times, console=console) as progress:
+    with counting(console, left=True) as progress:
         task = progress.add_task("measuring", total=len(plan.all_cells()))
         listener = run.Listener(
             lambda line: progress.console.print(line, markup=False, highlight=False),
@@ -229,7 +206,7 @@ def main() -> int:
     options = parse()
     # Wide enough for the table where the output is a file.
     console = Console() if sys.stdout.isatty() else Console(width=190)
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_sigterm()
     try:
         plan = make_plan(options)
         store = Store(options.out, settings(plan))
@@ -244,10 +221,6 @@ def main() -> int:
         return 130
     console.print(f"written to {page.parent}: compare.json, compare.csv, figures; open {page}")
     return 0
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

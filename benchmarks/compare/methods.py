@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_adadecode.heads import target_fingerprint
+
 
 @dataclass(frozen=True)
 class Method:
@@ -75,7 +77,7 @@ def arguments(
         options: added to the speculative configuration, or in place of what it has.
 
     Raises:
-        NotReadyError: the drafter is not there.
+        NotReadyError: the drafter is not there, or says that it was trained for another model.
     """
     method = METHODS[name]
     if method.options is None:
@@ -83,6 +85,7 @@ def arguments(
     config: dict[str, Any] = {"method": name, **method.options}
     folder = drafter if drafter is not None else _beside(target, name)
     if folder is not None:
+        _check_target(name, folder, target)
         config["model"] = folder
     if method.drafts:
         config["num_speculative_tokens"] = _own_drafts(folder, drafts)
@@ -100,9 +103,25 @@ def _beside(target: str, name: str) -> str | None:
         return str(folder)
     if not method.must_have:
         return None
+    raise NotReadyError(f"no drafter in {folder}: {_remedy(name, target)}")
+
+
+def _check_target(name: str, folder: str, target: str) -> None:
+    """Refuse what `benchmarks.baselines` has trained for another model; other drafters do not say
+    what they are for. AdaDecode's heads are refused by the server."""
+    made_with = _read_config(folder).get("provenance") or {}
+    trained_for, found = made_with.get("target_fingerprint"), target_fingerprint(target)
+    if trained_for and found and trained_for != found:
+        raise NotReadyError(
+            f"the drafter in {folder} was trained for another model than {target}: "
+            f"{_remedy(name, target)}"
+        )
+
+
+def _remedy(name: str, target: str) -> str:
     what = "draft" if name == "draft_model" else name
-    raise NotReadyError(
-        f"no drafter in {folder}: train one with `python -m benchmarks.baselines {what} {target}`, "
+    return (
+        f"train one with `python -m benchmarks.baselines {what} {target}`, "
         f"or name one with --drafter {name}=FOLDER"
     )
 
@@ -110,11 +129,15 @@ def _beside(target: str, name: str) -> str | None:
 def _own_drafts(folder: str | None, drafts: int) -> int:
     """What a drafter says itself: Medusa drafts one token with each head, neither more nor fewer,
     and speculators' drafters name a number."""
-    path = Path(folder or "", "config.json")
-    if folder is None or not path.is_file():
-        return drafts
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = {} if folder is None else _read_config(folder)
     if config.get("model_type") == "medusa":
         return int(config["num_heads"])
     proposals = config.get("speculators_config", {}).get("proposal_methods") or [{}]
     return int(proposals[0].get("speculative_tokens", drafts))
+
+
+def _read_config(folder: str) -> dict[str, Any]:
+    """Of a drafter; empty for one that is not here, as of the hub."""
+    path = Path(folder, "config.json")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config

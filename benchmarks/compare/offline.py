@@ -13,9 +13,10 @@ import json
 import random
 from collections.abc import Sequence
 
+from benchmarks.arguments import make_parser
 from benchmarks.compare.workload import OFFLINE_PROMPTS
 from benchmarks.demo.corpus import Source, load_corpus
-from benchmarks.demo.files import write_file
+from vllm_adadecode.files import write_whole
 
 COUNT = 32
 CODE_LINES = (8, 24)  # of a prompt, the first line of the function to complete included
@@ -116,9 +117,10 @@ def make(sources: Sequence[Source], count: int = COUNT, seed: int = 0) -> dict[s
 
 
 def main() -> None:
+    make_parser("benchmarks.compare.offline", __doc__).parse_args()
     parts = make(load_corpus().held_out)
     text = json.dumps(parts, indent=1, ensure_ascii=False) + "\n"
-    write_file(OFFLINE_PROMPTS, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(OFFLINE_PROMPTS, text.encode())
     print(f"written: {OFFLINE_PROMPTS} ({sum(map(len, parts.values()))} prompts)")
 
 

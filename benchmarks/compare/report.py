@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks.compare import metrics, page, plots, table
 from benchmarks.compare.run import Plan
 from benchmarks.compare.store import Store, Turn
-from vllm_adadecode.evaluation.files import write_json, write_whole
+from vllm_adadecode.files import write_json, write_whole
 
 
 def turns_of(plan: Plan, store: Store) -> list[Turn]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.compare.load import Measurement
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.evaluation.files import write_json
+from vllm_adadecode.files import write_json
 
 
 @dataclass(frozen=True)

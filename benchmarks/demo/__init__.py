@@ -5,3 +5,6 @@ import os
 # Idle OpenMP threads must sleep, not spin: on two shared cores spinning costs half the speed.
 # Read when torch starts, so it has to be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Its folder in a checkout, as commands name it.
+DEMO_TARGET = "benchmarks/demo/model"

@@ -9,32 +9,27 @@ in turns. Prints a table and writes it as JSON. Exit code 1 if an output differs
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.demo import compare, prompts, report
-from benchmarks.demo.server import FLAGS, Server, ServerError
+from benchmarks.arguments import make_parser
+from benchmarks.demo import DEMO_TARGET, compare, prompts, report
+from benchmarks.demo.server import FLAGS, Server, ServerError, stop_on_sigterm
+from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.cli.progress import counting
+from vllm_adadecode.files import write_json
 
 HERE = Path(__file__).parent
 ARGUMENTS = {"vanilla": [], "adadecode": ["--speculative-config", "adadecode"]}
 
 
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    chosen = [
-        prompt
-        for files in ("held_out", "second_stage")
-        for prompt in [p for p in prompts.load(HERE / "prompts.json") if p.files == files][
-            : options.prompts
-        ]
-    ]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    chosen = prompts.load(HERE / "prompts.json", options.prompts)
     with ExitStack() as stack:
         servers = {
             method: stack.enter_context(
@@ -42,7 +37,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             )
             for method, arguments in ARGUMENTS.items()
         }
-        progress = stack.enter_context(Progress(*columns, TimeElapsedColumn(), console=console))
+        progress = stack.enter_context(counting(console))
         starting = progress.add_task("starting two servers", total=len(servers))
         for server in servers.values():
             server.wait_until_ready()
@@ -50,25 +45,21 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         asking = progress.add_task("asking both in turns", total=2 * len(chosen))
         groups = compare.compare(servers, chosen, options.tokens, lambda: progress.advance(asking))
         differences = compare.find_differences(groups, servers["vanilla"])
-    server_command = ["vllm", "serve", "benchmarks/demo/model", *FLAGS, *ARGUMENTS["adadecode"]]
+    server_command = ["vllm", "serve", DEMO_TARGET, *FLAGS, *ARGUMENTS["adadecode"]]
     return report.build(groups, differences, server_command)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo", description=__doc__.splitlines()[0] if __doc__ else None
+    parser = make_parser("benchmarks.demo", __doc__)
+    parser.add_argument("--model", type=Path, default=HERE / "model", help="folder")
+    parser.add_argument(
+        "--prompts", type=positive, default=32, help="of each kind of files, at most 32"
     )
-    parser.add_argument("--model", type=Path, default=HERE / "model")
-    parser.add_argument("--prompts", type=int, default=32, help="of each kind of files, at most 32")
-    parser.add_argument("--tokens", type=int, default=128, help="generated for each prompt")
-    parser.add_argument("--out", type=Path, default=Path("results/demo.json"))
+    parser.add_argument("--tokens", type=positive, default=128, help="generated for each prompt")
+    parser.add_argument("--out", type=Path, default=Path("results/demo.json"), help="JSON file")
     options = parser.parse_args()
-    if min(options.prompts, options.tokens) < 1:
-        parser.error("--prompts and --tokens must be at least 1")
-
     console = Console()
-    # Ended from outside, the servers are to be stopped as after Ctrl-C.
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_sigterm()
     begin = time.monotonic()
     try:
         result = measure(options, console)
@@ -79,14 +70,10 @@ def main() -> int:
         print("demo: interrupted, servers stopped", file=sys.stderr)
         return 130
     result["seconds"] = round(time.monotonic() - begin, 1)
-    report.save(result, options.out)
+    write_json(options.out, result)
     report.print_report(console, result)
     console.print(f"written to {options.out} after {result['seconds']:.0f} s")
     return 0 if result["identical"] else 1
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from benchmarks.arguments import make_parser
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.heads import NEW_TOKENS
 from benchmarks.demo.measure import Report, report_sets
+from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.evaluation import report
-from vllm_adadecode.evaluation.files import write_json
 from vllm_adadecode.evaluation.session import open_session
 from vllm_adadecode.evaluation.simulate import Setting
+from vllm_adadecode.files import write_json
 
 HERE = Path(__file__).parent
 NAMES = {"held_out": "held-out files", "second_stage": "trained files"}
@@ -67,15 +69,19 @@ def table(reports: Mapping[str, Report], title: str) -> Table:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo.evaluate", description=__doc__)
-    parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser = make_parser("benchmarks.demo.evaluate", __doc__)
+    parser.add_argument("--model", type=Path, default=HERE / "model", help="the target's folder")
     parser.add_argument("--heads", type=Path, help="default: adadecode/ in the model's folder")
-    parser.add_argument("--prompts", type=Path, default=HERE / "prompts.json")
-    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
+    parser.add_argument("--prompts", type=Path, default=HERE / "prompts.json", help="file")
+    parser.add_argument("--new-tokens", type=positive, default=NEW_TOKENS, help="of a prompt")
     parser.add_argument("--threshold", type=float, help="of all exits; default: the heads' own")
-    parser.add_argument("--drafts", type=int, help="before a verification; default: the heads' own")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path("results/demo-heads.json"))
+    parser.add_argument(
+        "--drafts", type=positive, help="before a verification; default: the heads' own"
+    )
+    parser.add_argument("--threads", type=positive, default=2, help="of PyTorch")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/demo-heads.json"), help="JSON file"
+    )
     return parser.parse_args()
 
 

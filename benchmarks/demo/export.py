@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from benchmarks.demo.evaluate import NAMES, rows
 from benchmarks.demo.heads import NEW_TOKENS
 from benchmarks.demo.measure import Report
 from benchmarks.demo.recipe import Recipe
+from benchmarks.machine import git_revision
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.session import Session
 
@@ -93,16 +93,6 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
 
 def provenance(recipe: Recipe, corpus_digest: str) -> dict[str, Any]:
     """The command, the versions and the commit; the corpus is named by its digest."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": "python -m benchmarks.demo.train" + " --plain" * (recipe == recipe.plain()),
         "python": platform.python_version(),
@@ -112,7 +102,7 @@ def provenance(recipe: Recipe, corpus_digest: str) -> dict[str, Any]:
         "data": f"standard library of Python {sys.version_info[0]}.{sys.version_info[1]}",
         "data_sha1": corpus_digest,
         "heads_left_out": [*HEADS_CHOOSE_FILES, *HEADS_MEASURE_FILES],
-        "git": commit or None,
+        "git": git_revision(),
         "recipe": asdict(recipe),
     }
 

@@ -12,6 +12,7 @@ from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ig
 
 from tokenizers import Tokenizer
 
+from benchmarks.arguments import make_parser
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.corpus import (
     HEADS_CHOOSE_FILES,
@@ -20,7 +21,7 @@ from benchmarks.demo.corpus import (
     Source,
     load_corpus,
 )
-from benchmarks.demo.files import write_file
+from vllm_adadecode.files import write_whole
 
 HERE = Path(__file__).parent
 STORED = HERE / "heads_prompts.json"
@@ -63,13 +64,14 @@ def choosing(tokenizer: Tokenizer, corpus: Corpus) -> dict[str, list[list[int]]]
 
 
 def main() -> None:
+    make_parser("benchmarks.demo.heads_prompts", __doc__).parse_args()
     tokenizer = Tokenizer.from_file(str(HERE / "model" / "tokenizer.json"))
     prompts = [
         prompt
         for seed, (name, files) in enumerate(sources(load_corpus()).items())
         for prompt in demo_prompts.draw(tokenizer, files, name, COUNT, 100 + seed)
     ]
-    write_file(STORED, lambda path: path.write_text(demo_prompts.dump(prompts), encoding="utf-8"))
+    write_whole(STORED, demo_prompts.dump(prompts).encode())
     print(f"written: {STORED} ({len(prompts)} prompts)")
 
 

@@ -8,35 +8,35 @@ the target's own greedy text: any machine gives these numbers.
 
 from __future__ import annotations
 
-import argparse
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
+from benchmarks.arguments import make_parser
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.heads_prompts import CHOOSING, OUT_OF_DOMAIN, STORED
+from benchmarks.machine import command
+from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.calibrate import calibrate, paper_setting
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
-from vllm_adadecode.evaluation.files import write_json
 from vllm_adadecode.evaluation.metrics import Measurer
 from vllm_adadecode.evaluation.session import Session, open_session
 from vllm_adadecode.evaluation.simulate import Setting
 from vllm_adadecode.evaluation.timing import choose_costs
 from vllm_adadecode.evaluation.trace import Trace
+from vllm_adadecode.files import write_json
 from vllm_adadecode.training.provenance import provenance
 
 HERE = Path(__file__).parent
 # Asked of `calibrated_accepting` on the files it is chosen on.
 LEAST_ACCEPTANCE = 0.9
-COMMAND = ["python", "-m", "benchmarks.demo.heads_report"]
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
 def continue_sets(
@@ -124,7 +124,7 @@ def make_report(
         "calibrated_on": {name: files[name] for name in CHOOSING.values()},
         "least_acceptance": LEAST_ACCEPTANCE,
         "costs": costs.model_dump(),
-        "made_with": provenance() | {"command": shlex.join(COMMAND + sys.argv[1:])},
+        "made_with": provenance() | {"command": shlex.join(command())},
     }
 
 
@@ -158,25 +158,20 @@ def print_report(console: Console, result: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo.heads_report",
-        description=__doc__.splitlines()[0] if __doc__ else None,
-    )
-    parser.add_argument("--heads", type=Path, default=HERE / "model" / "adadecode")
-    parser.add_argument("--target", type=Path, default=HERE / "model")
-    parser.add_argument("--prompts", type=int, help="of each set, at most; default: all")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("results/heads.json"))
+    parser = make_parser("benchmarks.demo.heads_report", __doc__)
+    parser.add_argument("--heads", type=Path, default=HERE / "model" / "adadecode", help="folder")
+    parser.add_argument("--target", type=Path, default=HERE / "model", help="folder")
+    parser.add_argument("--prompts", type=positive, help="of each set, at most; default: all")
+    parser.add_argument("--new-tokens", type=positive, default=128, help="of a prompt")
+    parser.add_argument("--threads", type=positive, default=2, help="of PyTorch")
+    parser.add_argument("--out", type=Path, default=Path("results/heads.json"), help="JSON file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     console = Console(highlight=False)
     # The stored weights are bf16; computing in fp32 makes the numbers those of every machine.
     session = open_session(str(args.heads), str(args.target), "float32")
-    stored = demo_prompts.load(STORED)
-    sets = dict.fromkeys(p.files for p in stored)
-    prompts = [p for name in sets for p in [p for p in stored if p.files == name][: args.prompts]]
-    with Progress(*COLUMNS, console=console) as show:
+    prompts = demo_prompts.load(STORED, args.prompts)
+    with counting(console) as show:
         traces = make_traces(session, prompts, args.new_tokens, show)
         result = make_report(session, traces, prompts)
     write_json(args.out, result)

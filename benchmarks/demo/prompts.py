@@ -85,5 +85,8 @@ def dump(prompts: Sequence[Prompt]) -> str:
     return json.dumps([asdict(p) for p in prompts], indent=1, ensure_ascii=False) + "\n"
 
 
-def load(path: Path) -> list[Prompt]:
-    return [Prompt(**p) for p in json.loads(path.read_text(encoding="utf-8"))]
+def load(path: Path, count: int | None = None) -> list[Prompt]:
+    """What `dump` made, set by set of files; the first `count` of each."""
+    found = [Prompt(**p) for p in json.loads(path.read_text(encoding="utf-8"))]
+    sets = dict.fromkeys(p.files for p in found)
+    return [p for files in sets for p in [p for p in found if p.files == files][:count]]

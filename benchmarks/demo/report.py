@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.demo.compare import METHODS, Answer, Difference, Group
-from benchmarks.demo.files import write_file
 from benchmarks.machine import git_revision, machine, versions
 from vllm_adadecode.counters import Counters, ExitCounters
 
@@ -141,7 +138,3 @@ def print_report(console: Console, result: dict[str, Any]) -> None:
         )
         for method in METHODS:
             console.print(f"  {method}: {difference[method]!r}", markup=False)
-
-
-def save(result: dict[str, Any], path: Path) -> None:
-    write_file(path, lambda unfinished: unfinished.write_text(json.dumps(result, indent=1) + "\n"))

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import httpx
 import psutil
@@ -52,6 +52,15 @@ class ServerError(Exception):
 def vllm_command() -> str:
     """The `vllm` command that belongs to this Python."""
     return str(Path(sys.executable).with_name("vllm"))
+
+
+def stop_on_sigterm() -> None:
+    """From here on a process that is ended from outside stops its servers as after Ctrl-C."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def free_port() -> int:

@@ -18,8 +18,8 @@ from rich.progress import Progress
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.demo.files import write_file
 from benchmarks.demo.recipe import Recipe, Shape, Stage, rate_factor
+from vllm_adadecode.files import write_file
 
 Tokens = NDArray[np.int64]
 SAVE_EVERY = 50  # steps: about a minute on two cores

@@ -1,34 +1,30 @@
 """``python -m benchmarks.demo.train``: makes the demo target and its heads from nothing.
 
 A killed run goes on where it was when started again: unfinished work is kept in ``.demo-build/``.
-The model folder is replaced only when everything has been made.
+The model folder is replaced only when everything has been made, with all that is in it: drafters
+of other methods (`benchmarks.baselines`) were for the old model and go with it.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
+from benchmarks.arguments import make_parser
 from benchmarks.demo import corpus as text
 from benchmarks.demo import heads_prompts
 from benchmarks.demo import prompts as demo_prompts
 from benchmarks.demo.export import card, export, provenance
-from benchmarks.demo.files import write_file, write_folder
 from benchmarks.demo.heads import make_heads, make_sequences
 from benchmarks.demo.measure import report_sets
 from benchmarks.demo.recipe import Recipe
 from benchmarks.demo.stages import new_model, text_loss, train_target
+from vllm_adadecode.cli.arguments import positive
+from vllm_adadecode.cli.progress import counting
+from vllm_adadecode.files import replaced_folder, write_whole
 from vllm_adadecode.training.sequences import write_sequences
 
 HERE = Path(__file__).parent
@@ -79,25 +75,28 @@ def run(
     choosing = heads_prompts.choosing(tokenizer, corpus)
     prompts = demo_prompts.demo_prompts(tokenizer, corpus, seed=recipe.seed)
     made_with = provenance(recipe, digest)
-    with write_folder(model_folder, scratch=build) as folder:
+    with replaced_folder(model_folder, scratch=build) as folder:
         export(folder, model, tokenizer)
         session = make_heads(folder, sequences, choosing, recipe, made_with, build, show)
         measured = report_sets(session, demo_prompts.encoded_sets(prompts, tokenizer))
         minutes = (preparing + training + time.process_time() - trained) / 60
         readme = card(session, recipe, corpus, losses, measured, made_with, minutes)
         (folder / "README.md").write_text(readme, encoding="utf-8")
-    write_file(
-        prompts_file, lambda path: path.write_text(demo_prompts.dump(prompts), encoding="utf-8")
-    )
+    write_whole(prompts_file, demo_prompts.dump(prompts).encode())
     show.console.print(f"written: {model_folder}, {minutes:.0f} CPU minutes")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo.train", description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--build", type=Path, default=HERE.parents[1] / ".demo-build")
-    parser.add_argument("--model", type=Path, help="folder to write")
-    parser.add_argument("--prompts", type=Path, help="file to write")
+    parser = make_parser("benchmarks.demo.train", __doc__)
+    parser.add_argument("--threads", type=positive, default=2, help="of PyTorch")
+    parser.add_argument(
+        "--build",
+        type=Path,
+        default=HERE.parents[1] / ".demo-build",
+        help="folder of unfinished work",
+    )
+    parser.add_argument("--model", type=Path, help="folder to write; default: the demo's own")
+    parser.add_argument("--prompts", type=Path, help="file to write; default: the demo's own")
     parser.add_argument(
         "--plain",
         action="store_true",
@@ -108,15 +107,7 @@ def main() -> None:
     place = args.build / "plain" if args.plain else HERE
     recipe = Recipe().plain() if args.plain else Recipe()
     torch.set_num_threads(args.threads)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as show:
+    with counting(left=True) as show:
         model, prompts = args.model or place / "model", args.prompts or place / "prompts.json"
         run(recipe, text.load_corpus(), args.build, model, prompts, show)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from benchmarks.widening.plan import Plan, make_plan
 from benchmarks.widening.shape import Shape
 from benchmarks.widening.target import Read, wide_tensors
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.files import new_folder
 from vllm_adadecode.heads import HeadsConfig, check_weights, save_heads, target_fingerprint
 from vllm_adadecode.heads.files import WEIGHTS_NAME, read_json
 from vllm_adadecode.heads.fingerprint import INDEX_NAME, tensor_files
@@ -81,10 +80,7 @@ def widen(
     plan = make_plan(config, wide, dtype or config.dtype)
     check_output(output)
     heads = _read_heads(source, plan)
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=parent, prefix=f".{output.name}."))
-    try:
+    with new_folder(output) as unfinished:
         _write_weights(unfinished, plan, _reader(source), advance)
         _wide_config(plan, config).save_pretrained(unfinished)
         for name in COPIED:
@@ -95,13 +91,6 @@ def widen(
             wide_heads = widen_config(plan, small, target_fingerprint(unfinished))
             save_heads(unfinished / SUBFOLDER, wide_heads, widen_tensors(plan, small, tensors))
         (unfinished / "README.md").write_text(_card(plan, source, heads), encoding="utf-8")
-        # mkdtemp makes folders private; a model is read by servers under other accounts.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(unfinished, 0o777 & ~umask)
-        os.rename(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return plan
 
 

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def compare_apart(module: str) -> dict[str, Any]:
+    """What a comparison prints last, run in a process of its own without vLLM's plugins.
+
+    Raises:
+        RuntimeError: it failed; says what it wrote.
+    """
+    ended = subprocess.run(
+        [sys.executable, "-m", module],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "VLLM_PLUGINS": ""},
+        check=False,
+    )
+    if ended.returncode:
+        raise RuntimeError(f"{module} failed:\n{ended.stderr}")
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
 
 
 def difference(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_adadecode.cli.train_options import positive
+from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.errors import AdaDecodeError
 
 if TYPE_CHECKING:
@@ -113,16 +113,13 @@ def run_heads(args: argparse.Namespace) -> tuple[Session, dict[str, Any], list[s
         The session, traces by name of set, and notes on data that was left out.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from vllm_adadecode.cli.progress import counting
     from vllm_adadecode.evaluation.data import load_sets
     from vllm_adadecode.evaluation.session import open_session
 
     session = open_session(args.heads, args.target, args.dtype, args.device_map)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    ) as show:
+    with counting(Console(stderr=True), transient=True) as show:
         generating = show.add_task("continuing prompts", total=None)
         sets = load_sets(
             args.data,

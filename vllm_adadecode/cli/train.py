@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_adadecode.cli import train_options
+from vllm_adadecode.cli.arguments import Help
 from vllm_adadecode.errors import AdaDecodeError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
         help="train heads for a target",
         description="Train early-exit heads for a target, on its own continuations of prompts. "
         "A stopped run goes on when the same command is given again.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("target", metavar="TARGET", help="folder or hub id of the model")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="heads folder")
@@ -52,29 +53,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
+    from vllm_adadecode.cli.progress import counting
     from vllm_adadecode.training.run import run_training
 
     request = make_request(args)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
     console = Console(highlight=False)
     try:
-        with Progress(*columns, console=console) as progress:
+        with counting(console, left=True) as progress:
             config = run_training(request, progress)
     except OSError as error:
         raise _disk_error(error) from None

@@ -1,4 +1,4 @@
-"""The options of ``adadecode train`` by group, and the types of their values.
+"""The options of ``adadecode train`` by group.
 
 Owns no meaning: `train.py` makes a request of them.
 """
@@ -6,8 +6,9 @@ Owns no meaning: `train.py` makes a request of them.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
+
+from vllm_adadecode.cli.arguments import json_object, positive, share
 
 
 def add_data(group: Any) -> None:
@@ -160,29 +161,3 @@ def add_training(group: Any) -> None:
     group.add_argument(
         "--device-map", help='"auto" spreads a large target over all devices, with accelerate'
     )
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not {text}")
-    return int(text)
-
-
-def share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {text}")
-    return value
-
-
-def json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, not {text}")
-    return value

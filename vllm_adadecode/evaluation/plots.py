@@ -14,7 +14,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from vllm_adadecode.evaluation.files import write_whole
 from vllm_adadecode.evaluation.metrics import (
     Measurer,
     reliability,
@@ -22,6 +21,7 @@ from vllm_adadecode.evaluation.metrics import (
     threshold_curves,
 )
 from vllm_adadecode.evaluation.simulate import Setting
+from vllm_adadecode.files import write_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

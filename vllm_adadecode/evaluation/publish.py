@@ -6,17 +6,14 @@ Owns what is written; the choice is `calibrate.py`'s.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
-from vllm_adadecode.evaluation.files import write_whole
 from vllm_adadecode.evaluation.simulate import Setting
+from vllm_adadecode.files import new_folder, write_whole
 from vllm_adadecode.heads import HeadsConfig, save_heads
 from vllm_adadecode.heads.files import WEIGHTS_NAME
 from vllm_adadecode.heads.resolve import is_heads_folder, is_relative
@@ -62,17 +59,8 @@ def publish(source: Path, config: HeadsConfig, output: Path, result: Mapping[str
     if is_heads_folder(output):
         _fill(output, config, tensors, contents)
         return
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}."))
-    try:
+    with new_folder(output) as unfinished:
         _fill(unfinished, config, tensors, contents)
-        # mkdtemp makes folders private; a checkpoint is read by servers under other accounts.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(unfinished, 0o777 & ~umask)
-        os.rename(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _fill(

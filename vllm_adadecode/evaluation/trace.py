@@ -104,7 +104,7 @@ class Trace:
             OSError: the disk refuses.
         """
         # Imported late, as everything heavy: a trace itself needs numpy alone.
-        from vllm_adadecode.evaluation.files import write_whole
+        from vllm_adadecode.files import write_whole
 
         buffer = io.BytesIO()
         np.savez_compressed(

@@ -5,7 +5,6 @@ training-free heads. Weights are `checkpoint.py`'s, the match with a target is `
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,8 @@ from typing import Any, Literal
 from pydantic import Field, StrictBool, ValidationError, field_validator, model_validator
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.files import CONFIG_NAME, read_json, write_temporary
+from vllm_adadecode.files import write_whole
+from vllm_adadecode.heads.files import CONFIG_NAME, read_json
 from vllm_adadecode.heads.sections import (
     MAX_SPECULATIVE_TOKENS,
     Count,
@@ -289,14 +289,7 @@ class HeadsConfig(Section):
 
     def save(self, directory: str | Path) -> Path:
         """Write ``config.json`` into ``directory`` (made if absent), whole or not at all."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = write_temporary(folder, CONFIG_NAME, self.to_json().encode())
-        try:
-            os.replace(temporary, folder / CONFIG_NAME)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return folder / CONFIG_NAME
+        return write_whole(Path(directory, CONFIG_NAME), self.to_json().encode())
 
 
 def default_exit_layers(num_hidden_layers: int) -> tuple[int, ...]:

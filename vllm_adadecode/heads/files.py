@@ -1,17 +1,17 @@
-"""Reading and writing the files of a heads folder: whole or not at all.
+"""The files of a heads folder: their names, and how new ones take the place of old ones together.
 
-Owns how bytes reach the disk; what is in them is `config.py`'s and `checkpoint.py`'s.
+What is in them is `config.py`'s and `checkpoint.py`'s.
 """
 
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.files import write_temporary
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -30,24 +30,6 @@ def read_json(file: Path) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise AdaDecodeError(f"{file} can't be read as JSON ({reason}): copy it again") from None
-
-
-def write_temporary(folder: Path, name: str, content: bytes) -> Path:
-    """Write ``content`` beside its future place, flushed to disk; the caller renames it."""
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes files private; a checkpoint is read by servers under other accounts.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return Path(temporary)
 
 
 def replace_together(folder: Path, contents: Mapping[str, bytes]) -> None:

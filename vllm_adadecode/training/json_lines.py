@@ -6,13 +6,12 @@ Owns neither what a line means (the caller's ``parse`` does) nor where files lie
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.files import write_temporary
+from vllm_adadecode.files import write_whole
 
 T = TypeVar("T")
 NAMED = 3  # bad lines quoted in a message
@@ -80,11 +79,5 @@ def write_json_lines(path: str | Path, items: Iterable[Any]) -> None:
     Raises:
         OSError: the disk refuses; the file is then as it was.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-    temporary = write_temporary(path.parent, path.name, text.encode())
-    try:
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(Path(path), text.encode())

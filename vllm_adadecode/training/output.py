@@ -7,16 +7,14 @@ folder that already holds heads the new files take the place of the old ones.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.files import new_folder, write_temporary, write_whole
 from vllm_adadecode.heads import HeadsConfig, save_heads
-from vllm_adadecode.heads.files import write_temporary
 from vllm_adadecode.heads.resolve import is_heads_folder
 from vllm_adadecode.training.card import CARD_NAME, make_card
 
@@ -66,16 +64,6 @@ def publish(output: Path, config: HeadsConfig, tensors: Mapping[str, torch.Tenso
         finally:
             temporary.unlink(missing_ok=True)
         return
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=output.absolute().parent, prefix=f".{output.name}."))
-    try:
+    with new_folder(output) as unfinished:
         save_heads(unfinished, config, tensors)
-        os.replace(write_temporary(unfinished, CARD_NAME, card), unfinished / CARD_NAME)
-        # mkdtemp makes folders private; a checkpoint is read by servers under other accounts.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(unfinished, 0o777 & ~umask)
-        # Takes the place of an empty folder, too.
-        os.rename(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        write_whole(unfinished / CARD_NAME, card)

@@ -7,7 +7,6 @@ step and the history. There is no random state: the order of the data follows fr
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from vllm_adadecode.heads.files import write_temporary
+from vllm_adadecode.files import write_whole
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -70,12 +69,7 @@ def save_state(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         metadata={"run": json.dumps(about)},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = write_temporary(path.parent, path.name, content)
-    try:
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content)
 
 
 def load_state(
