@@ -64,7 +64,7 @@ class Help(argparse.HelpFormatter):
         return f"{action.help} (default: {typed})".replace("%", "%%")
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        named = {positive: "N", int: "N", float: "X", Path: "PATH"}
+        named: dict[Any, str] = {positive: "N", int: "N", float: "X", Path: "PATH"}
         return named.get(action.type) or super()._get_default_metavar_for_optional(action)
 
 
