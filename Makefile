@@ -70,7 +70,7 @@ else
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[cuda,test,baselines]' || \
 	  $(BIN)/python -m pip install --quiet -e '.[cuda,test,baselines]'
 endif
-	for method in medusa eagle3 draft; do $(BIN)/python -m benchmarks.baselines $$method $(ARGS) || exit 1; done
+	$(BIN)/python -m benchmarks.baselines medusa,eagle3,draft $(ARGS)
 
 # The demo model is tiny: a second thread gains nothing, and spins when others want its core.
 bench: setup

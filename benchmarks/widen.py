@@ -3,8 +3,9 @@
     python -m benchmarks.widen SOURCE OUTPUT --shape 8b [--dtype DTYPE] [--num-hidden-layers N ...]
 
 The result costs what a model of its shape costs and says what the small one says, so that speed can
-be measured with real acceptance. Heads in SOURCE/adadecode are widened with it. How it is done, and
-what is exact in which precision: `benchmarks/widening`.
+be measured with real acceptance. Heads in SOURCE/adadecode are widened with it, and so are drafters
+in SOURCE/medusa and SOURCE/draft. How it is done, and what is exact in which precision:
+`benchmarks/widening`.
 """
 
 from __future__ import annotations

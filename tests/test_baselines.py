@@ -261,7 +261,8 @@ def test_a_stopped_command_goes_on(
 
 def test_other_settings_do_not_go_on(folder: Path, target: FrozenTarget, data: Data) -> None:
     def identity(*more: str, of: Data = data) -> str:
-        return command.identity(command.parse(["medusa", str(folder), *more]), target, of)
+        options = command.parse(["medusa", str(folder), *more])
+        return command.identity(options, "medusa", target, of)
 
     assert identity() == identity("--rate", "1", "--threads", "1")
     different = [("--steps", "7"), ("--rows", "7"), ("--heads", "2"), ("--seed", "1")]
@@ -296,7 +297,9 @@ def test_the_best_rate_is_kept(
     monkeypatch.setattr(Medusa, "save", lambda self, folder, provenance: saved.append(self))
     options = command.parse(["medusa", str(folder), "--data", "x", "--output", str(tmp_path / "o")])
     with Progress(disable=True) as progress:
-        command.run(options, progress)
+        prepared = command.prepare(options, progress)
+        made.clear()
+        command.run(options, "medusa", prepared, progress)
     assert len(made) == 4  # the untrained one, and one for each rate
     assert saved == [made[kept]]
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import widen as command
+from benchmarks.compare import methods
 from benchmarks.widening import build, files, plan
 from benchmarks.widening.plan import Channels, Plan, choose_channels
 from benchmarks.widening.shape import PRESETS, Shape
@@ -346,6 +347,74 @@ def test_demo_target(tmp_path: Path, engines: EnginePool, prompts: list[str]) ->
 
 
 # --- layout and files --------------------------------------------------------------------------
+
+
+def _medusa_logits(folder: Path, rows: torch.Tensor) -> list[torch.Tensor]:
+    """What vLLM's Medusa computes, of each head."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weights = {k: v.float() for k, v in load_file(folder / "medusa" / "model.safetensors").items()}
+    found = []
+    with torch.no_grad():
+        x = model.model(rows).last_hidden_state
+        for k in range(json.loads((folder / "medusa" / "config.json").read_text())["num_heads"]):
+            name = f"blocks.{k}.layers.0"
+            inside = torch.nn.functional.linear(
+                x, weights[f"{name}.weight"], weights[f"{name}.bias"]
+            )
+            y = x + torch.nn.functional.silu(inside)
+            found.append(y @ weights[f"lm_heads.{k}.weight"].T)
+    return found
+
+
+def _save_medusa(target: Path) -> None:
+    """Two heads of random weights."""
+    torch.manual_seed(3)
+    folder = target / "medusa"
+    folder.mkdir()
+    tensors = {}
+    for k in range(2):
+        tensors[f"blocks.{k}.layers.0.weight"] = torch.randn(128, 128) / 8
+        tensors[f"blocks.{k}.layers.0.bias"] = torch.randn(128)
+        tensors[f"lm_heads.{k}.weight"] = torch.randn(VOCAB, 128) / 8
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "medusa", "num_heads": 2}))
+
+
+@pytest.mark.parametrize(
+    ("tied", "wide"),
+    [
+        (True, {"hidden_size": 512, "vocab_size": 700}),
+        (True, {"hidden_size": 1024}),
+        (False, {"hidden_size": 300, "vocab_size": 257}),
+    ],
+    ids=["tied, more tokens", "tied", "one copy"],
+)
+def test_same_drafters(tmp_path: Path, tied: bool, wide: dict[str, Any]) -> None:
+    source = small_model(tmp_path / "small", **GQA, tie_word_embeddings=tied)
+    _save_medusa(source)
+    same: dict[str, Any] = {"vocab_size": VOCAB, "tie_word_embeddings": tied}
+    save_tiny_model(source / "draft", **(same | GQA | {"num_hidden_layers": 2}))
+    shape = Shape.of(build.read_config(source)).change(**wide, num_hidden_layers=12)
+    build.widen(source, tmp_path / "wide", shape)
+    rows = random_rows()
+    for mine, theirs in zip(
+        _medusa_logits(tmp_path / "wide", rows), _medusa_logits(source, rows), strict=True
+    ):
+        assert_same_logits(theirs, mine)
+    assert_same_logits(*(logits(path / "draft", rows) for path in (source, tmp_path / "wide")))
+    config = json.loads((tmp_path / "wide" / "draft" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 4, "2 of 6 are 4 of 12"
+    # Comparisons refuse drafters of other targets.
+    for name in ("medusa", "draft_model"):
+        methods.arguments(name, str(tmp_path / "wide"))
+
+
+def test_no_room_for_medusa(tmp_path: Path) -> None:
+    source = small_model(tmp_path / "small", **GQA)
+    _save_medusa(source)
+    shape = Shape.of(build.read_config(source)).change(hidden_size=200)
+    with pytest.raises(AdaDecodeError, match="Medusa"):
+        build.widen(source, tmp_path / "wide", shape)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.baselines medusa|eagle3|draft TARGET``: trains another method's drafter.
+"""``python -m benchmarks.baselines medusa,eagle3,draft TARGET``: trains other methods' drafters.
 
 The same text and as many tokens as the demo's heads are trained on, unless told otherwise. The
-result lies in the target's folder, where `benchmarks.compare` looks for it. A stopped run goes on
+results lie in the target's folder, where `benchmarks.compare` looks for them. A stopped run goes on
 when the same command is given again.
 """
 
@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from vllm_adadecode.heads import target_fingerprint
 from vllm_adadecode.training.provenance import provenance
 from vllm_adadecode.training.target_model import FrozenTarget, load_target
 
+METHODS = ("medusa", "eagle3", "draft")
 # Which is best differs from method to method: all are tried.
 RATES = (1e-3, 3e-3, 1e-2)
 
@@ -46,7 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     recipe = Recipe().heads
     parser = make_parser("benchmarks.baselines", __doc__)
     add = parser.add_argument
-    add("method", choices=["medusa", "eagle3", "draft"], help="whose drafter")
+    add("methods", type=_methods, metavar="METHODS", help=f"whose drafters: {','.join(METHODS)}")
     add("target", nargs="?", default=DEMO_TARGET, help="folder or hub id of the model")
     add("--output", type=Path, help="folder; in the target's own if none is given")
     add(
@@ -64,13 +66,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=positive, default=2, help="of the draft model")
     add("--seed", type=int, default=0, help="of everything random")
     add("--threads", type=positive, help="of PyTorch")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.output and len(options.methods) > 1:
+        parser.error("--output is for one method")
+    return options
 
 
-def make(options: argparse.Namespace, target: FrozenTarget) -> Drafter:
-    if options.method == "medusa":
+def _methods(text: str) -> list[str]:
+    chosen = list(dict.fromkeys(text.split(",")))
+    for method in chosen:
+        if method not in METHODS:
+            raise argparse.ArgumentTypeError(f"no method {method}: use {', '.join(METHODS)}")
+    return chosen
+
+
+def make(options: argparse.Namespace, method: str, target: FrozenTarget) -> Drafter:
+    if method == "medusa":
         return Medusa(target, options.heads)
-    if options.method == "eagle3":
+    if method == "eagle3":
         return Eagle3(target, options.drafts)
     return DraftModel(target, options.layers)
 
@@ -80,16 +93,17 @@ def worth(agreement: Sequence[float]) -> float:
     return sum(accumulate(agreement, operator.mul))
 
 
-def identity(options: argparse.Namespace, target: FrozenTarget, data: Data) -> str:
+def identity(options: argparse.Namespace, method: str, target: FrozenTarget, data: Data) -> str:
     """Names what the training of a drafter depends on, but for the learning rate."""
-    names = ("method", "steps", "rows", "heads", "drafts", "layers", "seed")
+    names = ("steps", "rows", "heads", "drafts", "layers", "seed")
     settings = [getattr(options, name) for name in names]
-    depends_on = (*settings, target_fingerprint(target.name), data)
+    depends_on = (method, *settings, target_fingerprint(target.name), data)
     return hashlib.sha1(repr(depends_on).encode()).hexdigest()[:12]
 
 
 def choose(
     options: argparse.Namespace,
+    method: str,
     target: FrozenTarget,
     first: Drafter,
     data: Data,
@@ -105,7 +119,7 @@ def choose(
     best, tried = first, {"0": evaluate(target, first, data)}
     for rate, checkpoint in kept.items():
         torch.manual_seed(options.seed)
-        drafter = make(options, target)
+        drafter = make(options, method, target)
         found = train(
             target,
             drafter,
@@ -118,7 +132,7 @@ def choose(
             kept=checkpoint,
         )
         shown = " ".join(f"{share:.2f}" for share in found)
-        line = f"{options.method}, rate {rate:g}: held-out agreement by draft {shown}"
+        line = f"{method}, rate {rate:g}: held-out agreement by draft {shown}"
         show.console.print(line, highlight=False)
         if worth(found) > max(map(worth, tried.values())):
             best = drafter
@@ -126,41 +140,62 @@ def choose(
     return best, tried
 
 
-def run(options: argparse.Namespace, progress: Progress) -> Path:
-    """Train and write the folder, whole or not at all.
+@dataclass(frozen=True)
+class Prepared:
+    """What drafters of a target have in common; ``seconds`` of CPU time went into it."""
 
-    Raises:
-        AdaDecodeError: target, data or method can't be used.
+    target: FrozenTarget
+    data: Data
+    seconds: float
+
+
+def prepare(options: argparse.Namespace, progress: Progress) -> Prepared:
     """
-    output: Path = options.output or Path(options.target, options.method)
-    unfinished = output.parent / f".{output.name}-unfinished"
-    if output.exists() and not (output / "config.json").is_file():
-        raise AdaDecodeError(f"output {output} holds something else: give another --output")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    Raises:
+        AdaDecodeError: target, data or a method can't be used.
+    """
+    for method in options.methods:
+        folder = output_of(options, method)
+        if folder.exists() and not (folder / "config.json").is_file():
+            raise AdaDecodeError(f"output {folder} holds something else: give another --output")
     begin = time.process_time()
     target = load_target(options.target, dtype=torch.float32)
-    torch.manual_seed(options.seed)
-    first = make(options, target)
-    progress.console.print(f"{options.method}: preparing the data", highlight=False)
+    for method in options.methods:
+        make(options, method, target)  # refuses now what it can't
+    progress.console.print("preparing the data", highlight=False)
     if options.data == ["demo"]:
         data = demo_data(target, Recipe())
     else:
         data = file_data(target, options.data, options.length)
-    preparing = time.process_time() - begin
-    key = identity(options, target, data)
+    return Prepared(target, data, time.process_time() - begin)
+
+
+def output_of(options: argparse.Namespace, method: str) -> Path:
+    return options.output or Path(options.target, method)
+
+
+def run(options: argparse.Namespace, method: str, prepared: Prepared, progress: Progress) -> Path:
+    """Train and write the folder, whole or not at all."""
+    output = output_of(options, method)
+    unfinished = output.parent / f".{output.name}-unfinished"
+    target, data = prepared.target, prepared.data
+    torch.manual_seed(options.seed)
+    first = make(options, method, target)
+    key = identity(options, method, target, data)
     kept = {rate: Checkpoint(unfinished / f"{key}-rate-{rate:g}.pt") for rate in options.rate}
-    best, tried = choose(options, target, first, data, kept, progress)
+    best, tried = choose(options, method, target, first, data, kept, progress)
+    seconds = prepared.seconds + sum(checkpoint.seconds for checkpoint in kept.values())
     made_with = provenance() | {
         "target_fingerprint": target_fingerprint(target.name),
         "data": options.data,
         "tokens": options.steps * options.rows * options.length,
         "held_out_agreement_by_rate": tried,
-        "cpu_seconds": round(preparing + sum(checkpoint.seconds for checkpoint in kept.values())),
+        "cpu_seconds": round(seconds),
     }
     with replaced_folder(output, scratch=unfinished) as folder:
         best.save(folder, made_with)
     shutil.rmtree(unfinished)
+    progress.console.print(f"written: {output}")
     return output
 
 
@@ -169,14 +204,15 @@ def main() -> int:
     console = Console()
     try:
         with counting(console, left=True) as progress:
-            output = run(options, progress)
+            prepared = prepare(options, progress)
+            for method in options.methods:
+                run(options, method, prepared, progress)
     except (AdaDecodeError, OSError) as error:
         print(f"baselines: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("baselines: stopped; the same command goes on", file=sys.stderr)
         return 130
-    console.print(f"written: {output}")
     return 0
 
 

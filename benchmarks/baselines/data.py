@@ -5,6 +5,7 @@ Owns which rows a step sees. Other text comes in as `adadecode train` takes it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,12 @@ from benchmarks.demo.heads import NEW_TOKENS, make_sequences
 from benchmarks.demo.recipe import HeadRecipe, Recipe
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.evaluation.data import continue_prompts, load_sets
+from vllm_adadecode.heads import target_fingerprint
 from vllm_adadecode.training.batches import MicroBatch, TokenRow, micro_batches, step_rows
+from vllm_adadecode.training.sequences import read_sequences, write_sequences
 from vllm_adadecode.training.target_model import FrozenTarget
 
+BUILD = Path(__file__).parents[2] / ".demo-build"
 ROWS = 16  # of a step, as the heads'
 HELD_OUT_PROMPTS = 16
 
@@ -66,8 +70,15 @@ def demo_data(target: FrozenTarget, recipe: Recipe) -> Data:
         files: text.encode(tokenizer, corpus.for_heads(files))
         for files in ("train", "second_stage")
     }
-    with Progress(disable=True) as quiet:
-        found = make_sequences(target.model, tokens, recipe.heads, recipe.seed, quiet)
+    # What the target generates takes minutes: kept for other methods, and for a run after this.
+    depends_on = target_fingerprint(target.name), recipe.heads, recipe.seed, text.digest(corpus)
+    kept = BUILD / f"baselines-{hashlib.sha1(repr(depends_on).encode()).hexdigest()[:12]}.jsonl"
+    if not kept.exists():
+        with Progress(disable=True) as quiet:
+            made = make_sequences(target.model, tokens, recipe.heads, recipe.seed, quiet)
+        BUILD.mkdir(exist_ok=True)
+        write_sequences(kept, made)
+    found = read_sequences(kept)
     own = tuple(TokenRow(s.ids, 0) for s in found if s.source == "own")
     plain = tuple(TokenRow(s.ids, 0) for s in found if s.source != "own")
     choosing, _ = demo_prompts.split_held_out(corpus)

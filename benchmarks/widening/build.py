@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from benchmarks.machine import command, git_revision, versions
-from benchmarks.widening import files
+from benchmarks.widening import drafters, files
 from benchmarks.widening.heads import widen_config, widen_tensors
 from benchmarks.widening.plan import Plan, make_plan
 from benchmarks.widening.shape import Shape
@@ -63,7 +63,7 @@ def widen(
     dtype: torch.dtype | None = None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Plan:
-    """Write a widened copy of a model, with its heads if it has some beside it.
+    """Write a widened copy of a model, with its heads and drafters if it has some beside it.
 
     Args:
         source: folder of a Llama with safetensors weights.
@@ -80,6 +80,8 @@ def widen(
     plan = make_plan(config, wide, dtype or config.dtype)
     check_output(output)
     heads = _read_heads(source, plan)
+    if drafters.has_drafter(source, drafters.MEDUSA):
+        drafters.check_medusa(plan)
     with new_folder(output) as unfinished:
         _write_weights(unfinished, plan, _reader(source), advance)
         _wide_config(plan, config).save_pretrained(unfinished)
@@ -90,8 +92,26 @@ def widen(
             small, tensors = heads
             wide_heads = widen_config(plan, small, target_fingerprint(unfinished))
             save_heads(unfinished / SUBFOLDER, wide_heads, widen_tensors(plan, small, tensors))
+        _write_drafters(plan, source, unfinished)
         (unfinished / "README.md").write_text(_card(plan, source, heads), encoding="utf-8")
     return plan
+
+
+def _write_drafters(plan: Plan, source: Path, folder: Path) -> None:
+    fingerprint = target_fingerprint(folder)
+    if drafters.has_drafter(source, drafters.MEDUSA):
+        medusa = drafters.MEDUSA
+        drafters.widen_medusa(plan, source / medusa, folder / medusa, fingerprint)
+    if drafters.has_drafter(source, drafters.DRAFT):
+        draft = folder / drafters.DRAFT
+        small = read_config(source / drafters.DRAFT)
+        layers = drafters.draft_layers(plan, small.num_hidden_layers)
+        wide = plan.wide.change(num_hidden_layers=layers)
+        widen(source / drafters.DRAFT, draft, wide, plan.dtype)
+        path = draft / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["provenance"] = drafters.wide_provenance(plan, config, fingerprint)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def total_bytes(wide: Shape, dtype: torch.dtype) -> int:
