@@ -27,6 +27,7 @@ from benchmarks.arguments import make_parser
 from benchmarks.demo import compare, prompts
 from benchmarks.demo.__main__ import ARGUMENTS, HERE
 from benchmarks.demo.server import ENVIRONMENT, Server, ServerError, stop_on_sigterm
+from benchmarks.served import load_heads, load_target
 from benchmarks.widening.build import total_bytes, widen
 from benchmarks.widening.shape import PRESETS
 from vllm_adadecode.cli.arguments import positive
@@ -82,6 +83,8 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             servers, repeated, options.tokens, lambda: progress.advance(asking)
         )
         differences = compare.find_differences(groups, servers["vanilla"])
+        target = load_target(folder / "target", options.dtype)
+        heads = load_heads(folder / "target", target, {})
     settings = {
         "shape": vars(shape),
         "dtype": options.dtype,
@@ -91,7 +94,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "threads": options.threads,
         "repeats": options.repeats,
     }
-    return quick_report.build(groups, differences, options.repeats, settings)
+    return quick_report.build(groups, differences, options.repeats, settings, target, heads)
 
 
 def choose(known: Sequence[prompts.Prompt], count: int) -> list[prompts.Prompt]:

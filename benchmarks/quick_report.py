@@ -12,11 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cost_accounting import account
 from benchmarks.demo.compare import METHODS, Difference, Group
 from benchmarks.demo.prompts import Prompt, dump
 from benchmarks.demo.report import total
 from benchmarks.machine import command, git_revision, machine, versions
+from benchmarks.served import Target
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads import HeadsConfig
 from vllm_adadecode.heads.files import read_json
 
 # Prompts by what they are to the target and its heads.
@@ -28,6 +31,11 @@ COUNTED = ("shape", "dtype", "prompts", "new_tokens")
 # Another processor or PyTorch adds in another order, which may turn a head that is right at its
 # threshold; one draft of a run is about this share.
 SLACK = 0.002
+WASTED = {
+    "rejected_drafts": "rejected drafts",
+    "checks_not_followed": "checks without a draft",
+    "gates": "gates",
+}
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
@@ -40,13 +48,21 @@ def build(
     differences: Sequence[Difference],
     repeats: int,
     settings: dict[str, Any],
+    target: Target,
+    heads: HeadsConfig,
 ) -> dict[str, Any]:
     """Everything that was measured; the top level holds the figures over all prompts.
 
     Args:
         groups: each prompt's answers ``repeats`` times, all prompts in turn.
         settings: of the run; those in `COUNTED` must be the same in runs that are compared.
+        target, heads: what was served, which says what was counted has cost.
     """
+
+    def all_figures(group: Group) -> dict[str, Any]:
+        cost = account(group.stats, target, heads)
+        return figures(group, repeats) | {"costs": cost.as_dict() if cost else None}
+
     everything = Group(
         files="all",
         answers={m: interleave(groups, m, repeats) for m in METHODS},
@@ -56,11 +72,11 @@ def build(
         "what": "the same prompts to vllm serve with --speculative-config adadecode and without, "
         "on a widened target, temperature 0, one request at a time; times of a prompt are medians "
         "of its repeats",
-        **figures(everything, repeats),
+        **all_figures(everything),
         "outputs": len(everything.answers["vanilla"]),
         "identical": not differences,
         "divergences": len(differences),
-        "by_prompts": {TITLES[g.files]: figures(g, repeats) for g in groups},
+        "by_prompts": {TITLES[g.files]: all_figures(g) for g in groups},
         "differences": [asdict(difference) for difference in differences],
         "settings": settings,
         "command": command(),
@@ -183,6 +199,13 @@ def print_report(console: Console, result: dict[str, Any], old: dict[str, Any] |
     row("layer passes a token (vanilla: 1)", "{:.4f}", "layer_passes_per_token")
     row("drafts accepted", "{:.2%}", "acceptance")
     row("tokens a verification", "{:.2f}", "tokens_per_verification")
+    for kind, name in (("bytes", "bytes of weights"), ("flops", "FLOPs")):
+        row(f"{name} a token (vanilla: 1)", "{:.3f}", "costs", kind, "of_vanilla")
+        for why, wasted in WASTED.items():
+            row(f"  of them for {wasted}", "{:.1%}", "costs", kind, "wasted", why)
+    accepted = ("costs", "bytes", "accepted_draft_of_vanilla")
+    row("bytes an accepted draft (a vanilla token: 1)", "{:.2f}", *accepted)
+    row("speed-up that the bytes predict", "{:.2f}", "costs", "predicted_speedup")
     console.print(table)
     same = result["outputs"] - result["divergences"]
     style = "bold green" if result["identical"] else "bold red"
@@ -197,5 +220,6 @@ def print_report(console: Console, result: dict[str, Any], old: dict[str, Any] |
 def _text(form: str, figures: dict[str, Any], path: Sequence[str]) -> str:
     value: Any = figures
     for key in path:
-        value = value[key]
+        # An earlier result may lack a figure.
+        value = value.get(key) if value is not None else None
     return "-" if value is None else form.format(value)

@@ -66,6 +66,23 @@ def test_counts_come_from_the_servers(result: Any) -> None:
     assert len({round(r["tokens_per_verification"], 6) for r in greedy}) == 1
 
 
+def test_costs_are_counted_alone(result: Any) -> None:
+    """One row a method and setting with one request at a time, nothing unaccounted for."""
+    found: dict[str, list[Any]] = {}
+    for row in result["costs"]:
+        found.setdefault(row["method"], []).append(row)
+    assert {method: len(of) for method, of in found.items()} == dict.fromkeys(
+        ("vanilla", "adadecode", "ngram"), 4
+    )
+    assert all(row["bytes"]["of_vanilla"] == 1 for row in found["vanilla"])
+    for row in found["adadecode"]:
+        assert row["counts"]["layer_passes"]["never_verified"] == 0
+        assert row["counts"]["token_layers"]["never_verified"] == 0
+        assert row["tokens"] == 3 * 31
+        assert 0.5 < row["bytes"]["of_vanilla"] < 1
+    assert all(row["flops"]["of_vanilla"] > 1 for row in found["ngram"])
+
+
 def test_each_runner_is_named(result: Any) -> None:
     runners = {row["method"]: row["runner"] for row in result["rows"] if row["runner"]}
     assert runners == {"vanilla": "V2", "adadecode": "V2", "ngram": "V1"}

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks import quick, quick_report
 from benchmarks.demo.compare import Answer, Difference, Group
 from benchmarks.demo.prompts import Prompt, load
 from benchmarks.demo.server import ServerError
+from benchmarks.served import load_heads, load_target
 from benchmarks.widening.shape import PRESETS, Shape
 from vllm_adadecode.counters import Counters, ExitCounters
 from vllm_adadecode.errors import AdaDecodeError
@@ -33,8 +35,8 @@ SECONDS: dict[str, dict[str, list[list[float]]]] = {
 
 def snapshot(passes: int, accepted: int, rejected: int) -> dict[str, Any]:
     exits = {2: ExitCounters(drafted=accepted + rejected, accepted=accepted, rejected=rejected)}
-    counters = Counters(8, exits, verifications=20, tokens=60, draft_layer_passes=passes)
-    return counters.snapshot()
+    counts = {"verifications": 20, "deferred_batches": 20, "tokens": 60}
+    return Counters(8, exits, draft_layer_passes=passes, **counts).snapshot()
 
 
 def groups() -> list[Group]:
@@ -66,9 +68,15 @@ SETTINGS = {
 }
 
 
+def build(found: list[Group], differences: list[Difference]) -> dict[str, Any]:
+    target = load_target(quick.HERE / "model", "float32")
+    heads = load_heads(quick.HERE / "model", target, {})
+    return quick_report.build(found, differences, REPEATS, dict(SETTINGS), target, heads)
+
+
 @pytest.fixture
 def result() -> dict[str, Any]:
-    return quick_report.build(groups(), [], REPEATS, dict(SETTINGS))
+    return build(groups(), [])
 
 
 def test_times_are_medians(result: dict[str, Any]) -> None:
@@ -89,6 +97,20 @@ def test_counts_are_added(result: dict[str, Any]) -> None:
     assert (part["acceptance"], part["exits"]["2"]["accepted"]) == (38 / 40, 38)
     assert (result["identical"], result["divergences"], result["outputs"]) == (True, 0, 12)
     json.dumps(result)
+
+
+def test_costs_of_each_kind_of_prompts(result: dict[str, Any]) -> None:
+    """Bytes and FLOPs from the counts; an earlier result without them can still be shown."""
+    everything, part = result["costs"], result["by_prompts"]["in_domain"]["costs"]
+    assert (everything["tokens"], part["tokens"]) == (120, 60)
+    # Two drafts of exit 2 were rejected.
+    assert part["counts"]["layer_passes"]["rejected_drafts"] == 4
+    assert part["predicted_speedup"] == pytest.approx(1 / part["bytes"]["of_vanilla"])
+    old = {key: value for key, value in result.items() if key != "costs"}
+    console = Console(width=150, record=True)
+    quick_report.print_report(console, result, old)
+    (line,) = [x for x in console.export_text().splitlines() if "bytes predict" in x]
+    assert f"{everything['predicted_speedup']:.2f} (-)" in line
 
 
 def worse(result: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -170,7 +192,7 @@ def test_differences(
     """A difference fails in float32; in bfloat16 it is counted."""
     found = groups()
     difference = Difference(found[0].answers["vanilla"][0].prompt, 3, "a", "b", 1e-4)
-    result = quick_report.build(found, [difference], REPEATS, dict(SETTINGS))
+    result = build(found, [difference])
     assert (result["identical"], result["divergences"]) == (False, 1)
     assert run(tmp_path, monkeypatch, result) == 1
     assert "1 of 12 outputs differ" in capsys.readouterr().err
@@ -217,6 +239,9 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["settings"]["shape"] == vars(small)
     assert 0 < result["layer_passes_per_token"] < 1
     assert result["speedup"]["adadecode"] > 0
+    costs = result["costs"]
+    assert costs["counts"]["layer_passes"]["never_verified"] == 0
+    assert 1 < costs["predicted_speedup"] < 1 / result["layer_passes_per_token"]
     assert result["by_prompts"].keys() == {"in_domain", "out_of_domain"}
     assert sorted(p.name for p in tmp_path.glob("*.log")) == [
         "bench-quick-adadecode.log",

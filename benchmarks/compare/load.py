@@ -41,6 +41,7 @@ class Measurement:
         outputs: text of each answer, in the order of the prompts.
         layer_passes_per_token: with AdaDecode, one request at a time; 1 is plain decoding. In a
             batch one pass serves several requests.
+        stats: what AdaDecode's worker counted, in the same case.
         failed: requests without an answer.
     """
 
@@ -53,6 +54,7 @@ class Measurement:
     accepted: int
     outputs: tuple[str, ...]
     layer_passes_per_token: float | None = None
+    stats: Mapping[str, Any] | None = None
     failed: int = 0
 
 
@@ -79,9 +81,7 @@ def measure(
     if not server.is_healthy():
         raise server.error("vllm serve ended")
     after = counters(server)
-    passes = None
-    if adadecode and concurrency == 1:
-        passes = server.stats()["layer_passes_per_token"]
+    stats = server.stats() if adadecode and concurrency == 1 else None
     ttft, tpot = latencies(result)
     counted = {name: int(after[name] - before[name]) for name in COUNTERS.values()}
     return Measurement(
@@ -93,7 +93,8 @@ def measure(
         drafted=counted["drafted"],
         accepted=counted["accepted"],
         outputs=tuple(result["generated_texts"]),
-        layer_passes_per_token=passes,
+        layer_passes_per_token=stats["layer_passes_per_token"] if stats else None,
+        stats=stats,
         failed=result["failed"],
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from typing import Any
@@ -56,12 +56,14 @@ def render(
     sentences: Sequence[str],
     images: Mapping[str, bytes],
     about: Mapping[str, Any],
+    costs: str = "",
 ) -> str:
     """The page.
 
     Args:
         images: PNG by name.
         about: how it was made, by name of the fact.
+        costs: the part on what methods cost, as HTML.
     """
     parts = [
         "<!doctype html>",
@@ -75,7 +77,8 @@ def render(
         f'<p class="note">{escape(EXPLAINED)}</p>',
         f'<div class="wide">{_table(rows)}</div>',
         "<h2>Servers</h2>",
-        _servers(rows),
+        simple_table(SERVER_COLUMNS, servers(rows)),
+        costs,
         _failures(failures(turns)),
         "<h2>Plots</h2>",
         *(_image(name, content) for name, content in images.items()),
@@ -110,12 +113,10 @@ def _table(rows: Sequence[Row]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _servers(rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title, _ in SERVER_COLUMNS)
-    lines = (
-        "".join(f"<td>{escape(show(row))}</td>" for _, show in SERVER_COLUMNS)
-        for row in servers(rows)
-    )
+def simple_table(columns: Sequence[tuple[str, Callable[[Any], str]]], rows: Sequence[Any]) -> str:
+    """A line a row; titles, and what a row has below each."""
+    head = "".join(f"<th>{escape(title)}</th>" for title, _ in columns)
+    lines = ("".join(f"<td>{escape(show(row))}</td>" for _, show in columns) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.compare import metrics, page, plots, table
+from benchmarks.compare import costs, metrics, page, plots, table
 from benchmarks.compare.run import Plan
 from benchmarks.compare.store import Store, Turn
 from vllm_adadecode.files import write_json, write_whole
@@ -36,9 +36,12 @@ def write(plan: Plan, store: Store, about: Mapping[str, Any], console: Console) 
     """
     cells = plan.all_cells()
     turns = turns_of(plan, store)
-    rows = metrics.rows(cells, store.load(cells), turns)
+    measured = store.load(cells)
+    rows = metrics.rows(cells, measured, turns)
     sentences = metrics.findings(rows)
+    spent, notes = costs.rows(plan, measured, rows)
     table.print_table(console, rows, turns, sentences)
+    costs.print_table(console, spent, notes)
     folder = store.folder
     result = {
         **about,
@@ -51,12 +54,14 @@ def write(plan: Plan, store: Store, about: Mapping[str, Any], console: Console) 
             if row.setting == rows[0].setting and row.ratio is not None
         },
         "rows": [row.as_dict() for row in rows],
+        "costs": [row.as_dict() for row in spent],
         "servers": [asdict(turn) for turn in turns],
     }
     write_json(folder / "compare.json", result)
     write_whole(folder / "compare.csv", table.as_csv(rows).encode())
+    write_whole(folder / "costs.csv", costs.as_csv(spent).encode())
     images = plots.draw(rows)
     for name, content in images.items():
         write_whole(folder / name, content)
-    html = page.render(rows, turns, sentences, images, about)
+    html = page.render(rows, turns, sentences, images, about, costs.html(spent, notes))
     return write_whole(folder / "compare.html", html.encode())

@@ -192,14 +192,19 @@ class HeadsConfig(Section):
         return MAX_SPECULATIVE_TOKENS
 
     @property
+    def transform_parameters(self) -> int:
+        """Weights of one head's T."""
+        d = self.target.hidden_size
+        return d * d if self.transform == "full" else 2 * d * (self.rank or 0)
+
+    @property
     def num_parameters(self) -> int:
         """Weights of all heads together, gates and "other" logits included.
 
         The shared norm and LM head, and copies of its rows, are the target's.
         """
-        d = self.target.hidden_size
-        per_exit = d * d if self.transform == "full" else 2 * d * (self.rank or 0)
-        per_exit += (d + 1) * (self.gate + (self.draft_vocab_size is not None))
+        vectors = self.gate + (self.draft_vocab_size is not None)
+        per_exit = self.transform_parameters + (self.target.hidden_size + 1) * vectors
         return per_exit * len(self.exit_layers)
 
     def select(self, exit_layers: Iterable[int]) -> "HeadsConfig":
