@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -99,7 +100,7 @@ def _positive(text: str) -> int:
 
 
 def _method(text: str) -> str:
-    if text not in methods.METHODS:
+    if methods.kind(text) not in methods.METHODS or not re.fullmatch(r"[\w@.+-]+", text):
         raise argparse.ArgumentTypeError(f"no method {text}: use {', '.join(methods.METHODS)}")
     return text
 
