@@ -84,6 +84,8 @@ def measure(
         passes = server.stats()["layer_passes_per_token"]
     ttft, tpot = latencies(result)
     counted = {name: int(after[name] - before[name]) for name in COUNTERS.values()}
+    if adadecode:
+        counted |= verified_drafts(server.stats())
     return Measurement(
         seconds=result["duration"],
         output_tokens=result["total_output_tokens"],
@@ -96,6 +98,18 @@ def measure(
         layer_passes_per_token=passes,
         failed=result["failed"],
     )
+
+
+def verified_drafts(stats: Mapping[str, Any]) -> dict[str, int]:
+    """AdaDecode's own count of drafts that were verified. With async scheduling `/metrics` does not
+    have it: vLLM then counts the places that it reserved, whether there was a draft or not.
+
+    Args:
+        stats: `vllm_adadecode.counters.Counters.snapshot`.
+    """
+    exits = stats["exits"].values()
+    accepted = sum(counts["accepted"] for counts in exits)
+    return {"drafted": accepted + sum(c["rejected"] for c in exits), "accepted": accepted}
 
 
 def warm_up(server: Server, prompts: Sequence[Sequence[int]], concurrency: int) -> None:
