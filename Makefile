@@ -12,7 +12,8 @@ ARGS ?=
 # Processes of `make test`; each file of tests stays in one, which keeps its engines.
 WORKERS ?= 2
 
-.PHONY: help setup demo bench-quick demo-model heads-report kernel-report baselines bench test lint
+.PHONY: help setup demo bench-quick demo-model heads-report kernel-report baselines bench \
+  threshold-sweep sanity test lint
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +25,7 @@ help:
 	@echo "make demo-model     train the demo model again"
 	@echo "make baselines      train Medusa, EAGLE-3 and draft model drafters for the demo model"
 	@echo "make bench          compare all methods on the demo model: results/compare (docs/benchmarks.md)"
+	@echo "make threshold-sweep, make sanity   the paper's experiments on the demo model (docs/benchmarks.md)"
 	@echo "make heads-report   what the demo model's heads are worth: results/heads.json"
 	@echo "make kernel-report  check and compile the Triton kernels (no GPU needed): results/kernels.json"
 
@@ -73,9 +75,17 @@ endif
 	$(BIN)/python -m benchmarks.baselines medusa,eagle3,draft $(ARGS)
 
 # The demo model is tiny: a second thread gains nothing, and spins when others want its core.
+SERVED := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m
+SERVE_ARGS := --serve-args="--enforce-eager --kv-cache-memory-bytes 134217728"
+
 bench: setup
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m benchmarks.compare \
-	  --serve-args="--enforce-eager --kv-cache-memory-bytes 134217728" $(ARGS)
+	$(SERVED) benchmarks.compare $(SERVE_ARGS) $(ARGS)
+
+threshold-sweep: setup
+	$(SERVED) benchmarks.threshold_sweep $(SERVE_ARGS) $(ARGS)
+
+sanity: setup
+	$(SERVED) benchmarks.sanity $(SERVE_ARGS) $(ARGS)
 
 heads-report: setup
 	$(BIN)/python -m benchmarks.demo.heads_report $(ARGS)

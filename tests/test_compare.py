@@ -17,6 +17,7 @@ from benchmarks.compare.store import Cell, Store, Turn
 from benchmarks.demo.corpus import Source, load_corpus
 from benchmarks.demo.server import ServerError
 from tests.tiny_models import save_tiny_model
+from vllm_adadecode.counters import Counters, ExitCounters
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import target_fingerprint
 from vllm_adadecode.training.records import RecordReader
@@ -210,6 +211,14 @@ vllm:inter_token_latency_seconds_sum{engine="0"} 1.5
 def test_counters_are_added_over_engines() -> None:
     assert load.parse_counters(METRICS) == {"steps": 21, "drafted": 34, "accepted": 12}
     assert load.parse_counters("") == {"steps": 0, "drafted": 0, "accepted": 0}
+
+
+def test_drafts_of_adadecode_are_its_own_count() -> None:
+    """Not what was reserved, nor what was drafted and never verified."""
+    counters = Counters.create(8, (2, 4))
+    counters.exits[2] = ExitCounters(drafted=9, accepted=5, rejected=3)
+    counters.exits[4] = ExitCounters(drafted=4, accepted=2, rejected=2)
+    assert load.verified_drafts(counters.snapshot()) == {"drafted": 12, "accepted": 7}
 
 
 def test_latencies_leave_failed_requests_out() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -84,7 +85,7 @@ def _list_of(kind: Any) -> Any:
 
 
 def _method(text: str) -> str:
-    if text not in methods.METHODS:
+    if methods.kind(text) not in methods.METHODS or not re.fullmatch(r"[\w@.+-]+", text):
         raise argparse.ArgumentTypeError(f"no method {text}: use {', '.join(methods.METHODS)}")
     return text
 

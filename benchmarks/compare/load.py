@@ -81,9 +81,13 @@ def measure(
     if not server.is_healthy():
         raise server.error("vllm serve ended")
     after = counters(server)
-    stats = server.stats() if adadecode and concurrency == 1 else None
+    stats = server.stats() if adadecode else None
     ttft, tpot = latencies(result)
     counted = {name: int(after[name] - before[name]) for name in COUNTERS.values()}
+    if stats is not None:
+        counted |= verified_drafts(stats)
+    if concurrency > 1:
+        stats = None
     return Measurement(
         seconds=result["duration"],
         output_tokens=result["total_output_tokens"],
@@ -97,6 +101,18 @@ def measure(
         stats=stats,
         failed=result["failed"],
     )
+
+
+def verified_drafts(stats: Mapping[str, Any]) -> dict[str, int]:
+    """AdaDecode's own count of drafts that were verified. With async scheduling `/metrics` does not
+    have it: vLLM then counts the places that it reserved, whether there was a draft or not.
+
+    Args:
+        stats: `vllm_adadecode.counters.Counters.snapshot`.
+    """
+    exits = stats["exits"].values()
+    accepted = sum(counts["accepted"] for counts in exits)
+    return {"drafted": accepted + sum(c["rejected"] for c in exits), "accepted": accepted}
 
 
 def warm_up(server: Server, prompts: Sequence[Sequence[int]], concurrency: int) -> None:

@@ -1,7 +1,8 @@
 """What each method needs: its speculative configuration, and where its drafter is looked for.
 
 Owns names and arguments of `vllm serve`. Which method runs where is not kept here: a server says
-so when it starts.
+so when it starts. A method may run more than once, each time with options of its own: as
+``METHOD@LABEL``, for example ``adadecode@0.7``.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ class Arguments:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+def kind(name: str) -> str:
+    """The method of `METHODS` that ``METHOD`` or ``METHOD@LABEL`` is."""
+    return name.partition("@")[0]
+
+
 def arguments(
     name: str,
     target: str,
@@ -70,7 +76,7 @@ def arguments(
 ) -> Arguments:
     """
     Args:
-        name: of `METHODS`.
+        name: of `METHODS`, or one of these with a label.
         target: folder or hub id of the model.
         drafts: `num_speculative_tokens` of drafters that do not say it themselves.
         drafter: folder or hub id, in place of the one beside the target.
@@ -79,11 +85,11 @@ def arguments(
     Raises:
         NotReadyError: the drafter is not there, or says that it was trained for another model.
     """
-    method = METHODS[name]
+    method = METHODS[kind(name)]
     if method.options is None:
         return Arguments(environment=method.environment)
-    config: dict[str, Any] = {"method": name, **method.options}
-    folder = drafter if drafter is not None else _beside(target, name)
+    config: dict[str, Any] = {"method": kind(name), **method.options}
+    folder = drafter if drafter is not None else _beside(target, kind(name))
     if folder is not None:
         _check_target(name, folder, target)
         config["model"] = folder

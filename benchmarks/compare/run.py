@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.compare import load
-from benchmarks.compare.methods import Arguments, NotReadyError
+from benchmarks.compare.methods import Arguments, NotReadyError, kind
 from benchmarks.compare.store import Cell, Store, Turn
 from benchmarks.compare.workload import Part
 from benchmarks.demo.server import ENVIRONMENT, Server, ServerError
@@ -143,7 +143,7 @@ def take_turn(
                     part.max_tokens,
                     cell.concurrency,
                     cell.temperature,
-                    adadecode=name == "adadecode",
+                    adadecode=kind(name) == "adadecode",
                 )
                 store.save(cell, measured)
                 listener.advance(1)
