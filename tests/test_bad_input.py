@@ -185,6 +185,21 @@ def test_gate_threshold_is_the_users_or_the_heads(target: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    "parts",
+    [{"draft_vocab_size": 8}, {"lm_head_quantization": "int8"}],
+    ids=lambda parts: next(iter(parts)),
+)
+def test_copies_of_the_lm_head_and_tensor_parallelism(
+    target: Path, tmp_path: Path, parts: dict[str, Any]
+) -> None:
+    heads = str(make_heads(tmp_path / "heads", **parts)[0])
+    message = refused(target, {"model": heads}, tensor_parallel_size=2)
+    for word in [*parts, "tensor parallelism", "--tensor-parallel-size 1"]:
+        assert word in message
+    create(target, {"model": heads})
+
+
+@pytest.mark.parametrize(
     ("exit_layers", "words"),
     [
         ([4], ["exit layer 4 is out of range", "4 layers", "after 3"]),

@@ -115,6 +115,7 @@ def build_config(
     heads, heads_path = _load_heads(options, model_config)
     if (exit_layers := options.get("exit_layers")) is not None:
         heads = _select_exits(heads, exit_layers)
+    _check_copy(heads, parallel_config)
     fields = {
         "method": METHOD,
         "model": heads_path or model_config.model,
@@ -243,6 +244,17 @@ def _num_speculative_tokens(value: Any, heads: HeadsConfig) -> int:
             f"{heads.max_speculative_tokens}"
         )
     return value
+
+
+def _check_copy(heads: HeadsConfig, parallel_config: ParallelConfig) -> None:
+    """The heads' copy of the LM head is made of whole ones, not of one rank's rows."""
+    fields = ("draft_vocab_size", "lm_head_quantization")
+    used = [name for name in fields if getattr(heads, name) is not None]
+    if used and parallel_config.tensor_parallel_size > 1:
+        raise AdaDecodeError(
+            f"heads with {' and '.join(used)} do not support tensor parallelism yet: use heads "
+            "without, or --tensor-parallel-size 1"
+        )
 
 
 def _thresholds(
