@@ -224,13 +224,14 @@ def assert_same(
     ours: Sequence[RequestOutput],
     reference: Sequence[RequestOutput],
     params: Sequence[SamplingParams] | None = None,
+    tie_gap: float = TIE_GAP,
 ) -> None:
     """Token for token the same, but for ties between equally likely tokens (see `TIE_GAP`).
 
     ``params``: see `divergences`.
     """
     found = divergences(vanilla, ours, reference, params)
-    real = [d for d in found if d.gap > TIE_GAP]
+    real = [d for d in found if d.gap > tie_gap]
     assert not real, f"{len(real)} of {len(ours)} outputs differ from vanilla: {real[:5]}"
     # Ties are rare; many of them would hide something else.
     assert len(found) <= max(1, len(ours) // 10), f"too many ties: {found}"

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from vllm_adadecode import lm_head
-from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode import lm_head, lm_head_rows
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.lm_head import HeadProjection, quantize_rows
 
@@ -27,7 +27,16 @@ def make_target(weight: torch.Tensor, scale: float = 1.0, soft_cap: float | None
         return logits * scale
 
     return SimpleNamespace(
-        lm_head=SimpleNamespace(weight=weight, quant_method=UnquantizedEmbeddingMethod()),
+        lm_head=SimpleNamespace(
+            weight=weight,
+            quant_method=UnquantizedEmbeddingMethod(),
+            tp_size=1,
+            org_vocab_size=VOCAB,
+            embedding_dim=HIDDEN,
+            shard_indices=SimpleNamespace(org_vocab_start_index=0, org_vocab_end_index=VOCAB),
+            parameters=lambda: iter([weight]),
+        ),
+        model=SimpleNamespace(norm=SimpleNamespace(weight=weight.new_ones(HIDDEN))),
         logits_processor=SimpleNamespace(org_vocab_size=VOCAB, scale=scale, soft_cap=soft_cap),
         compute_logits=compute_logits,
     )
@@ -168,13 +177,61 @@ def test_refresh(weight: torch.Tensor, quantization: Any) -> None:
     HeadProjection(target, None, None, torch.float32).refresh()
 
 
-def test_a_quantised_target_is_refused(weight: torch.Tensor) -> None:
+class Quantised:
+    """A quantised LM head to `HeadProjection`: it multiplies, and shows no weights."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        assert bias is None
+        return functional.linear(x, self.weight.to(x.dtype))
+
+
+def quantised(target: Any) -> Any:
+    """The target with such an LM head."""
+    target.lm_head.quant_method = Quantised(target.lm_head.weight)
+    del target.lm_head.weight
+    return target
+
+
+@pytest.mark.parametrize("chunk_columns", [256, 7])
+@pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
+@pytest.mark.parametrize("draft_vocab", [None, DRAFT_VOCAB], ids=["all", "draft"])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.25, "soft_cap": 3.0}], ids=str)
+def test_a_quantised_lm_head(
+    weight: torch.Tensor,
+    options: dict[str, Any],
+    draft_vocab: torch.Tensor | None,
+    quantization: Any,
+    chunk_columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The copy is the one that is made of plain weights, to the last bit."""
+    monkeypatch.setattr(lm_head_rows, "CHUNK_COLUMNS", chunk_columns)
+    plain = HeadProjection(make_target(weight, **options), draft_vocab, quantization, torch.float32)
+    target = quantised(make_target(weight, **options))
+    copied = HeadProjection(target, draft_vocab, quantization, torch.float32)
+    for name in ("rows", "scales", "draft_vocab"):
+        a, b = getattr(plain, name), getattr(copied, name)
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+    # New weights, as after a reload.
+    target.lm_head.quant_method.weight = weight * 2
+    copied.refresh()
+    if copied.rows is not None and plain.rows is not None and quantization is None:
+        assert torch.equal(copied.rows, 2 * plain.rows)
+
+
+def test_a_repacked_lm_head(weight: torch.Tensor) -> None:
+    """vLLM may keep a packed form alone, and an empty weight."""
     target = make_target(weight)
-    target.lm_head.quant_method = object()
-    HeadProjection(target, None, None, torch.float32)
-    for draft_vocab, quantization in ((DRAFT_VOCAB, None), (None, "int8")):
-        with pytest.raises(AdaDecodeError, match="the target's LM head is quantised itself"):
-            HeadProjection(target, draft_vocab, quantization, torch.float32)  # type: ignore[arg-type]
+    target.lm_head.weight = torch.empty(0)
+    target.lm_head.quant_method = UnquantizedLinearMethod()
+    target.lm_head.quant_method.apply = Quantised(weight).apply
+    projection = HeadProjection(target, DRAFT_VOCAB, None, torch.float32)
+    assert torch.equal(projection.rows, weight[DRAFT_VOCAB])
+    assert HeadProjection(target, None, None, torch.float32).kernel_weight(torch.float32) is None
 
 
 # --- confidence --------------------------------------------------------------------------------
@@ -238,8 +295,7 @@ def test_kernels_and_logits_agree(
 
 
 def test_kernels_leave_a_quantised_target_alone(weight: torch.Tensor, x: torch.Tensor) -> None:
-    target = make_target(weight)
-    target.lm_head.quant_method = object()
+    target = quantised(make_target(weight))
     projection = HeadProjection(target, None, None, torch.float32)
     projection.use_kernels = True
     assert projection.kernel_weight(torch.float32) is None
@@ -258,7 +314,7 @@ def test_kernels_need_the_weights_dtype(weight: torch.Tensor) -> None:
 
 def shard_of(weight: torch.Tensor, rank: int, rows: int) -> Any:
     """The target as one of several tensor-parallel ranks holds it, padded to ``rows`` rows."""
-    first, end = rank * rows, min((rank + 1) * rows, VOCAB)
+    first, end = (min(at * rows, VOCAB) for at in (rank, rank + 1))
     part = torch.full((rows, HIDDEN), 1e6)
     part[: end - first] = weight[first:end]
     target = make_target(part)
@@ -298,3 +354,29 @@ def test_a_rank_of_padding_alone_uses_logits(weight: torch.Tensor) -> None:
         target.lm_head.tp_size = 3
         projection = HeadProjection(target, None, None, torch.float32)
         assert projection.kernel_weight(torch.float32) is None
+
+
+@pytest.mark.parametrize("is_quantised", [False, True], ids=["plain", "quantised"])
+@pytest.mark.parametrize("token_ids", [None, DRAFT_VOCAB], ids=["all", "draft"])
+@pytest.mark.parametrize(("num_ranks", "rows"), [(3, 40), (2, 60), (2, 100)])
+def test_ranks_put_their_rows_together(
+    weight: torch.Tensor,
+    num_ranks: int,
+    rows: int,
+    token_ids: torch.Tensor | None,
+    is_quantised: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last rank has some padding, or nothing else; what stands there is never read."""
+    # What a rank adds is what it would have without the others.
+    monkeypatch.setattr(lm_head_rows, "tensor_model_parallel_all_reduce", lambda part: part)
+    parts = []
+    for rank in range(num_ranks):
+        target = shard_of(weight, rank, rows)
+        target.lm_head.tp_size = num_ranks
+        head = quantised(target).lm_head if is_quantised else target.lm_head
+        parts.append(lm_head_rows.read_rows(head, token_ids, torch.float32))
+    expected = weight[:VOCAB] if token_ids is None else weight[token_ids]
+    assert torch.equal(torch.stack(parts).sum(0), expected)
+    # And none adds what is another's.
+    assert (torch.stack(parts).abs().sum(-1) > 0).sum(0).eq(1).all()

@@ -1,8 +1,9 @@
 """The LM head as the early heads read it: the target's own, or a copy that is cheaper to read.
 
 Owns the copy (rows of the draft vocabulary, quantised or not), made from the target's loaded
-weights, the way back from draft ids to the target's, and the choice between the fused kernels
-(`kernels.confidence`) and plain torch, their reference and what runs where there is no Triton.
+weights (`lm_head_rows.py`) and whole on every tensor-parallel rank, the way back from draft ids to
+the target's, and the choice between the fused kernels (`kernels.confidence`) and plain torch, their
+reference and what runs where there is no Triton.
 """
 
 from typing import Any
@@ -11,14 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 from vllm.distributed import tensor_model_parallel_all_gather
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.triton_utils import HAS_TRITON
 
-from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads.config import Quantization
 from vllm_adadecode.kernels.confidence import head_confidence, top1_confidence
 from vllm_adadecode.kernels.head_weight import HeadWeight
+from vllm_adadecode.lm_head_rows import own_rows, read_rows, stored_weight
 
 # Largest magnitude that a row's largest weight is mapped to.
 _STORED: dict[Quantization, tuple[torch.dtype, float]] = {
@@ -62,8 +61,8 @@ class HeadProjection(nn.Module):
     """Projects a head's features on the vocabulary that it may predict.
 
     Args:
-        target: the loaded vLLM model (``...ForCausalLM``); has ``lm_head``, ``logits_processor``
-            and ``compute_logits``.
+        target: the loaded vLLM model (``...ForCausalLM``); has ``lm_head``, ``logits_processor``,
+            ``compute_logits`` and ``model.norm``. Its LM head may be quantised itself.
         draft_vocab: int64 ``[draft_vocab_size]`` token ids, strictly increasing; None for all.
         quantization: of the copy; None to keep the weights' dtype.
         logits_dtype: of the logits that a copy gives (vLLM's ``head_dtype``).
@@ -74,9 +73,6 @@ class HeadProjection(nn.Module):
         draft_vocab: int64 ``[vocab]`` on the device, else None.
         vocab_size: of the target.
         use_kernels: whether (token, p) come from the fused kernels, which store no logits.
-
-    Raises:
-        AdaDecodeError: there is to be a copy, and the target's LM head is quantised itself.
     """
 
     rows: torch.Tensor | None
@@ -98,7 +94,9 @@ class HeadProjection(nn.Module):
         processor = target.logits_processor
         self.vocab_size: int = processor.org_vocab_size
         self.quantization = quantization
-        self.use_kernels = HAS_TRITON and target.lm_head.weight.device.type != "cpu"
+        # A quantised LM head has weights of other names.
+        device = target.model.norm.weight.device
+        self.use_kernels = HAS_TRITON and device.type != "cpu"
         for name in ("rows", "scales", "draft_vocab"):
             self.register_buffer(name, None, persistent=False)
         if draft_vocab is not None or quantization is not None:
@@ -106,7 +104,7 @@ class HeadProjection(nn.Module):
             if draft_vocab is not None:
                 # Not a buffer: it outlives a sleep that gives up the device's memory.
                 self.__dict__["draft_vocab_cpu"] = draft_vocab.cpu().clone()
-                self.draft_vocab = draft_vocab.to(target.lm_head.weight.device, copy=True)
+                self.draft_vocab = draft_vocab.to(device, copy=True)
             self.rows, self.scales = self._copy()
 
     def refresh(self) -> None:
@@ -121,21 +119,11 @@ class HeadProjection(nn.Module):
             self.scales.copy_(scales)
 
     def _copy(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        lm_head = self.target.lm_head
-        if not isinstance(
-            lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod
-        ):
-            raise AdaDecodeError(
-                "the target's LM head is quantised itself, of which heads with draft_vocab_size or "
-                "lm_head_quantization can't make a copy: use heads without these"
-            )
-        # Padding rows and, on other ranks, other tokens' rows follow; see config.py on the latter.
-        weight = lm_head.weight.detach()[: self.vocab_size]
-        if self.draft_vocab is not None:
-            weight = weight[self.draft_vocab]
+        dtype = self.target.model.norm.weight.dtype
+        rows = read_rows(self.target.lm_head, self.draft_vocab, dtype)
         if self.quantization is None:
-            return weight, None
-        return quantize_rows(weight, self.quantization)
+            return rows, None
+        return quantize_rows(rows, self.quantization)
 
     def logits(
         self,
@@ -203,18 +191,14 @@ class HeadProjection(nn.Module):
             if self.scales is None and self.rows.dtype != dtype:
                 return None
             return HeadWeight(self.rows, self.scales, self.draft_vocab, **finish)
-        plain = isinstance(
-            lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod
-        )
-        if not plain or lm_head.weight.dtype != dtype:
+        weight = stored_weight(lm_head)
+        if weight is None or weight.dtype != dtype:
             return None
-        weight = lm_head.weight.detach()
         if self.num_ranks() == 1:
             return HeadWeight(weight[: self.vocab_size], **finish)
         if (self.num_ranks() - 1) * len(weight) >= self.vocab_size:
             return None  # the last rank has padding alone
-        shard = lm_head.shard_indices
-        first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+        first, end = own_rows(lm_head)
         return HeadWeight(weight[: end - first], first_id=first, **finish)
 
     def num_ranks(self) -> int:

@@ -194,6 +194,10 @@ class AdaDecodeRunnerMixin(_Base):
         return DraftTokenIds(speculator.last_req_ids, [list(ids) for ids in speculator.last_drafts])
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        self.speculator.windows.clear()
         super().reload_weights(*args, **kwargs)
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Forget what came from old weights: deferred states, the copy of the LM head."""
+        self.speculator.windows.clear()
         self.speculator.reload_heads()

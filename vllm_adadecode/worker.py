@@ -66,6 +66,11 @@ class _AdaDecodeWorkerMixin(Worker):
         self.model_runner.speculator.windows.clear()
         super().sleep(level)
 
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        # A weight transfer goes past the runner's `reload_weights`.
+        self.model_runner.weights_changed()
+
 
 class AdaDecodeGPUWorker(_AdaDecodeWorkerMixin):
     """vLLM's GPU worker with the AdaDecode runner."""
