@@ -8,6 +8,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def widen(
     wide: Shape,
     dtype: torch.dtype | None = None,
     advance: Callable[[int], object] = lambda _: None,
+    grow_draft_vocab: bool = False,
 ) -> Plan:
     """Write a widened copy of a model, with its heads if it has some beside it.
 
@@ -71,6 +73,7 @@ def widen(
         output: folder that does not exist yet, or is empty.
         dtype: of the wide weights; None: the source's.
         advance: called with numbers of bytes, in all `total_bytes`.
+        grow_draft_vocab: see `Plan`.
 
     Raises:
         AdaDecodeError: the source or the place of the output is wrong, or the shape can't be
@@ -78,7 +81,9 @@ def widen(
         OSError: the disk refuses; nothing is left.
     """
     config = read_config(source)
-    plan = make_plan(config, wide, dtype or config.dtype)
+    plan = replace(
+        make_plan(config, wide, dtype or config.dtype), grow_draft_vocab=grow_draft_vocab
+    )
     check_output(output)
     heads = _read_heads(source, plan)
     parent = output.absolute().parent
