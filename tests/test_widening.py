@@ -86,15 +86,9 @@ def small_heads(target: Path, **fields: Any) -> HeadsConfig:
     return config
 
 
-def widened(
-    source: Path,
-    output: Path,
-    dtype: torch.dtype | None = None,
-    grow_draft_vocab: bool = False,
-    **shape: Any,
-) -> Path:
+def widened(source: Path, output: Path, dtype: torch.dtype | None = None, **shape: Any) -> Path:
     wide = Shape.of(build.read_config(source)).change(**shape)
-    build.widen(source, output, wide, dtype, grow_draft_vocab=grow_draft_vocab)
+    build.widen(source, output, wide, dtype)
     return output
 
 
@@ -322,7 +316,9 @@ def test_draft_vocabulary_keeps_its_share(tmp_path: Path) -> None:
     source = small_model(tmp_path / "small", **GQA, tie_word_embeddings=True)
     small_heads(source, **HEADS["draft vocabulary"])
     kept = widened(source, tmp_path / "kept", **EXACT)
-    grown = widened(source, tmp_path / "grown", grow_draft_vocab=True, **EXACT)
+    grown = tmp_path / "grown"
+    wide = Shape.of(build.read_config(source)).change(**EXACT)
+    build.widen(source, grown, wide, grow_draft_vocab=True)
     ids = []
     for folder, size in ((kept, 64), (grown, 75)):
         config = HeadsConfig.load(folder / "adadecode")
