@@ -158,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out = options.out or (QUICK_OUT if tiny else FULL_OUT)
         result = Result.open(out, identity(settings), options.again)
+        if out.exists() and not result.parts:
+            console.print(f"{out} is measured anew: --again, or other settings, code or machine")
         measure(options, settings, result, console)
     except (AdaDecodeError, OSError) as error:
         print(f"gpu-suite: error: {error}", file=sys.stderr)

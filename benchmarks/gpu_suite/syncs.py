@@ -106,8 +106,19 @@ def place(stack: traceback.StackSummary) -> str:
         parts = Path(frame.filename).parts
         foreign = ("torch", "unittest", "warnings.py", "contextlib.py")
         if Path(frame.filename) != SELF and not any(name in parts for name in foreign):
-            return f"{'/'.join(parts[-3:])}:{frame.lineno} {frame.name}"
+            return f"{_short(frame.filename)}:{frame.lineno} {frame.name}"
     return "unknown"
+
+
+def _short(file: str) -> str:
+    """As it is called inside its package or this checkout."""
+    _, found, inside = file.rpartition("/site-packages/")
+    if found:
+        return inside
+    path = Path(file)
+    if path.is_relative_to(SELF.parents[2]):
+        return str(path.relative_to(SELF.parents[2]))
+    return "/".join(path.parts[-3:])
 
 
 @contextmanager
