@@ -191,7 +191,7 @@ def test_reads_on_a_cpu_are_counted_by_round() -> None:
     found = counter.as_dict()
     assert (found["rounds"], found["syncs"], found["syncs_per_round"]) == (2, 12, 6.0)
     assert len(found["places"]) == 3
-    assert all("test_gpu_suite.py" in name and "in_round" in name for name in found["places"])
+    assert all("test_gpu_suite_engines.py" in n and "in_round" in n for n in found["places"])
 
 
 def test_waits_on_a_gpu_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
