@@ -147,9 +147,12 @@ def test_the_file_is_whole_after_every_part(tmp_path: Path) -> None:
         assert list(json.loads(file.read_text())["parts"]) == ["a"]
         raise KeyboardInterrupt
 
+    suite = make_suite(tmp_path)
+    suite.result.expected = ("a", "b")
     with pytest.raises(KeyboardInterrupt):
-        parts.run_all(make_suite(tmp_path), [fake_part("a", fine), fake_part("b", interrupted)])
-    assert list(json.loads(file.read_text())["parts"]) == ["a"]
+        parts.run_all(suite, [fake_part("a", fine), fake_part("b", interrupted)])
+    written = json.loads(file.read_text())
+    assert (list(written["parts"]), written["missing"]) == (["a"], {"b": "not run yet"})
 
 
 def test_resumption(tmp_path: Path) -> None:

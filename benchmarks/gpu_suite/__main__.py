@@ -76,7 +76,9 @@ def measure(
     options: argparse.Namespace, settings: Settings, result: Result, console: Console
 ) -> None:
     """Run the parts that the result does not have yet."""
-    todo = [p for p in parts.all_parts(settings) if not result.is_done(p.name)]
+    every = parts.all_parts(settings)
+    result.expected = ("bandwidth", *(part.name for part in every))
+    todo = [part for part in every if not result.is_done(part.name)]
     if result.is_done("bandwidth") and not todo:
         return
     clock = Clock(60 * options.minutes - STOPPING_S)

@@ -33,12 +33,14 @@ class Result:
         about: by names of `ABOUT`.
         parts: by name, how each one ended: ``status``, ``reason``, ``seconds``, and ``data``, what
             it found until then.
+        expected: names of all parts that there are to be.
     """
 
     file: Path
     identity: dict[str, Any]
     about: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    expected: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, file: Path, identity: dict[str, Any], again: bool) -> Result:
@@ -89,7 +91,8 @@ class Result:
 
     def missing(self) -> dict[str, str]:
         """Parts that are not done, and why."""
-        return {
+        not_run = {name: "not run yet" for name in self.expected if name not in self.parts}
+        return not_run | {
             name: f"{part['status']}: {part.get('reason')}"
             for name, part in self.parts.items()
             if part["status"] != DONE
