@@ -48,6 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
         dest="tie_word_embeddings",
         help="whether LM head and embedding are one matrix",
     )
+    parser.add_argument(
+        "--grow-draft-vocab",
+        action="store_true",
+        help="let the heads' draft vocabulary keep its share of the tokens (default: its tokens)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the source's)")
     return parser
 
@@ -69,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 wide,
                 dtype,
                 lambda size: progress.advance(task, size),
+                options.grow_draft_vocab,
             )
     except (AdaDecodeError, OSError) as error:
         print(f"widen: error: {error}", file=sys.stderr)

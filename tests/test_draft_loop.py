@@ -301,6 +301,7 @@ def test_requests_wait_for_each_other_and_share_passes() -> None:
     assert run.state.depths[:, :3].tolist() == [[1, 1, 0], [3, 0, 0], [2, 1, 0]]
     exits = run.counters.exits
     assert [exits[e].checked for e in EXIT_LAYERS] == [5, 2, 1]
+    assert [exits[e].head_passes for e in EXIT_LAYERS] == [2, 1, 1]
     assert [exits[e].drafted for e in EXIT_LAYERS] == [3, 1, 0]
     # After the last exit there is nowhere to go.
     assert [exits[e].promoted for e in EXIT_LAYERS] == [2, 1, 0]
@@ -392,6 +393,7 @@ def test_the_gate_decides_which_heads_are_evaluated(fused: bool) -> None:
     exits = run.counters.exits
     assert [exits[e].gated for e in EXIT_LAYERS] == [3, 2, 1]
     assert [exits[e].checked for e in EXIT_LAYERS] == [2, 2, 0]
+    assert [exits[e].head_passes for e in EXIT_LAYERS] == [1, 1, 0]
     assert [exits[e].drafted for e in EXIT_LAYERS] == [1, 1, 0]
     assert [exits[e].promoted for e in EXIT_LAYERS] == [2, 1, 0]
 
@@ -504,6 +506,7 @@ def test_as_each_request_alone(seed: int, fused: bool) -> None:
     for i, layer in enumerate(EXIT_LAYERS):
         rows = [r for exit_index, r in run.target.checks if exit_index == i]
         assert run.counters.exits[layer].checked == sum(map(len, rows))
+        assert run.counters.exits[layer].head_passes == len(rows)
         rows = [r for exit_index, r in run.target.gate_checks if exit_index == i]
         assert run.counters.exits[layer].gated == sum(map(len, rows))
     assert sum(e.drafted for e in run.counters.exits.values()) == run.state.num_drafts.sum()
@@ -603,6 +606,7 @@ def test_ratios() -> None:
     assert stats["exits"]["4"] == {
         "gated": 0,
         "checked": 0,
+        "head_passes": 0,
         "drafted": 8,
         "promoted": 0,
         "accepted": 5,

@@ -312,6 +312,30 @@ def test_same_heads(
             torch.testing.assert_close(mine[name], theirs[name], **TOLERANCE, msg=name)
 
 
+def test_draft_vocabulary_keeps_its_share(tmp_path: Path) -> None:
+    """The same head outputs for the small one's tokens, from a quarter of the wide LM head."""
+    source = small_model(tmp_path / "small", **GQA, tie_word_embeddings=True)
+    small_heads(source, **HEADS["draft vocabulary"])
+    kept = widened(source, tmp_path / "kept", **EXACT)
+    grown = tmp_path / "grown"
+    wide = Shape.of(build.read_config(source)).change(**EXACT)
+    build.widen(source, grown, wide, grow_draft_vocab=True)
+    ids = []
+    for folder, size in ((kept, 64), (grown, 75)):
+        config = HeadsConfig.load(folder / "adadecode")
+        found = load_draft_vocab(folder / "adadecode", config)
+        assert found is not None
+        assert (config.draft_vocab_size, len(found)) == (size, size)
+        ids.append(found.tolist())
+    assert ids[1] == ids[0] + list(range(VOCAB, VOCAB + 11))
+    for mine, theirs in zip(
+        head_outputs(grown, random_rows()), head_outputs(source, random_rows()), strict=True
+    ):
+        assert_same_logits(theirs.pop("logits"), mine.pop("logits"))
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], **TOLERANCE, msg=name)
+
+
 # --- the demo target, in the engine ------------------------------------------------------------
 
 

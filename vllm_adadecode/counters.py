@@ -12,11 +12,14 @@ from typing import Any, Self
 class ExitCounters:
     """Per exit layer: gate and head checks, drafts they gave, and what verification made of those.
 
-    Both kinds of checks are counted by rows: one per request whose newest token was looked at.
+    Both kinds of checks are counted by rows, one per request whose newest token was looked at, and
+    heads by batches as well.
     """
 
     gated: int = 0
     checked: int = 0
+    # Head checks by batches: each reads the head and the LM head once for all its rows.
+    head_passes: int = 0
     drafted: int = 0
     # Rows that went on through the next span, not confident or held back by the gate.
     promoted: int = 0

@@ -207,7 +207,9 @@ class DraftLoop:
         """Give the confident ones of ``rows`` their next draft, and count."""
         confident = actions == Action.EXTEND
         counters = self._exit_counters(exit_index)
-        counters.checked += int((actions != HELD_BACK).sum())
+        checked = int((actions != HELD_BACK).sum())
+        counters.checked += checked
+        counters.head_passes += checked > 0
         counters.drafted += int(confident.sum())
         if confident.any():
             chosen = torch.from_numpy(np.flatnonzero(confident)).to(tokens.device)

@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def widen(
     wide: Shape,
     dtype: torch.dtype | None = None,
     advance: Callable[[int], object] = lambda _: None,
+    grow_draft_vocab: bool = False,
 ) -> Plan:
     """Write a widened copy of a model, with its heads and drafters if it has some beside it.
 
@@ -70,6 +72,7 @@ def widen(
         output: folder that does not exist yet, or is empty.
         dtype: of the wide weights; None: the source's.
         advance: called with numbers of bytes, in all `total_bytes`.
+        grow_draft_vocab: see `Plan`.
 
     Raises:
         AdaDecodeError: the source or the place of the output is wrong, or the shape can't be
@@ -77,7 +80,9 @@ def widen(
         OSError: the disk refuses; nothing is left.
     """
     config = read_config(source)
-    plan = make_plan(config, wide, dtype or config.dtype)
+    plan = replace(
+        make_plan(config, wide, dtype or config.dtype), grow_draft_vocab=grow_draft_vocab
+    )
     check_output(output)
     heads = _read_heads(source, plan)
     if drafters.has_drafter(source, drafters.MEDUSA):

@@ -39,6 +39,8 @@ def widen_config(plan: Plan, config: HeadsConfig, fingerprint: str | None) -> He
         )
     data = config.model_dump()
     data["exit_layers"] = [plan.wide_layer(e) for e in config.exit_layers]
+    if config.draft_vocab_size is not None:
+        data["draft_vocab_size"] = plan.draft_vocab_size(config.draft_vocab_size)
     data["target"] = {
         "hidden_size": plan.wide.hidden_size,
         "vocab_size": plan.wide.vocab_size,
@@ -71,7 +73,11 @@ def widen_tensors(
                 wide = _widen(plan, config, parameter, tensor.double()).to(tensor.dtype)
                 widened[tensor_name(plan.wide_layer(exit_layer), parameter)] = wide
     if DRAFT_VOCAB in tensors:
-        widened[DRAFT_VOCAB] = tensors[DRAFT_VOCAB]
+        ids = tensors[DRAFT_VOCAB]
+        # Added tokens have probability 0: they are read, and change nothing.
+        more = plan.draft_vocab_size(len(ids)) - len(ids)
+        added = plan.small.vocab_size + torch.arange(more, dtype=ids.dtype)
+        widened[DRAFT_VOCAB] = torch.cat((ids, added))
     return widened
 
 

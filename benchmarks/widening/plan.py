@@ -89,12 +89,15 @@ class Plan:
     Attributes:
         channels: layout of the hidden state.
         dtype: of the wide weights.
+        grow_draft_vocab: whether a draft vocabulary keeps its share of the tokens, so that a head
+            check costs its share of the LM head; else it keeps its tokens.
     """
 
     small: Shape
     wide: Shape
     channels: Channels
     dtype: torch.dtype
+    grow_draft_vocab: bool = False
 
     # --- norms and head features ----------------------------------------------------------------
 
@@ -109,6 +112,12 @@ class Plan:
         scale = self.channels.scale
         # A tied LM head has the embedding's factor already.
         return 1 / scale if self.wide.tie_word_embeddings else scale
+
+    def draft_vocab_size(self, small: int) -> int:
+        """Of the wide heads, for a draft vocabulary of ``small`` tokens."""
+        if not self.grow_draft_vocab:
+            return small
+        return small * self.wide.vocab_size // self.small.vocab_size
 
     # --- attention ------------------------------------------------------------------------------
 
