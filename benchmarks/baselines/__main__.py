@@ -158,6 +158,8 @@ def prepare(options: argparse.Namespace, progress: Progress) -> Prepared:
         folder = output_of(options, method)
         if folder.exists() and not (folder / "config.json").is_file():
             raise AdaDecodeError(f"output {folder} holds something else: give another --output")
+    if options.threads:
+        torch.set_num_threads(options.threads)
     begin = time.process_time()
     target = load_target(options.target, dtype=torch.float32)
     for method in options.methods:
