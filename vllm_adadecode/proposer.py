@@ -23,7 +23,9 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_adadecode.budget import DraftBudget
 from vllm_adadecode.counters import Counters
-from vllm_adadecode.draft_loop import DraftLoop
+from vllm_adadecode.device_loop import DeviceLoop, LoopBuffers
+from vllm_adadecode.device_round import DeviceRounds
+from vllm_adadecode.draft_loop import DraftLoop, DraftState
 from vllm_adadecode.draws import Draws, draft_columns
 from vllm_adadecode.fused_head import FusedHeads
 from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
@@ -34,6 +36,8 @@ from vllm_adadecode.lm_head import HeadProjection
 from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy, gate_at
 from vllm_adadecode.span_runner import SpanRunner, run_span
 from vllm_adadecode.staged import StagedTarget
+from vllm_adadecode.static_spans import StaticSpans
+from vllm_adadecode.step_guard import make_guard
 from vllm_adadecode.windows import PendingWindow, PendingWindows
 
 if TYPE_CHECKING:
@@ -52,6 +56,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self.policy: DraftPolicy = ThresholdPolicy(
             config.confidence_threshold, config.gate_threshold
         )
+        # The draft loop on the device; None: on the host.
+        self.device_rounds: DeviceRounds | None = None
         # Set once rounds have been measured; None: always as many drafts as there may be.
         self.budget: DraftBudget | None = None
         self.deferred = DeferredStates(
@@ -112,9 +118,27 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.kv_cache_config,
             self.attn_groups,
         )
+        if self.speculative_config.draft_loop == "device":
+            self.device_rounds = DeviceRounds(self, self._device_loop())
+
+    def _device_loop(self) -> DeviceLoop:
+        buffers = LoopBuffers.empty(
+            self.max_num_reqs,
+            self.num_speculative_steps,
+            len(self.model.exit_layers),
+            self.block_tables.num_kv_cache_groups,
+            self.deferred,
+        )
+        spans = StaticSpans(self.spans, self.max_model_len)
+        return DeviceLoop(self.model, spans, self.deferred, buffers, make_guard(self.device))
+
+    def settle(self) -> None:
+        """Book the last round before its windows, drafts or counts are used."""
+        if self.device_rounds is not None:
+            self.device_rounds.settle()
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """The draft loop is driven from the host: there is nothing to capture."""
+        """Nothing is captured yet (docs/gpu-loop.md)."""
 
     def capture(self) -> None:
         """See `init_cudagraph_manager`."""
@@ -160,17 +184,24 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         if dummy_run:
             self._dummy_run(num_reqs)
             return drafts
+        draws, fused = self._heads(temperature, seeds)
+        if self.device_rounds is not None:
+            steps = self.num_speculative_steps
+            if num_speculative_tokens is not None:
+                steps = min(steps, num_speculative_tokens)
+            return self.device_rounds.propose(
+                input_batch, num_sampled, last_sampled, draws, fused, steps
+            )
 
         slots = input_batch.idx_mapping
         sampled_np = num_sampled[:num_reqs].cpu().numpy()
-        self._count_verified(input_batch, sampled_np)
+        self.count_verified(input_batch, sampled_np)
         # Position of the last sampled token: the first whose KV is not complete.
         first_pos = self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
         limits = self._draft_limits(
             input_batch, sampled_np, first_pos.cpu().numpy(), num_speculative_tokens
         )
 
-        draws, fused = self._heads(temperature, seeds)
         loop = DraftLoop(
             staged=self.model,
             spans=self.spans,
@@ -195,13 +226,26 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             checks = self.counters.checked - checks
             self.budget.statistics.add_round(limits, state.num_drafts, state.exits, checks)
         drafts[:, :] = state.tokens[:, 1:]
-        drafts_cpu = drafts.cpu().tolist()
+        self.keep_windows(input_batch, sampled_np, limits, state)
+        return drafts
+
+    def keep_windows(
+        self,
+        input_batch: InputBatch,
+        # [num_reqs]
+        num_sampled: np.ndarray,
+        # [num_reqs]
+        limits: np.ndarray,
+        state: DraftState,
+    ) -> None:
+        """Record what waits for verification: one window per request that sampled a token."""
+        drafts = state.tokens[:, 1:].cpu().tolist()
         self.last_req_ids = list(input_batch.req_ids)
         self.last_drafts = [
-            row[:count] for row, count in zip(drafts_cpu, state.num_drafts, strict=True)
+            row[:count] for row, count in zip(drafts, state.num_drafts, strict=True)
         ]
         for row, req_id in enumerate(input_batch.req_ids):
-            if sampled_np[row] > 0:
+            if num_sampled[row] > 0:
                 count = state.num_drafts[row]
                 self.windows.put(
                     req_id,
@@ -211,7 +255,6 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                         limit=int(limits[row]),
                     ),
                 )
-        return drafts
 
     def _draft_limits(
         self,
@@ -252,7 +295,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             )
         return draws, FusedHeads.make(self.model, draws, self.dtype)
 
-    def _count_verified(self, input_batch: InputBatch, num_sampled: np.ndarray) -> None:
+    def count_verified(self, input_batch: InputBatch, num_sampled: np.ndarray) -> None:
         """Book what the verification that just ended accepted."""
         counters = self.counters
         exit_layers = self.model.exit_layers

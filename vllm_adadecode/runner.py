@@ -80,6 +80,7 @@ class AdaDecodeRunnerMixin(_Base):
         self, scheduler_output: SchedulerOutput, *args: Any, dummy_run: bool = False, **kwargs: Any
     ) -> Any:
         if not dummy_run:
+            self.speculator.settle()
             windows = self.speculator.windows
             windows.drop(scheduler_output.finished_req_ids)
             windows.drop(scheduler_output.preempted_req_ids)
@@ -176,16 +177,19 @@ class AdaDecodeRunnerMixin(_Base):
 
     def start_counting(self) -> None:
         """From nothing: what has run until now was nobody's request."""
+        self.speculator.settle()
         counters = self.speculator.counters
         vars(counters).update(vars(counters - counters))
         self._unsent = UnsentCounts(counters)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         speculator = self.speculator
+        speculator.settle()
         # The scheduler may edit the lists.
         return DraftTokenIds(speculator.last_req_ids, [list(ids) for ids in speculator.last_drafts])
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        self.speculator.settle()
         self.speculator.windows.clear()
         super().reload_weights(*args, **kwargs)
         self.speculator.reload_heads()
