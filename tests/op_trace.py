@@ -105,9 +105,7 @@ class _Dispatched(TorchDispatchMode):
         super().__init__()
         self.trace = trace
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.trace._paused:
             return func(*args, **kwargs)
@@ -125,9 +123,7 @@ class _Called(TorchFunctionMode):
         super().__init__()
         self.trace = trace
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         to_host = name == "to" and "cpu" in map(str, (*args[1:], kwargs.get("device")))

@@ -41,8 +41,10 @@ def test_reads_are_seen(read: Callable[[], Any]) -> None:
 
 def test_nothing_else_is() -> None:
     with traced() as trace:
-        y = torch.where(X > 2, X, 0.0).clamp(min=1)[torch.tensor([1, 2])].index_select(
-            0, torch.zeros(1, dtype=torch.long)
+        y = (
+            torch.where(X > 2, X, 0.0)
+            .clamp(min=1)[torch.tensor([1, 2])]
+            .index_select(0, torch.zeros(1, dtype=torch.long))
         )
         y.masked_fill_(y > 0, 1).add_(1)
         y.to("cpu", non_blocking=True, copy=True)

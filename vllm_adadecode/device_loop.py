@@ -1,6 +1,6 @@
 """The draft loop on the device: the passes and decisions of draft_loop.py, with fixed shapes.
 
-Owns the order of passes and the buffers. Nothing here depends on data: the same calls with the same
+Owns the order of passes. Nothing here depends on data: the same calls with the same
 shapes and addresses for every round of a padded batch size, so that a round can be queued without
 waiting for the device, or captured in a graph. A row that has no part in a pass is padding in it.
 
@@ -12,86 +12,18 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from vllm.utils.math_utils import cdiv, next_power_of_2
 from vllm.v1.utils import record_function_or_nullcontext
 
 from vllm_adadecode.draws import Draws
 from vllm_adadecode.fused_head import FusedHeads
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
-from vllm_adadecode.kernels.draft_state import DraftRows, PassInputs
 from vllm_adadecode.kernels.draft_step import draft_step
+from vllm_adadecode.loop_buffers import LoopBuffers, padded_size
 from vllm_adadecode.policy import Action, DraftPolicy, gate_at
 from vllm_adadecode.staged import StagedTarget
 from vllm_adadecode.static_spans import StaticSpans
 from vllm_adadecode.step_guard import StepGuard
-
-# Batches above this are padded to a multiple of it, smaller ones to a power of two.
-SIZE_STEP = 8
-
-
-def padded_size(num_reqs: int, max_num_reqs: int) -> int:
-    """Rows that a round of ``num_reqs`` requests has."""
-    if num_reqs <= SIZE_STEP:
-        return min(int(next_power_of_2(num_reqs)), max_num_reqs)
-    return min(cdiv(num_reqs, SIZE_STEP) * SIZE_STEP, max_num_reqs)
-
-
-@dataclass
-class LoopBuffers:
-    """Everything that a round writes but KV and deferred states, for one padded batch size.
-
-    Attributes:
-        rows: the windows.
-        inputs: of the pass that runs.
-        hidden, residual: ``[num_rows * window, hidden_size]``, of a pass after the first span.
-        token: int64 ``[num_rows]``, what the head said that was just asked.
-        confident: bool ``[num_rows]``, rows that follow it.
-        checked: int64 ``[num_exits]``, heads asked, by rows; of the round.
-        passes: int64 ``[num_exits]``, passes of each span; of the round.
-    """
-
-    rows: DraftRows
-    inputs: PassInputs
-    hidden: torch.Tensor
-    residual: torch.Tensor
-    token: torch.Tensor
-    confident: torch.Tensor
-    checked: torch.Tensor
-    passes: torch.Tensor
-
-    @staticmethod
-    def empty(
-        num_rows: int, max_drafts: int, num_exits: int, num_kv_groups: int, states: DeferredStates
-    ) -> "LoopBuffers":
-        """For as many rows and exits as there may ever be; ``states`` give width and dtype."""
-        window, like = 1 + max_drafts, states.hidden
-        shape = (num_rows * window, like.shape[2])
-        counts = torch.zeros(num_exits, dtype=torch.int64, device=like.device)
-        return LoopBuffers(
-            rows=DraftRows.empty(num_rows, max_drafts, num_exits, like.device),
-            inputs=PassInputs.empty(num_rows, window, num_kv_groups, like.device),
-            hidden=like.new_zeros(shape),
-            residual=like.new_zeros(shape),
-            token=counts.new_zeros(num_rows),
-            confident=torch.zeros(num_rows, dtype=torch.bool, device=like.device),
-            checked=counts,
-            passes=torch.zeros_like(counts),
-        )
-
-    def first(self, num_rows: int, num_exits: int) -> "LoopBuffers":
-        """The same memory with so many rows and exits."""
-        window = self.rows.tokens.shape[1]
-        return LoopBuffers(
-            rows=self.rows.first(num_rows, num_exits),
-            inputs=self.inputs.first(num_rows, window),
-            hidden=self.hidden[: num_rows * window],
-            residual=self.residual[: num_rows * window],
-            token=self.token[:num_rows],
-            confident=self.confident[:num_rows],
-            checked=self.checked[:num_exits],
-            passes=self.passes[:num_exits],
-        )
 
 
 class DeviceLoop:
@@ -136,6 +68,13 @@ class DeviceLoop:
         round_.passes.zero_()
         self.spans.begin(slots, len(round_.rows.slots))
         return round_
+
+    def rehearse(self) -> None:
+        """Compile the kernel between passes for every batch size; between rounds only."""
+        sizes = {padded_size(n, self.max_num_rows) for n in range(1, 1 + self.max_num_rows)}
+        for num_rows in sorted(sizes):
+            round_ = self.buffers.first(num_rows, 1)
+            draft_step(round_.rows, round_.inputs, self.spans.blocks, exit_index=None, next_span=0)
 
     def draft(
         self,

@@ -6,7 +6,7 @@ to use these settles first; until then the host has nothing to wait for.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -14,11 +14,14 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_adadecode.device_loop import DeviceLoop, LoopBuffers
+from vllm_adadecode.device_loop import DeviceLoop
 from vllm_adadecode.draft_loop import DraftState
 from vllm_adadecode.draws import Draws
 from vllm_adadecode.fused_head import FusedHeads
+from vllm_adadecode.loop_buffers import LoopBuffers
 from vllm_adadecode.span_runner import CHECK_KV_BOUNDS
+from vllm_adadecode.static_spans import StaticSpans
+from vllm_adadecode.step_guard import make_guard
 
 if TYPE_CHECKING:
     from vllm_adadecode.proposer import AdaDecodeSpeculator
@@ -130,6 +133,21 @@ class DeviceRounds:
         self.speculator, self.loop = speculator, loop
         self._unsettled: tuple[InputBatch, RoundCopy] | None = None
 
+    @classmethod
+    def make(cls, speculator: "AdaDecodeSpeculator") -> Self:
+        """With buffers for the largest batch; see `StaticSpans` for what is refused."""
+        buffers = LoopBuffers.empty(
+            speculator.max_num_reqs,
+            speculator.num_speculative_steps,
+            len(speculator.model.exit_layers),
+            speculator.block_tables.num_kv_cache_groups,
+            speculator.deferred,
+        )
+        spans = StaticSpans(speculator.spans, speculator.max_model_len)
+        guard = make_guard(speculator.device)
+        loop = DeviceLoop(speculator.model, spans, speculator.deferred, buffers, guard)
+        return cls(speculator, loop)
+
     def propose(
         self,
         input_batch: InputBatch,
@@ -139,7 +157,7 @@ class DeviceRounds:
         last_sampled: torch.Tensor,
         draws: Draws | None,
         fused: FusedHeads | None,
-        max_drafts: int,
+        num_speculative_tokens: int | None,
     ) -> torch.Tensor:
         """Draft for every request that sampled a token; the host waits for nothing.
 
@@ -148,8 +166,11 @@ class DeviceRounds:
         """
         self.settle()
         speculator, num_reqs = self.speculator, input_batch.num_reqs
-        policy = speculator.policy
-        max_drafts = max_drafts if policy.num_used_exits else 0
+        policy, max_drafts = speculator.policy, speculator.num_speculative_steps
+        if num_speculative_tokens is not None:
+            max_drafts = min(max_drafts, num_speculative_tokens)
+        if policy.num_used_exits == 0:
+            max_drafts = 0
         slots = input_batch.idx_mapping.to(torch.int64)
         first_pos = speculator.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
         limits = self._limits(input_batch, num_sampled[:num_reqs], first_pos, max_drafts)

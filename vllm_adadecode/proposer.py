@@ -23,7 +23,6 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_adadecode.budget import DraftBudget
 from vllm_adadecode.counters import Counters
-from vllm_adadecode.device_loop import DeviceLoop, LoopBuffers
 from vllm_adadecode.device_round import DeviceRounds
 from vllm_adadecode.draft_loop import DraftLoop, DraftState
 from vllm_adadecode.draws import Draws, draft_columns
@@ -36,8 +35,6 @@ from vllm_adadecode.lm_head import HeadProjection
 from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy, gate_at
 from vllm_adadecode.span_runner import SpanRunner, run_span
 from vllm_adadecode.staged import StagedTarget
-from vllm_adadecode.static_spans import StaticSpans
-from vllm_adadecode.step_guard import make_guard
 from vllm_adadecode.windows import PendingWindow, PendingWindows
 
 if TYPE_CHECKING:
@@ -119,18 +116,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.attn_groups,
         )
         if self.speculative_config.draft_loop == "device":
-            self.device_rounds = DeviceRounds(self, self._device_loop())
-
-    def _device_loop(self) -> DeviceLoop:
-        buffers = LoopBuffers.empty(
-            self.max_num_reqs,
-            self.num_speculative_steps,
-            len(self.model.exit_layers),
-            self.block_tables.num_kv_cache_groups,
-            self.deferred,
-        )
-        spans = StaticSpans(self.spans, self.max_model_len)
-        return DeviceLoop(self.model, spans, self.deferred, buffers, make_guard(self.device))
+            self.device_rounds = DeviceRounds.make(self)
 
     def settle(self) -> None:
         """Book the last round before its windows, drafts or counts are used."""
@@ -186,11 +172,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             return drafts
         draws, fused = self._heads(temperature, seeds)
         if self.device_rounds is not None:
-            steps = self.num_speculative_steps
-            if num_speculative_tokens is not None:
-                steps = min(steps, num_speculative_tokens)
             return self.device_rounds.propose(
-                input_batch, num_sampled, last_sampled, draws, fused, steps
+                input_batch, num_sampled, last_sampled, draws, fused, num_speculative_tokens
             )
 
         slots = input_batch.idx_mapping
@@ -358,3 +341,5 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         padding = torch.full((num_rows,), -1, dtype=torch.int64, device=self.device)
         self.deferred.store(padding, padding, zeros, zeros)
         self.deferred.gather(padding, padding)
+        if self.device_rounds is not None:
+            self.device_rounds.loop.rehearse()
