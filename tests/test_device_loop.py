@@ -15,7 +15,16 @@ import pytest
 import torch
 from vllm import LLM
 
-from tests.engines import EnginePool, assert_same, generate, greedy, speculative, stats, token_ids
+from tests.engines import (
+    EnginePool,
+    assert_same,
+    generate,
+    greedy,
+    set_thresholds,
+    speculative,
+    stats,
+    token_ids,
+)
 from tests.op_trace import OpTrace, traced
 from tests.test_draft_loop import (
     EXIT_LAYERS,
@@ -27,6 +36,7 @@ from tests.test_draft_loop import (
     Run,
     draft,
 )
+from tests.tiny_models import random_prompts, save_tiny_model
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.device_loop import DeviceLoop
 from vllm_adadecode.device_round import DeviceRounds, RoundCopy
@@ -243,7 +253,7 @@ def assert_equal_rounds(device: Run, host: Run, all_passes: bool) -> None:
 
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_rounds_equal_the_hosts(seed: int, fused: bool, guard: Callable[[], StepGuard]) -> None:
     """Eight rounds on the same buffers, of random batches, limits, confidences and gates."""
     rng = np.random.default_rng(seed)
@@ -369,7 +379,9 @@ def rounds_of(
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
-def test_every_round_equals_the_hosts(engines: EnginePool, prompts: list[str], method: str) -> None:
+def test_every_round_equals_the_hosts(
+    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     """Tokens, drafts, depths, exits and counts, round by round, request by request."""
     # Requests end at different times, so that batches of many sizes are padded.
     params = [
@@ -390,8 +402,9 @@ def test_every_round_equals_the_hosts(engines: EnginePool, prompts: list[str], m
     assert all(e["checked"] for e in counts["exits"].values())
     assert any(e["gated"] for e in counts["exits"].values())
 
-    # Running everything changes nothing but the passes.
+    # Running everything, and booking it as late as may be, changes nothing but the passes.
     engine.collective_rpc(guard_with(RunAlways()))
+    monkeypatch.setattr(RoundCopy, "has_arrived", lambda _: False)
     try:
         outputs, all_windows, all_counts = rounds_of(engine, prompts[:11], params)
     finally:
@@ -405,9 +418,13 @@ def test_every_round_equals_the_hosts(engines: EnginePool, prompts: list[str], m
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
 def test_output_is_vanillas_in_crowded_batches(
-    engines: EnginePool, prompts: list[str], async_scheduling: bool
+    engines: EnginePool,
+    prompts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    async_scheduling: bool,
 ) -> None:
-    """Chunked prefill beside drafting, and more requests than rows."""
+    """Chunked prefill beside drafting, and more requests than rows; rounds are booked late."""
+    monkeypatch.setattr(RoundCopy, "has_arrived", lambda _: False)
     options: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 64}
     engine = engines.get(
         speculative_config=speculative(**SPEC, draft_loop="device"),
@@ -420,6 +437,25 @@ def test_output_is_vanillas_in_crowded_batches(
     assert_same(vanilla, outputs, generate(vanilla, prompts[:12], params))
     counts = stats(engine)
     assert min(counts["mixed_batches"], counts["deferred_batches"]) > 5
+
+
+def test_padding_does_not_disturb_experts(
+    engines: EnginePool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A mixture of experts sorts all rows of a pass, padding too."""
+    engines.restart()  # it needs a process group that other models do not have
+    path = save_tiny_model(tmp_path_factory.mktemp("moe"), "Qwen3MoeForCausalLM")
+    requests = random_prompts(7)
+    vanilla = engines.get(path)
+    spec = speculative(num_speculative_tokens=4, exit_layers=[1, 3, 5], draft_loop="device")
+    engine = engines.get(path, speculative_config=spec)
+    engine.collective_rpc(guard_with(RunAlways()))
+    set_thresholds(engine, 0.03, 0.03, 0.0)
+    assert_same(
+        vanilla, generate(engine, requests, greedy(24)), generate(vanilla, requests, greedy(24))
+    )
+    assert stats(engine)["drafted"] > 50
+    engines.restart()
 
 
 # --- the same work whatever the data -----------------------------------------------------------

@@ -74,6 +74,10 @@ class RoundCopy:
             copy.done.record()
         return copy
 
+    def has_arrived(self) -> bool:
+        """Whether `wait` would not wait."""
+        return self.done is None or self.done.query()
+
     def wait(self) -> "RoundResult":
         """The round's results; waits for the device if it is not done."""
         if self.done is not None:
@@ -200,11 +204,17 @@ class DeviceRounds:
         room = async_tensor_h2d(end, device=first_pos.device) - first_pos - 2
         return torch.where(num_sampled > 0, room.clamp(0, max_drafts), 0)
 
-    def settle(self) -> None:
-        """Book the last round, once it has ended, if that is not done."""
+    def settle(self, wait: bool = True) -> None:
+        """Book the last round if that is not done.
+
+        Args:
+            wait: for its end; else nothing happens before.
+        """
         if self._unsettled is None:
             return
         input_batch, copy = self._unsettled
+        if not wait and not copy.has_arrived():
+            return
         self._unsettled = None
         result = copy.wait()
         speculator = self.speculator

@@ -118,10 +118,10 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         if self.speculative_config.draft_loop == "device":
             self.device_rounds = DeviceRounds.make(self)
 
-    def settle(self) -> None:
+    def settle(self, wait: bool = True) -> None:
         """Book the last round before its windows, drafts or counts are used."""
         if self.device_rounds is not None:
-            self.device_rounds.settle()
+            self.device_rounds.settle(wait)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Nothing is captured yet (docs/gpu-loop.md)."""

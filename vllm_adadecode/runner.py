@@ -150,6 +150,8 @@ class AdaDecodeRunnerMixin(_Base):
             grammar_output = self._cut_grammar(grammar_output)
         output = super().sample_tokens(grammar_output)
         if output is not None:
+            # A round that the device has not ended is counted with the next.
+            self.speculator.settle(wait=False)
             # Of the ranks, only the first one's output, and so its counts, reach the scheduler.
             attach_counts(output.model_runner_output, self._unsent.take())
         return output
