@@ -331,6 +331,19 @@ def test_padded_sizes() -> None:
     assert padded_size(5, 6) == 6
 
 
+def test_a_smaller_batch_uses_the_same_memory() -> None:
+    states = DeferredStates(8, 4, 16, torch.float32, torch.device("cpu"))
+    buffers = LoopBuffers.empty(8, 3, 3, 2, states)
+    smaller = buffers.first(2, 1)
+    for group in ("rows", "inputs"):
+        for name, tensor in vars(getattr(smaller, group)).items():
+            assert tensor.data_ptr() == getattr(getattr(buffers, group), name).data_ptr(), name
+            assert tensor.is_contiguous(), name
+    # Two KV groups side by side, each as long as the pass: where the kernel writes them.
+    assert smaller.inputs.slot_mapping.shape == (2, 2 * 4)
+    assert smaller.rows.counts.shape == (1, 2)
+
+
 # --- with the demo target ----------------------------------------------------------------------
 
 SPEC: dict[str, Any] = {"num_speculative_tokens": 5}
