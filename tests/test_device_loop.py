@@ -43,7 +43,7 @@ from vllm_adadecode.device_round import DeviceRounds, RoundCopy
 from vllm_adadecode.fused_head import HeadCheck
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
-from vllm_adadecode.loop_buffers import LoopBuffers, padded_size
+from vllm_adadecode.loop_buffers import LoopBuffers, padded_size, pass_states
 from vllm_adadecode.policy import ThresholdPolicy
 from vllm_adadecode.step_guard import AskHost, RunAlways, StepGuard
 
@@ -192,7 +192,9 @@ class DeviceRuns:
             self.target,  # type: ignore[arg-type]
             FakeStaticSpans(self.target),  # type: ignore[arg-type]
             self.deferred,
-            LoopBuffers.empty(MAX_SLOTS, MAX_DRAFTS, len(EXIT_LAYERS), 1, self.deferred),
+            LoopBuffers.empty(
+                MAX_SLOTS, MAX_DRAFTS, len(EXIT_LAYERS), 1, pass_states(self.deferred)
+            ),
             self.guard,
         )
         self.policy = ThresholdPolicy(self.thresholds, self.gate_thresholds)
@@ -333,7 +335,7 @@ def test_padded_sizes() -> None:
 
 def test_a_smaller_batch_uses_the_same_memory() -> None:
     states = DeferredStates(8, 4, 16, torch.float32, torch.device("cpu"))
-    buffers = LoopBuffers.empty(8, 3, 3, 2, states)
+    buffers = LoopBuffers.empty(8, 3, 3, 2, pass_states(states))
     smaller = buffers.first(2, 1)
     for group in ("rows", "inputs"):
         for name, tensor in vars(getattr(smaller, group)).items():

@@ -138,14 +138,20 @@ class DeviceRounds:
         self._unsettled: tuple[InputBatch, RoundCopy] | None = None
 
     @classmethod
-    def make(cls, speculator: "AdaDecodeSpeculator") -> Self:
-        """With buffers for the largest batch; see `StaticSpans` for what is refused."""
+    def make(
+        cls, speculator: "AdaDecodeSpeculator", states: tuple[torch.Tensor, torch.Tensor]
+    ) -> Self:
+        """With buffers for the largest batch; see `StaticSpans` for what is refused.
+
+        Args:
+            states: from `pass_states`.
+        """
         buffers = LoopBuffers.empty(
             speculator.max_num_reqs,
             speculator.num_speculative_steps,
             len(speculator.model.exit_layers),
             speculator.block_tables.num_kv_cache_groups,
-            speculator.deferred,
+            states,
         )
         spans = StaticSpans(speculator.spans, speculator.max_model_len)
         guard = make_guard(speculator.device)

@@ -23,6 +23,17 @@ def padded_size(num_reqs: int, max_num_reqs: int) -> int:
     return min(cdiv(num_reqs, SIZE_STEP) * SIZE_STEP, max_num_reqs)
 
 
+def pass_states(deferred: DeferredStates) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden, residual) of the largest pass: all windows.
+
+    Apart from the other buffers, beside which they are large: they are made where vLLM's memory
+    profiling sees them.
+    """
+    shape = (-1, deferred.hidden.shape[2])
+    hidden, residual = torch.zeros_like(deferred.hidden), torch.zeros_like(deferred.residual)
+    return hidden.view(shape), residual.view(shape)
+
+
 @dataclass
 class LoopBuffers:
     """Everything that a round writes but KV and deferred states, for one padded batch size.
@@ -48,19 +59,27 @@ class LoopBuffers:
 
     @staticmethod
     def empty(
-        num_rows: int, max_drafts: int, num_exits: int, num_kv_groups: int, states: DeferredStates
+        num_rows: int,
+        max_drafts: int,
+        num_exits: int,
+        num_kv_groups: int,
+        states: tuple[torch.Tensor, torch.Tensor],
     ) -> "LoopBuffers":
-        """For as many rows and exits as there may ever be; ``states`` give width and dtype."""
-        window, like = 1 + max_drafts, states.hidden
-        shape = (num_rows * window, like.shape[2])
-        counts = torch.zeros(num_exits, dtype=torch.int64, device=like.device)
+        """For as many rows and exits as there may ever be.
+
+        Args:
+            states: ``hidden`` and ``residual``, from `pass_states`.
+        """
+        hidden, residual = states
+        window, device = 1 + max_drafts, hidden.device
+        counts = torch.zeros(num_exits, dtype=torch.int64, device=device)
         return LoopBuffers(
-            rows=DraftRows.empty(num_rows, max_drafts, num_exits, like.device),
-            inputs=PassInputs.empty(num_rows, window, num_kv_groups, like.device),
-            hidden=like.new_zeros(shape),
-            residual=like.new_zeros(shape),
+            rows=DraftRows.empty(num_rows, max_drafts, num_exits, device),
+            inputs=PassInputs.empty(num_rows, window, num_kv_groups, device),
+            hidden=hidden,
+            residual=residual,
             token=counts.new_zeros(num_rows),
-            confident=torch.zeros(num_rows, dtype=torch.bool, device=like.device),
+            confident=torch.zeros(num_rows, dtype=torch.bool, device=device),
             checked=counts,
             passes=torch.zeros_like(counts),
         )

@@ -32,6 +32,7 @@ from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.warmup import register_warmup
 from vllm_adadecode.lm_head import HeadProjection
+from vllm_adadecode.loop_buffers import pass_states
 from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy, gate_at
 from vllm_adadecode.span_runner import SpanRunner, run_span
 from vllm_adadecode.staged import StagedTarget
@@ -53,13 +54,14 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self.policy: DraftPolicy = ThresholdPolicy(
             config.confidence_threshold, config.gate_threshold
         )
-        # The draft loop on the device; None: on the host.
-        self.device_rounds: DeviceRounds | None = None
         # Set once rounds have been measured; None: always as many drafts as there may be.
         self.budget: DraftBudget | None = None
         self.deferred = DeferredStates(
             self.max_num_reqs, self.num_speculative_steps + 1, self.hidden_size, self.dtype, device
         )
+        # The draft loop on the device, and its largest buffers; None: it is on the host.
+        self.device_rounds: DeviceRounds | None = None
+        self.pass_states = pass_states(self.deferred) if config.draft_loop == "device" else None
         self.draft_columns = draft_columns(self.num_speculative_steps, device)
         self.windows = PendingWindows()
         # Windows that the current batch verifies; drafts of the last `propose`, by batch row.
@@ -115,8 +117,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.kv_cache_config,
             self.attn_groups,
         )
-        if self.speculative_config.draft_loop == "device":
-            self.device_rounds = DeviceRounds.make(self)
+        if self.pass_states is not None:
+            self.device_rounds = DeviceRounds.make(self, self.pass_states)
 
     def settle(self, wait: bool = True) -> None:
         """Book the last round before its windows, drafts or counts are used."""
