@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.triton_utils.dispatcher import KernelOverride
+from vllm.utils.torch_utils import LayerName
 
 # Operations whose output has a shape that depends on data, or that is a number of Python's.
 SYNCHRONISING = {
@@ -97,6 +98,8 @@ class OpTrace:
             return tuple(self._describe(v) for v in value)
         if isinstance(value, dict):
             return tuple((k, self._describe(v)) for k, v in sorted(value.items()))
+        if isinstance(value, LayerName):
+            return value.value
         return value if isinstance(value, int | float | bool | str | None) else repr(value)
 
 

@@ -400,16 +400,16 @@ def test_every_round_equals_the_hosts(
     """Tokens, drafts, depths, exits and counts, round by round, request by request."""
     # Requests end at different times, so that batches of many sizes are padded.
     params = [
-        greedy(12 + 6 * i, temperature=0.0 if method == "greedy" or i % 3 == 0 else 0.8, seed=i)
-        for i in range(11)
+        greedy(10 + 5 * i, temperature=0.0 if method == "greedy" or i % 3 == 0 else 0.8, seed=i)
+        for i in range(9)
     ]
     found = {}
     for loop in ("host", "device"):
         spec = speculative(**SPEC, draft_sample_method=method, draft_loop=loop)
         engine = engines.get(speculative_config=spec)
-        found[loop] = rounds_of(engine, prompts[:11], params)
+        found[loop] = rounds_of(engine, prompts[:9], params)
     tokens, windows, counts = found["host"]
-    assert len(windows) > 30
+    assert len(windows) > 15
     assert counts["drafted"] > 100
     assert found["device"][0] == tokens
     assert str(found["device"][1]) == str(windows)
@@ -421,7 +421,7 @@ def test_every_round_equals_the_hosts(
     engine.collective_rpc(guard_with(RunAlways()))
     monkeypatch.setattr(RoundCopy, "has_arrived", lambda _: False)
     try:
-        outputs, all_windows, all_counts = rounds_of(engine, prompts[:11], params)
+        outputs, all_windows, all_counts = rounds_of(engine, prompts[:9], params)
     finally:
         engine.collective_rpc(guard_with(AskHost()))
     assert outputs == tokens
@@ -429,48 +429,6 @@ def test_every_round_equals_the_hosts(
     assert all_counts["exits"] == counts["exits"]
     assert all_counts["draft_token_layers"] == counts["draft_token_layers"]
     assert all_counts["draft_layer_passes"] > counts["draft_layer_passes"]
-
-
-@pytest.mark.parametrize("async_scheduling", [False, True])
-def test_output_is_vanillas_in_crowded_batches(
-    engines: EnginePool,
-    prompts: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    async_scheduling: bool,
-) -> None:
-    """Chunked prefill beside drafting, and more requests than rows; rounds are booked late."""
-    monkeypatch.setattr(RoundCopy, "has_arrived", lambda _: False)
-    options: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 64}
-    engine = engines.get(
-        speculative_config=speculative(**SPEC, draft_loop="device"),
-        async_scheduling=async_scheduling,
-        **options,
-    )
-    params = [greedy(8 + 3 * i) for i in range(12)]
-    outputs = generate(engine, prompts[:12], params)
-    vanilla = engines.get()
-    assert_same(vanilla, outputs, generate(vanilla, prompts[:12], params))
-    counts = stats(engine)
-    assert min(counts["mixed_batches"], counts["deferred_batches"]) > 5
-
-
-def test_padding_does_not_disturb_experts(
-    engines: EnginePool, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """A mixture of experts sorts all rows of a pass, padding too."""
-    engines.restart()  # it needs a process group that other models do not have
-    path = save_tiny_model(tmp_path_factory.mktemp("moe"), "Qwen3MoeForCausalLM")
-    requests = random_prompts(7)
-    vanilla = engines.get(path)
-    spec = speculative(num_speculative_tokens=4, exit_layers=[1, 3, 5], draft_loop="device")
-    engine = engines.get(path, speculative_config=spec)
-    engine.collective_rpc(guard_with(RunAlways()))
-    set_thresholds(engine, 0.03, 0.03, 0.0)
-    assert_same(
-        vanilla, generate(engine, requests, greedy(24)), generate(vanilla, requests, greedy(24))
-    )
-    assert stats(engine)["drafted"] > 50
-    engines.restart()
 
 
 # --- the same work whatever the data -----------------------------------------------------------
@@ -518,7 +476,7 @@ def trace_rounds(engine: LLM, prompts: list[str], max_tokens: int) -> list[Round
     return rounds
 
 
-TRACED: dict[str, Any] = {"num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}
+TRACED = SPEC | {"draft_sample_method": "probabilistic"}
 
 
 @pytest.fixture(scope="module")
@@ -562,8 +520,8 @@ def test_work_does_not_depend_on_data(always: list[Round]) -> None:
     for rounds in by_size.values():
         assert len({str(r.drafts) for r in rounds}) > 1, "the rounds had the same data"
         first = loop_operations(rounds[0])
-        # Three drafts through three spans of two layers.
-        assert sum(name == "kernel store_states_twin" for name, *_ in first) in (0, 9)
+        # Five drafts through three spans.
+        assert sum(name == "kernel _store_states_twin" for name, *_ in first) == 15
         assert len(first) > 500
         for other in rounds[1:]:
             assert loop_operations(other) == first
@@ -582,3 +540,48 @@ def test_a_guard_that_asks_makes_work_depend_on_data(
     rounds = trace_rounds(engine, prompts[:2], 8)
     names = {str([name for name, *_ in r.trace.operations]) for r in rounds if r.num_rows == 2}
     assert len(names) > 1
+
+
+# --- in other company ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_output_is_vanillas_in_crowded_batches(
+    engines: EnginePool,
+    prompts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    async_scheduling: bool,
+) -> None:
+    """Chunked prefill beside drafting, and more requests than rows; rounds are booked late."""
+    monkeypatch.setattr(RoundCopy, "has_arrived", lambda _: False)
+    options: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 64}
+    engine = engines.get(
+        speculative_config=speculative(**SPEC, draft_loop="device"),
+        async_scheduling=async_scheduling,
+        **options,
+    )
+    params = [greedy(6 + 3 * i) for i in range(9)]
+    outputs = generate(engine, prompts[:9], params)
+    vanilla = engines.get()
+    assert_same(vanilla, outputs, generate(vanilla, prompts[:9], params))
+    counts = stats(engine)
+    assert min(counts["mixed_batches"], counts["deferred_batches"]) > 5
+
+
+def test_padding_does_not_disturb_experts(
+    engines: EnginePool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A mixture of experts sorts all rows of a pass, padding too."""
+    engines.restart()  # it needs a process group that other models do not have
+    path = save_tiny_model(tmp_path_factory.mktemp("moe"), "Qwen3MoeForCausalLM")
+    requests = random_prompts(7)
+    vanilla = engines.get(path)
+    spec = speculative(num_speculative_tokens=4, exit_layers=[1, 3, 5], draft_loop="device")
+    engine = engines.get(path, speculative_config=spec)
+    engine.collective_rpc(guard_with(RunAlways()))
+    set_thresholds(engine, 0.03, 0.03, 0.0)
+    assert_same(
+        vanilla, generate(engine, requests, greedy(24)), generate(vanilla, requests, greedy(24))
+    )
+    assert stats(engine)["drafted"] > 50
+    engines.restart()
