@@ -40,12 +40,14 @@ from tests.tiny_models import random_prompts, save_tiny_model
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.device_loop import DeviceLoop
 from vllm_adadecode.device_round import DeviceRounds, RoundCopy
+from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.fused_head import HeadCheck
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
 from vllm_adadecode.loop_buffers import LoopBuffers, padded_size, pass_states
 from vllm_adadecode.policy import ThresholdPolicy
-from vllm_adadecode.step_guard import AskHost, RunAlways, StepGuard
+from vllm_adadecode.static_spans import StaticSpans
+from vllm_adadecode.step_guard import AskHost, RunAlways, StepGuard, make_guard
 
 MAX_DRAFTS = 5
 BLOCK = 16
@@ -331,6 +333,24 @@ def test_padded_sizes() -> None:
         *(1, 2, 4, 8, 8, 16, 16, 24, 100),
     ]
     assert padded_size(5, 6) == 6
+
+
+def test_backends_that_plan_on_the_host_are_refused() -> None:
+    class PlansOnHost:
+        @staticmethod
+        def supports_device_cpu_query_lens_mismatch() -> bool:
+            return False
+
+    group = SimpleNamespace(backend=PlansOnHost, layer_names=["layers.0"])
+    spans: Any = SimpleNamespace(attn_groups=[[group]])
+    with pytest.raises(AdaDecodeError, match="PlansOnHost.*use draft_loop host") as error:
+        StaticSpans(spans, max_model_len=64)
+    assert "\n" not in str(error.value)
+
+
+def test_the_host_is_asked_where_that_is_free() -> None:
+    assert isinstance(make_guard(torch.device("cpu")), AskHost)
+    assert isinstance(make_guard(torch.device("cuda")), RunAlways)
 
 
 def test_a_smaller_batch_uses_the_same_memory() -> None:
