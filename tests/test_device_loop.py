@@ -343,7 +343,7 @@ def test_backends_that_plan_on_the_host_are_refused() -> None:
 
     group = SimpleNamespace(backend=PlansOnHost, layer_names=["layers.0"])
     spans: Any = SimpleNamespace(attn_groups=[[group]])
-    with pytest.raises(AdaDecodeError, match="PlansOnHost.*use draft_loop host") as error:
+    with pytest.raises(AdaDecodeError, match=r"PlansOnHost.*use draft_loop host") as error:
         StaticSpans(spans, max_model_len=64)
     assert "\n" not in str(error.value)
 
