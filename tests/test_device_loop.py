@@ -20,7 +20,8 @@ from tests.engines import (
     assert_same,
     generate,
     greedy,
-    set_thresholds,
+    guard_with,
+    set_draft_loop,
     speculative,
     stats,
     token_ids,
@@ -36,7 +37,6 @@ from tests.test_draft_loop import (
     Run,
     draft,
 )
-from tests.tiny_models import random_prompts, save_tiny_model
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.device_loop import DeviceLoop
 from vllm_adadecode.device_round import DeviceRounds, RoundCopy
@@ -276,17 +276,18 @@ def test_rounds_equal_the_hosts(seed: int, fused: bool, guard: Callable[[], Step
         def look_up(values: np.ndarray, *where: int) -> float:
             return float(values[where])
 
-        args: tuple[Any, ...] = (partial(look_up, table), limits)
+        confidence = partial(look_up, table)
         gate = partial(look_up, gates)
         host = draft(
-            *args,
+            confidence,
+            limits,
             slots=slots,
             thresholds=thresholds,
             gate=gate,
             gate_thresholds=gate_thresholds,
             fused=fused,
         )
-        device = runs.draft(*args, slots=slots, gate=gate, fused=fused)
+        device = runs.draft(confidence, limits, slots, gate=gate, fused=fused)
         assert_equal_rounds(device, host, all_passes=guard is RunAlways)
         drafted += int(host.state.num_drafts.sum())
     assert drafted > 10 or runs.policy.num_used_exits == 0
@@ -371,13 +372,6 @@ def test_a_smaller_batch_uses_the_same_memory() -> None:
 SPEC: dict[str, Any] = {"num_speculative_tokens": 5}
 
 
-def guard_with(guard: StepGuard) -> Callable[[Any], None]:
-    def change(worker: Any) -> None:
-        worker.model_runner.speculator.device_rounds.loop.guard = guard
-
-    return change
-
-
 def note_rounds(worker: Any) -> None:
     """Have the worker keep every round's windows, by batch row, with their drafts."""
     speculator = worker.model_runner.speculator
@@ -423,10 +417,11 @@ def test_every_round_equals_the_hosts(
         greedy(10 + 5 * i, temperature=0.0 if method == "greedy" or i % 3 == 0 else 0.8, seed=i)
         for i in range(9)
     ]
+    spec = speculative(**SPEC, draft_sample_method=method, draft_loop="device")
+    engine = engines.get(speculative_config=spec)
     found = {}
     for loop in ("host", "device"):
-        spec = speculative(**SPEC, draft_sample_method=method, draft_loop=loop)
-        engine = engines.get(speculative_config=spec)
+        set_draft_loop(engine, loop)
         found[loop] = rounds_of(engine, prompts[:9], params)
     tokens, windows, counts = found["host"]
     assert len(windows) > 15
@@ -514,9 +509,13 @@ def test_the_device_is_asked_nothing(engines: EnginePool, always: list[Round]) -
 
 def test_the_host_asks_at_every_head(engines: EnginePool, prompts: list[str]) -> None:
     """The controls: the host's loop, and a host that guards the steps."""
-    engine = engines.get(speculative_config=speculative(**TRACED, draft_loop="host"))
-    assert all(len(r.trace.synchronisations) > 3 for r in trace_rounds(engine, prompts[:2], 8))
     engine = engines.get(speculative_config=speculative(**TRACED, draft_loop="device"))
+    set_draft_loop(engine, "host")
+    try:
+        rounds = trace_rounds(engine, prompts[:2], 8)
+    finally:
+        set_draft_loop(engine, "device")
+    assert all(len(r.trace.synchronisations) > 3 for r in rounds)
     guard = AskHost()
     engine.collective_rpc(guard_with(guard))
     rounds = trace_rounds(engine, prompts[:2], 8)
@@ -586,22 +585,3 @@ def test_output_is_vanillas_in_crowded_batches(
     assert_same(vanilla, outputs, generate(vanilla, prompts[:9], params))
     counts = stats(engine)
     assert min(counts["mixed_batches"], counts["deferred_batches"]) > 5
-
-
-def test_padding_does_not_disturb_experts(
-    engines: EnginePool, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """A mixture of experts sorts all rows of a pass, padding too."""
-    engines.restart()  # it needs a process group that other models do not have
-    path = save_tiny_model(tmp_path_factory.mktemp("moe"), "Qwen3MoeForCausalLM")
-    requests = random_prompts(7)
-    vanilla = engines.get(path)
-    spec = speculative(num_speculative_tokens=4, exit_layers=[1, 3, 5], draft_loop="device")
-    engine = engines.get(path, speculative_config=spec)
-    engine.collective_rpc(guard_with(RunAlways()))
-    set_thresholds(engine, 0.03, 0.03, 0.0)
-    assert_same(
-        vanilla, generate(engine, requests, greedy(24)), generate(vanilla, requests, greedy(24))
-    )
-    assert stats(engine)["drafted"] > 50
-    engines.restart()

@@ -172,11 +172,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         if dummy_run:
             self._dummy_run(num_reqs)
             return drafts
-        draws, fused = self._heads(temperature, seeds)
         if self.device_rounds is not None:
+            # vLLM's lie elsewhere in every other step: the loop's addresses must not change.
+            self.temperature.copy_(temperature)
+            self.seeds.copy_(seeds)
+            heads = self._heads(self.temperature, self.seeds)
             return self.device_rounds.propose(
-                input_batch, num_sampled, last_sampled, draws, fused, num_speculative_tokens
+                input_batch, num_sampled, last_sampled, *heads, num_speculative_tokens
             )
+        draws, fused = self._heads(temperature, seeds)
 
         slots = input_batch.idx_mapping
         sampled_np = num_sampled[:num_reqs].cpu().numpy()
