@@ -157,6 +157,14 @@ def traced() -> Iterator[OpTrace]:
         yield trace
 
 
+def first_difference(one: list[Any], other: list[Any]) -> str:
+    """Where two lists of operations part, in a line; empty if they are equal."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return f"operation {i}: {str(a)[:400]} != {str(b)[:400]}"
+    return "" if len(one) == len(other) else f"{len(one)} != {len(other)} operations"
+
+
 def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 

@@ -26,7 +26,7 @@ from tests.engines import (
     stats,
     token_ids,
 )
-from tests.op_trace import OpTrace, traced
+from tests.op_trace import OpTrace, first_difference, traced
 from tests.test_draft_loop import (
     EXIT_LAYERS,
     MAX_SLOTS,
@@ -543,11 +543,13 @@ def test_work_does_not_depend_on_data(always: list[Round]) -> None:
         assert sum(name == "kernel _store_states_twin" for name, *_ in first) == 15
         assert len(first) > 500
         for other in rounds[1:]:
-            assert loop_operations(other) == first
-            assert other.trace.allocated == rounds[0].trace.allocated
+            # pytest would take minutes to tell such lists apart.
+            assert first_difference(loop_operations(other), first) == ""
+            assert first_difference(other.trace.allocated, rounds[0].trace.allocated) == ""
     # The control: another batch size is other work.
-    assert loop_operations(by_size[2][0]) != loop_operations(by_size[4][0])
-    assert by_size[2][0].trace.allocated != by_size[4][0].trace.allocated
+    two, four = by_size[2][0], by_size[4][0]
+    assert first_difference(loop_operations(two), loop_operations(four))
+    assert first_difference(two.trace.allocated, four.trace.allocated)
 
 
 def test_a_guard_that_asks_makes_work_depend_on_data(
