@@ -203,7 +203,7 @@ def test_copies_of_the_lm_head_and_tensor_parallelism(
     create(target, {"model": heads})
 
 
-def test_a_pass_on_the_device_must_fit_the_batch(target: Path) -> None:
+def test_where_the_draft_loop_can_be_on_the_device(target: Path) -> None:
     spec = {"draft_loop": "device", "num_speculative_tokens": 7}
     fits: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 128}
     assert create(target, spec, **fits).speculative_config.draft_loop == "device"
@@ -211,6 +211,9 @@ def test_a_pass_on_the_device_must_fit_the_batch(target: Path) -> None:
     for word in ("draft_loop 'device'", "128 tokens", "--max-num-batched-tokens", "is 127"):
         assert word in message
     create(target, spec | {"draft_loop": "host"}, **fits | {"max_num_batched_tokens": 127})
+    message = refused(target, spec, tensor_parallel_size=2)
+    for word in ("draft_loop 'device'", "tensor parallelism", "draft_loop 'host'"):
+        assert word in message
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,9 @@ def build_config(
         if not isinstance(cost_aware, bool):
             raise AdaDecodeError(f"cost_aware must be true or false, not {cost_aware!r}")
         fields["cost_aware"] = cost_aware
-    fields["draft_loop"] = _draft_loop(options.get("draft_loop"), bool(cost_aware))
+    fields["draft_loop"] = _draft_loop(
+        options.get("draft_loop"), bool(cost_aware), parallel_config.tensor_parallel_size
+    )
     fields |= {name: options[name] for name in PASSED_ON & set(options)}
     try:
         if (schedule := options.get("num_speculative_tokens_per_batch_size")) is not None:
@@ -250,7 +252,7 @@ def _num_speculative_tokens(value: Any, heads: HeadsConfig) -> int:
     return value
 
 
-def _draft_loop(value: Any, cost_aware: bool) -> str:
+def _draft_loop(value: Any, cost_aware: bool, num_ranks: int) -> str:
     if value is None or value == "host":
         return "host"
     if value != "device":
@@ -258,6 +260,11 @@ def _draft_loop(value: Any, cost_aware: bool) -> str:
     if cost_aware:
         raise AdaDecodeError(
             "cost_aware counts on the host in every round: drop it, or use draft_loop 'host'"
+        )
+    if num_ranks > 1:
+        raise AdaDecodeError(
+            "draft_loop 'device' does not support tensor parallelism yet: use draft_loop 'host', "
+            "or --tensor-parallel-size 1"
         )
     return "device"
 
