@@ -38,6 +38,57 @@ class DraftRows:
     counts: torch.Tensor
 
     @staticmethod
+    def empty(num_rows: int, max_drafts: int, num_exits: int, device: torch.device) -> "DraftRows":
+        """Buffers of padding rows, for `load`."""
+
+        def full(*shape: int, value: int = 0, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
+
+        return DraftRows(
+            slots=full(num_rows, value=-1, dtype=torch.int64),
+            first_pos=full(num_rows, dtype=torch.int64),
+            limits=full(num_rows),
+            tokens=full(num_rows, 1 + max_drafts, dtype=torch.int64),
+            num_drafts=full(num_rows),
+            depths=full(num_rows, 1 + max_drafts),
+            exits=full(num_rows, max_drafts),
+            next_span=full(num_rows, value=STOPPED),
+            counts=full(num_exits, 2, dtype=torch.int64),
+        )
+
+    def first(self, num_rows: int, num_exits: int) -> "DraftRows":
+        """The same memory with so many rows and exits."""
+        counts = self.counts[:num_exits]
+        rows = {name: value[:num_rows] for name, value in vars(self).items() if name != "counts"}
+        return DraftRows(**rows, counts=counts)
+
+    def load(
+        self,
+        # [n], n <= num_rows, as are the others
+        slots: torch.Tensor,
+        first_pos: torch.Tensor,
+        limits: torch.Tensor,
+        last_sampled: torch.Tensor,
+    ) -> None:
+        """Begin a round in place: windows of one token each, padding rows after them.
+
+        Rows whose limit is 0, and padding rows, do not draft.
+        """
+        n = len(slots)
+        for buffer in (self.tokens, self.num_drafts, self.depths, self.exits, self.counts):
+            buffer.zero_()
+        self.tokens[:n, 0] = last_sampled
+        for buffer, values, padding in (
+            (self.slots, slots, -1),
+            (self.first_pos, first_pos, 0),
+            (self.limits, limits, 0),
+        ):
+            buffer[:n] = values
+            buffer[n:] = padding
+        drafts = (self.limits > 0) & (self.slots >= 0)
+        self.next_span.copy_(torch.where(drafts, 0, STOPPED))
+
+    @staticmethod
     def begin(
         slots: torch.Tensor,
         first_pos: torch.Tensor,
@@ -46,26 +97,10 @@ class DraftRows:
         max_drafts: int,
         num_exits: int,
     ) -> "DraftRows":
-        """Windows of one token each; rows whose limit is 0, and padding rows, do not draft."""
-        num_rows, device = len(slots), slots.device
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        tokens = zeros(num_rows, 1 + max_drafts, dtype=torch.int64)
-        tokens[:, 0] = last_sampled
-        drafts = (limits > 0) & (slots >= 0)
-        return DraftRows(
-            slots=slots.to(torch.int64),
-            first_pos=first_pos.to(torch.int64),
-            limits=limits.to(torch.int32),
-            tokens=tokens,
-            num_drafts=zeros(num_rows),
-            depths=zeros(num_rows, 1 + max_drafts),
-            exits=zeros(num_rows, max_drafts),
-            next_span=torch.where(drafts, 0, STOPPED).to(torch.int32),
-            counts=zeros(num_exits, 2, dtype=torch.int64),
-        )
+        """A round of new buffers, without padding after ``slots``: see `load`."""
+        rows = DraftRows.empty(len(slots), max_drafts, num_exits, slots.device)
+        rows.load(slots, first_pos, limits, last_sampled)
+        return rows
 
 
 @dataclass
@@ -109,6 +144,23 @@ class PassInputs:
             query_start_loc=zeros(num_rows + 1, dtype=torch.int32),
             seq_lens=zeros(num_rows, dtype=torch.int32),
             newest=zeros(num_rows),
+        )
+
+    def first(self, num_rows: int, window: int) -> "PassInputs":
+        """The same memory for so many rows of a window."""
+        capacity = num_rows * window
+        groups = len(self.slot_mapping)
+        # Kernels find a group's KV slots by the capacity.
+        slot_mapping = self.slot_mapping.view(-1)[: groups * capacity].view(groups, capacity)
+        return PassInputs(
+            input_ids=self.input_ids[:capacity],
+            positions=self.positions[:capacity],
+            token_slots=self.token_slots[:capacity],
+            offsets=self.offsets[:capacity],
+            slot_mapping=slot_mapping,
+            query_start_loc=self.query_start_loc[: num_rows + 1],
+            seq_lens=self.seq_lens[:num_rows],
+            newest=self.newest[:num_rows],
         )
 
 

@@ -7,7 +7,7 @@ import gc
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +126,29 @@ def set_thresholds(engine: LLM, *thresholds: float) -> None:
         speculator = worker.model_runner.speculator
         values = thresholds * (len(speculator.model.exit_layers) // len(thresholds))
         speculator.policy = ThresholdPolicy(values, speculator.policy.gate_thresholds)
+
+    engine.collective_rpc(change)
+
+
+def guard_with(guard: Any) -> Callable[[Any], None]:
+    """For `collective_rpc`: the guard of the draft loop on the device (see step_guard.py)."""
+
+    def change(worker: Any) -> None:
+        speculator = worker.model_runner.speculator
+        rounds = vars(speculator).get("device_rounds_kept") or speculator.device_rounds
+        rounds.loop.guard = guard
+
+    return change
+
+
+def set_draft_loop(engine: LLM, loop: str) -> None:
+    """Have an engine that was started with the draft loop on the "device" drive it from "host"."""
+
+    def change(worker: Any) -> None:
+        speculator = worker.model_runner.speculator
+        speculator.settle()
+        rounds = vars(speculator).setdefault("device_rounds_kept", speculator.device_rounds)
+        speculator.device_rounds = rounds if loop == "device" else None
 
     engine.collective_rpc(change)
 

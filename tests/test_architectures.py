@@ -10,12 +10,15 @@ from tests.engines import (
     assert_same,
     generate,
     greedy,
+    guard_with,
+    set_draft_loop,
     set_thresholds,
     speculative,
     stats,
 )
 from tests.tiny_models import ARCHITECTURES, NUM_LAYERS, random_prompts, save_tiny_model
 from vllm_adadecode.staged import SUPPORTED_ARCHITECTURES
+from vllm_adadecode.step_guard import RunAlways
 
 
 @pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
@@ -28,11 +31,22 @@ def test_cut_model_equals_uncut(
     vanilla = engines.get(path)
     reference = generate(vanilla, prompts, greedy(32))
     engine = engines.get(
-        path, speculative_config=speculative(num_speculative_tokens=4, exit_layers=[1, 3, 5])
+        path,
+        speculative_config=speculative(
+            num_speculative_tokens=4, exit_layers=[1, 3, 5], draft_loop="device"
+        ),
     )
+    # All steps of the device's loop run, also those that are padding alone.
+    engine.collective_rpc(guard_with(RunAlways()))
     # Random weights are hardly ever confident: low thresholds make every exit draft, and mixed
     # ones make windows with tokens at every depth.
-    for thresholds in [(0.0,), (0.03, 0.03, 0.0), (0.05, 0.02, 0.02)]:
+    for loop, thresholds in [
+        ("host", (0.0,)),
+        ("host", (0.03, 0.03, 0.0)),
+        ("host", (0.05, 0.02, 0.02)),
+        ("device", (0.03, 0.03, 0.0)),
+    ]:
+        set_draft_loop(engine, loop)
         set_thresholds(engine, *thresholds)
         stats(engine, reset=True)
         assert_same(vanilla, generate(engine, prompts, greedy(32), batch=6), reference)

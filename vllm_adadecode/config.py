@@ -46,6 +46,7 @@ USER_OPTIONS = PASSED_ON | {
     "gate_threshold",
     "exit_layers",
     "cost_aware",
+    "draft_loop",
 }
 
 
@@ -62,6 +63,8 @@ class AdaDecodeSpeculativeConfig(SpeculativeConfig):
     """Layers after which the heads sit, strictly increasing."""
     cost_aware: bool = True
     """Whether the number of drafts of a round follows what rounds cost, measured at start."""
+    draft_loop: Literal["host", "device"] = "host"
+    """Who drives the draft loop."""
     heads_path: str | None = None
     """Folder of the heads checkpoint; None for the training-free logit lens."""
 
@@ -135,6 +138,11 @@ def build_config(
         if not isinstance(cost_aware, bool):
             raise AdaDecodeError(f"cost_aware must be true or false, not {cost_aware!r}")
         fields["cost_aware"] = cost_aware
+    fields["draft_loop"] = _draft_loop(
+        options.get("draft_loop"), bool(cost_aware), parallel_config.tensor_parallel_size
+    )
+    if fields["draft_loop"] == "device":
+        fields["cost_aware"] = False
     fields |= {name: options[name] for name in PASSED_ON & set(options)}
     try:
         if (schedule := options.get("num_speculative_tokens_per_batch_size")) is not None:
@@ -244,6 +252,41 @@ def _num_speculative_tokens(value: Any, heads: HeadsConfig) -> int:
             f"{heads.max_speculative_tokens}"
         )
     return value
+
+
+def _draft_loop(value: Any, cost_aware: bool, num_ranks: int) -> str:
+    if value is None or value == "host":
+        return "host"
+    if value != "device":
+        raise AdaDecodeError(f"draft_loop must be 'host' or 'device', not {value!r}")
+    if cost_aware:
+        raise AdaDecodeError(
+            "cost_aware counts on the host in every round: drop it, or use draft_loop 'host'"
+        )
+    if num_ranks > 1:
+        raise AdaDecodeError(
+            "draft_loop 'device' does not support tensor parallelism yet: use draft_loop 'host', "
+            "or --tensor-parallel-size 1"
+        )
+    return "device"
+
+
+def check_device_loop(vllm_config: VllmConfig) -> None:
+    """Refuse batches that a pass of the draft loop on the device would not fit.
+
+    Raises:
+        AdaDecodeError: one line with what would fit.
+    """
+    spec, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+    if not isinstance(spec, AdaDecodeSpeculativeConfig) or spec.draft_loop != "device":
+        return
+    needed = scheduler.max_num_seqs * (1 + spec.num_speculative_tokens)
+    if needed > scheduler.max_num_batched_tokens:
+        raise AdaDecodeError(
+            f"draft_loop 'device' runs up to {needed} tokens at once (max_num_seqs x (1 + "
+            f"num_speculative_tokens)): raise --max-num-batched-tokens, which is "
+            f"{scheduler.max_num_batched_tokens}, or lower one of these"
+        )
 
 
 def _check_copy(heads: HeadsConfig, parallel_config: ParallelConfig) -> None:

@@ -139,10 +139,11 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(*args: Any, **kwargs: Any) -> Any:
         config = original(*args, **kwargs)
         if config.speculative_config is not None and config.speculative_config.method == METHOD:
-            from vllm_adadecode.config import check_runner
+            from vllm_adadecode.config import check_device_loop, check_runner
             from vllm_adadecode.patches_metrics import apply_metrics_patches
 
             check_runner(config)
+            check_device_loop(config)
             apply_metrics_patches()
         return config
 

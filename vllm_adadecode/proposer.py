@@ -23,7 +23,8 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_adadecode.budget import DraftBudget
 from vllm_adadecode.counters import Counters
-from vllm_adadecode.draft_loop import DraftLoop
+from vllm_adadecode.device_round import DeviceRounds
+from vllm_adadecode.draft_loop import DraftLoop, DraftState
 from vllm_adadecode.draws import Draws, draft_columns
 from vllm_adadecode.fused_head import FusedHeads
 from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
@@ -31,6 +32,7 @@ from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.warmup import register_warmup
 from vllm_adadecode.lm_head import HeadProjection
+from vllm_adadecode.loop_buffers import pass_states
 from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy, gate_at
 from vllm_adadecode.span_runner import SpanRunner, run_span
 from vllm_adadecode.staged import StagedTarget
@@ -60,6 +62,9 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self.deferred = DeferredStates(
             self.max_num_reqs, self.num_speculative_steps + 1, self.hidden_size, self.dtype, device
         )
+        # The draft loop on the device, and its largest buffers; None: it is on the host.
+        self.device_rounds: DeviceRounds | None = None
+        self.pass_states = pass_states(self.deferred) if config.draft_loop == "device" else None
         self.draft_columns = draft_columns(self.num_speculative_steps, device)
         self.windows = PendingWindows()
         # Windows that the current batch verifies; drafts of the last `propose`, by batch row.
@@ -115,9 +120,16 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.kv_cache_config,
             self.attn_groups,
         )
+        if self.pass_states is not None:
+            self.device_rounds = DeviceRounds.make(self, self.pass_states)
+
+    def settle(self, wait: bool = True) -> None:
+        """Book the last round before its windows, drafts or counts are used."""
+        if self.device_rounds is not None:
+            self.device_rounds.settle(wait)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """The draft loop is driven from the host: there is nothing to capture."""
+        """Nothing is captured yet (docs/gpu-loop.md)."""
 
     def capture(self) -> None:
         """See `init_cudagraph_manager`."""
@@ -163,12 +175,19 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         if dummy_run:
             self._dummy_run(num_reqs)
             return drafts
-
+        if self.device_rounds is not None:
+            # vLLM's lie elsewhere in every other step: the loop's addresses must not change.
+            self.temperature.copy_(temperature)
+            self.seeds.copy_(seeds)
+            heads = self._heads(self.temperature, self.seeds)
+            return self.device_rounds.propose(
+                input_batch, num_sampled, last_sampled, *heads, num_speculative_tokens
+            )
         self.last_req_ids = list(input_batch.req_ids)
         self.last_drafts = [[]] * num_reqs
         slots = input_batch.idx_mapping
         sampled_np = num_sampled[:num_reqs].cpu().numpy()
-        self._count_verified(input_batch, sampled_np)
+        self.count_verified(input_batch, sampled_np)
         # Position of the last sampled token: the first whose KV is not complete.
         first_pos = self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
         limits = self._draft_limits(
@@ -205,12 +224,27 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             checks = self.counters.checked - checks
             self.budget.statistics.add_round(limits, state.num_drafts, state.exits, checks)
         drafts[:, :] = state.tokens[:, 1:]
-        drafts_cpu = drafts.cpu().tolist()
+        self.keep_windows(input_batch, sampled_np, limits, state)
+        self._end_round(input_batch)
+        return drafts
+
+    def keep_windows(
+        self,
+        input_batch: InputBatch,
+        # [num_reqs]
+        num_sampled: np.ndarray,
+        # [num_reqs]
+        limits: np.ndarray,
+        state: DraftState,
+    ) -> None:
+        """Record what waits for verification: one window per request that sampled a token."""
+        drafts = state.tokens[:, 1:].cpu().tolist()
+        self.last_req_ids = list(input_batch.req_ids)
         self.last_drafts = [
-            row[:count] for row, count in zip(drafts_cpu, state.num_drafts, strict=True)
+            row[:count] for row, count in zip(drafts, state.num_drafts, strict=True)
         ]
         for row, req_id in enumerate(input_batch.req_ids):
-            if sampled_np[row] > 0:
+            if num_sampled[row] > 0:
                 count = state.num_drafts[row]
                 self.windows.put(
                     req_id,
@@ -220,8 +254,6 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                         limit=int(limits[row]),
                     ),
                 )
-        self._end_round(input_batch)
-        return drafts
 
     def _end_round(self, input_batch: InputBatch) -> None:
         if self.budget is not None:
@@ -271,7 +303,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             )
         return draws, FusedHeads.make(self.model, draws, self.dtype)
 
-    def _count_verified(self, input_batch: InputBatch, num_sampled: np.ndarray) -> None:
+    def count_verified(self, input_batch: InputBatch, num_sampled: np.ndarray) -> None:
         """Book what the verification that just ended accepted."""
         counters = self.counters
         exit_layers = self.model.exit_layers
@@ -334,3 +366,5 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         padding = torch.full((num_rows,), -1, dtype=torch.int64, device=self.device)
         self.deferred.store(padding, padding, zeros, zeros)
         self.deferred.gather(padding, padding)
+        if self.device_rounds is not None:
+            self.device_rounds.loop.rehearse()

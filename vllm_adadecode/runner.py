@@ -80,6 +80,7 @@ class AdaDecodeRunnerMixin(_Base):
         self, scheduler_output: SchedulerOutput, *args: Any, dummy_run: bool = False, **kwargs: Any
     ) -> Any:
         if not dummy_run:
+            self.speculator.settle()
             windows = self.speculator.windows
             windows.drop(scheduler_output.finished_req_ids)
             windows.drop(scheduler_output.preempted_req_ids)
@@ -157,6 +158,8 @@ class AdaDecodeRunnerMixin(_Base):
             grammar_output = self._cut_grammar(grammar_output)
         output = super().sample_tokens(grammar_output)
         if output is not None:
+            # A round that the device has not ended is counted with the next.
+            self.speculator.settle(wait=False)
             # Of the ranks, only the first one's output, and so its counts, reach the scheduler.
             attach_counts(output.model_runner_output, self._unsent.take())
         return output
@@ -184,12 +187,14 @@ class AdaDecodeRunnerMixin(_Base):
 
     def start_counting(self) -> None:
         """From nothing: what has run until now was nobody's request."""
+        self.speculator.settle()
         counters = self.speculator.counters
         vars(counters).update(vars(counters - counters))
         self._unsent = UnsentCounts(counters)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         speculator = self.speculator
+        speculator.settle()
         # The scheduler may edit the lists.
         return DraftTokenIds(speculator.last_req_ids, [list(ids) for ids in speculator.last_drafts])
 
@@ -199,5 +204,6 @@ class AdaDecodeRunnerMixin(_Base):
 
     def weights_changed(self) -> None:
         """Forget what came from old weights: deferred states, the copy of the LM head."""
+        self.speculator.settle()
         self.speculator.windows.clear()
         self.speculator.reload_heads()

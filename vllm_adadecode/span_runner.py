@@ -137,7 +137,7 @@ class SpanRunner:
 
         slots_device = torch.from_numpy(slots.astype(np.int64)).to(self.device)
         if CHECK_KV_BOUNDS:
-            self._check_kv_bounds(slots, buffers.seq_lens[:num_reqs])
+            self.check_kv_bounds(slots, buffers.seq_lens[:num_reqs].cpu().numpy())
         tables = self.block_tables.gather_block_tables(
             slots_device,
             num_reqs_padded=num_reqs,
@@ -178,8 +178,14 @@ class SpanRunner:
             build_slot_mappings_by_layer(slot_mappings, self.kv_cache_config),
         )
 
-    def _check_kv_bounds(self, slots: np.ndarray, seq_lens: torch.Tensor) -> None:
-        lengths = seq_lens.cpu().numpy()
+    def check_kv_bounds(
+        self,
+        # [num_reqs] request slots
+        slots: np.ndarray,
+        # [num_reqs] tokens of each that KV was, or will be, written for
+        lengths: np.ndarray,
+    ) -> None:
+        """Fail where KV belongs to blocks that the scheduler has not given."""
         for group, block_size in enumerate(self.block_tables.block_sizes):
             capacity = self.block_tables.num_blocks.np[group, slots] * block_size
             assert (lengths <= capacity).all(), (

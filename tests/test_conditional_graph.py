@@ -1,0 +1,114 @@
+"""IF nodes without a GPU: what is asked of PyTorch, in which order. tests/gpu has the real ones."""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from tests.test_device_loop import DeviceRuns
+from vllm_adadecode.conditional_graph import IfNode, capture_loop, check_conditional_nodes
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.step_guard import RunAlways
+
+
+class RecordingGraph:
+    """Stands for the graph that is captured."""
+
+    def __init__(self) -> None:
+        self.conditions: list[torch.Tensor] = []
+        self.depth = self.deepest = 0
+
+    def begin_capture_to_if_node(self, condition: torch.Tensor) -> None:
+        assert condition.dtype == torch.bool
+        assert condition.dim() == 0
+        self.conditions.append(condition)
+        self.depth += 1
+        self.deepest = max(self.deepest, self.depth)
+
+    def end_capture_to_conditional_node(self) -> None:
+        self.depth -= 1
+        assert self.depth >= 0
+
+
+class CaptureOf:
+    """Stands for `torch.cuda.graph`."""
+
+    def __init__(self, graph: Any, pool: Any = None) -> None:
+        self.graph = graph
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+
+def capturing(graph: RecordingGraph) -> Any:
+    """While this is entered, PyTorch captures ``graph``."""
+    stand_in = type("CUDAGraph", (), {"get_currently_capturing_graph": staticmethod(lambda: graph)})
+    return patch.object(torch.cuda, "CUDAGraph", stand_in)
+
+
+def test_a_captured_loop_guards_every_step() -> None:
+    recording = RecordingGraph()
+    runs = DeviceRuns(RunAlways())
+    # No row drafts: on a device nothing would run, in a capture everything does.
+    runs.draft(lambda *_: 0.9, [0, 0, 0], [1, 2, 3])
+    round_ = runs.loop.buffers.first(4, 3)
+    with capturing(recording), patch.object(torch.cuda, "graph", CaptureOf):
+        capture_loop(runs.loop, round_, runs.policy, 5, None, None)
+    # Five drafts, each with two promotions inside of one another.
+    assert len(recording.conditions) == 5 * 3
+    assert (recording.depth, recording.deepest) == (0, 3)
+    assert isinstance(runs.loop.guard, RunAlways)
+
+
+def test_a_step_that_fails_ends_its_node() -> None:
+    recording = RecordingGraph()
+
+    def fail() -> None:
+        raise ValueError("out of memory")
+
+    with capturing(recording), pytest.raises(ValueError, match="out of memory"):
+        IfNode().when(torch.tensor(True), fail)
+    assert recording.depth == 0
+
+
+def test_pytorch_names_them_so() -> None:
+    """PyTorch for CPUs has none; its own use of them is the same file everywhere."""
+    used = Path(torch.__file__).parent / "_higher_order_ops" / "cudagraph_conditional_nodes.py"
+    for name in (
+        "torch.cuda.CUDAGraph.get_currently_capturing_graph()",
+        ".begin_capture_to_if_node(pred)",
+        ".end_capture_to_conditional_node()",
+    ):
+        assert name in used.read_text()
+
+
+@pytest.mark.parametrize(
+    ("graph", "cuda", "ranks", "words"),
+    [
+        (object, "13.0", 1, "has no conditional nodes"),
+        (RecordingGraph, None, 1, "CUDA 12.4"),
+        (RecordingGraph, "12.1", 1, "12.1"),
+        (RecordingGraph, "13.0", 2, "tensor parallelism"),
+    ],
+)
+def test_where_there_are_none(graph: type, cuda: str | None, ranks: int, words: str) -> None:
+    with (
+        patch.object(torch.cuda, "CUDAGraph", graph),
+        patch.object(torch.version, "cuda", cuda),
+        pytest.raises(AdaDecodeError, match=words) as error,
+    ):
+        check_conditional_nodes(ranks)
+    assert "\n" not in str(error.value)
+
+
+def test_where_there_are_some() -> None:
+    with (
+        patch.object(torch.cuda, "CUDAGraph", RecordingGraph),
+        patch.object(torch.version, "cuda", "12.8"),
+    ):
+        check_conditional_nodes(1)

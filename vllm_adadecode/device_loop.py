@@ -1,0 +1,266 @@
+"""The draft loop on the device: the passes and decisions of draft_loop.py, with fixed shapes.
+
+Owns the order of passes. Nothing here depends on data: the same calls with the same
+shapes and addresses for every round of a padded batch size, so that a round can be queued without
+waiting for the device, or captured in a graph. A row that has no part in a pass is padding in it.
+
+Requests go in step as in draft_loop.py, and every pass is guarded (step_guard.py): by "some row
+waits for span 0" for each draft, and inside of it by "some row waits for the next span".
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from vllm.v1.utils import record_function_or_nullcontext
+
+from vllm_adadecode.draws import Draws
+from vllm_adadecode.fused_head import FusedHeads
+from vllm_adadecode.kernels.confidence import top1_confidence
+from vllm_adadecode.kernels.deferred import DeferredStates
+from vllm_adadecode.kernels.draft_step import draft_step
+from vllm_adadecode.loop_buffers import LoopBuffers, padded_size
+from vllm_adadecode.policy import Action, DraftPolicy, gate_at
+from vllm_adadecode.staged import StagedTarget
+from vllm_adadecode.static_spans import StaticSpans
+from vllm_adadecode.step_guard import StepGuard
+
+
+class DeviceLoop:
+    """Drafts with buffers of its own; one round is `begin`, then `draft`.
+
+    Follows policies that stop at the last exit only: whether an earlier head was in doubt or meant
+    to stop is not told apart.
+
+    Args:
+        buffers: for the largest batch.
+        guard: which steps run.
+    """
+
+    def __init__(
+        self,
+        staged: StagedTarget,
+        spans: StaticSpans,
+        deferred: DeferredStates,
+        buffers: LoopBuffers,
+        guard: StepGuard,
+    ) -> None:
+        self.staged, self.spans, self.deferred = staged, spans, deferred
+        self.buffers, self.guard = buffers, guard
+        self.max_num_rows = len(buffers.rows.slots)
+
+    def begin(
+        self,
+        # [n] int64 request slots
+        slots: torch.Tensor,
+        # [n] int64, position of the last sampled token
+        first_pos: torch.Tensor,
+        # [n] most drafts for each request; 0: none
+        limits: torch.Tensor,
+        # [n] int64
+        last_sampled: torch.Tensor,
+        num_exits: int,
+    ) -> LoopBuffers:
+        """Load a round's requests, all of these on the device; the buffers of their batch size."""
+        round_ = self.buffers.first(padded_size(len(slots), self.max_num_rows), num_exits)
+        round_.rows.load(slots, first_pos, limits, last_sampled)
+        round_.checked.zero_()
+        round_.passes.zero_()
+        self.spans.begin(slots, len(round_.rows.slots))
+        return round_
+
+    def rehearse(self) -> None:
+        """Compile the kernel between passes for every batch size; between rounds only."""
+        sizes = {padded_size(n, self.max_num_rows) for n in range(1, 1 + self.max_num_rows)}
+        for num_rows in sorted(sizes):
+            round_ = self.buffers.first(num_rows, 1)
+            draft_step(round_.rows, round_.inputs, self.spans.blocks, exit_index=None, next_span=0)
+
+    def draft(
+        self,
+        round_: LoopBuffers,
+        policy: DraftPolicy,
+        max_drafts: int,
+        draws: Draws | None,
+        fused: FusedHeads | None,
+    ) -> None:
+        """Draft until every request has stopped or reached its limit: what may be captured.
+
+        Args:
+            round_: from `begin`; updated.
+            policy: uses as many exits as ``round_`` has.
+            max_drafts: no limit is above it.
+            draws: as for `draft_loop.DraftLoop`; None: the most likely token.
+            fused: heads by the fused kernels; None: from stored logits.
+        """
+        steps = _Steps(self, round_, policy, draws, fused)
+        for offset in range(max_drafts):
+            self.guard.when(steps.some_row_waits_for(0), partial(steps.attempt, offset))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The guarded steps of one round."""
+
+    loop: DeviceLoop
+    round_: LoopBuffers
+    policy: DraftPolicy
+    draws: Draws | None
+    fused: FusedHeads | None
+
+    def some_row_waits_for(self, span: int) -> torch.Tensor:
+        return (self.round_.rows.next_span == span).any()
+
+    def attempt(self, offset: int) -> None:
+        """Try to predict the token after window offset ``offset``."""
+        # The last step that ran laid out another span's pass, or none.
+        round_ = self.round_
+        draft_step(round_.rows, round_.inputs, self.loop.spans.blocks, exit_index=None, next_span=0)
+        self.go_through(offset, 0)
+
+    def go_through(self, offset: int, exit_index: int) -> None:
+        """Span and head at this exit, then what is left for the next."""
+        round_ = self.round_
+        hidden, residual = self._run_span(offset, exit_index)
+        round_.confident.zero_()
+        if self.policy.uses(exit_index):
+            with record_function_or_nullcontext(f"adadecode: head {exit_index + 1}"):
+                self._ask(offset, exit_index, hidden, residual)
+        is_last = exit_index + 1 == len(round_.rows.counts)
+        draft_step(
+            round_.rows,
+            round_.inputs,
+            self.loop.spans.blocks,
+            exit_index=exit_index,
+            next_span=0 if is_last else exit_index + 1,
+            token=round_.token,
+            confident=round_.confident,
+        )
+        if not is_last:
+            self.loop.guard.when(
+                self.some_row_waits_for(exit_index + 1),
+                partial(self.go_through, offset, exit_index + 1),
+            )
+
+    def _run_span(self, offset: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take each waiting row's tokens at depth ``span`` one span deeper.
+
+        Returns:
+            (hidden, residual) of the newest tokens, ``[num_rows, hidden_size]`` each; of rows that
+            are not in the pass, another's.
+        """
+        loop, inputs = self.loop, self.round_.inputs
+        # Only the newest token has not been through span 0.
+        row_tokens = 1 if span == 0 else offset + 1
+        num_tokens = len(inputs.seq_lens) * row_tokens
+        slots, offsets = inputs.token_slots[:num_tokens], inputs.offsets[:num_tokens]
+        residual: torch.Tensor | None
+        if span == 0:
+            hidden, residual = loop.staged.embed(inputs.input_ids[:num_tokens]), None
+        else:
+            out = self.round_.hidden[:num_tokens], self.round_.residual[:num_tokens]
+            for states in out:
+                # Spans work in place: padding would be the states of earlier passes.
+                states.zero_()
+            hidden, residual = loop.deferred.gather(slots, offsets, out=out)
+        hidden, residual = loop.spans.run(span, inputs, row_tokens, hidden, residual)
+        loop.deferred.store(slots, offsets, hidden, residual)
+        self.round_.passes[span].add_(1)
+        newest = inputs.newest.clamp(min=0)
+        return hidden[newest], residual[newest]
+
+    def _ask(
+        self,
+        offset: int,
+        exit_index: int,
+        # [num_rows, hidden_size]
+        hidden: torch.Tensor,
+        # [num_rows, hidden_size]
+        residual: torch.Tensor,
+    ) -> None:
+        """Gate and head of the rows in the pass, into ``token`` and ``confident``."""
+        in_pass = self.round_.rows.next_span == exit_index
+        ask = self._ask_stored if self.fused is None else self._ask_fused
+        ask(offset, exit_index, hidden, residual, in_pass)
+
+    def _ask_fused(
+        self,
+        offset: int,
+        exit_index: int,
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        # [num_rows] bool
+        in_pass: torch.Tensor,
+    ) -> None:
+        assert self.fused is not None
+        rows = self.round_.rows
+        gate = gate_at(self.policy, exit_index)
+        check = self.fused.check(
+            exit_index,
+            hidden,
+            residual,
+            # A row that is not in the pass has logits cached that verification divides by.
+            slots=torch.where(in_pass, rows.slots, -1),
+            positions=rows.first_pos + offset,
+            draft=offset,
+            passes_gate=None if gate is None else lambda p: gate(p) & in_pass,
+        )
+        self._follow(exit_index, check.token, check.p, in_pass if gate is None else check.live)
+
+    def _ask_stored(
+        self,
+        offset: int,
+        exit_index: int,
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        in_pass: torch.Tensor,
+    ) -> None:
+        gate = gate_at(self.policy, exit_index)
+        if gate is None:
+            self._head(offset, exit_index, hidden, residual, in_pass)
+            return
+        p = self.loop.staged.gate_probability(exit_index, hidden, residual)
+        live = gate(p) & in_pass
+        head = partial(self._head, offset, exit_index, hidden, residual, live)
+        self.loop.guard.when(live.any(), head)
+
+    def _head(
+        self,
+        offset: int,
+        exit_index: int,
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        # [num_rows] bool
+        live: torch.Tensor,
+    ) -> None:
+        """The head from stored logits, of all rows."""
+        staged, rows = self.loop.staged, self.round_.rows
+        if self.draws is None:
+            token, p = staged.head_top1(exit_index, hidden, residual)
+        else:
+            logits, other = staged.head_logits(exit_index, hidden, residual)
+            _, p = top1_confidence(logits, other)
+            token = self.draws.sample(
+                staged.projection.over_all_tokens(logits),
+                torch.where(live, rows.slots, -1),
+                rows.first_pos + offset,
+                offset,
+            )
+        self._follow(exit_index, token, p, live)
+
+    def _follow(
+        self,
+        exit_index: int,
+        # [num_rows] int64
+        token: torch.Tensor,
+        # [num_rows] float32
+        p: torch.Tensor,
+        # [num_rows] bool, rows whose head was asked
+        live: torch.Tensor | None,
+    ) -> None:
+        assert live is not None
+        round_ = self.round_
+        round_.token.copy_(token)
+        extends = self.policy.decide(exit_index, p) == Action.EXTEND
+        torch.logical_and(extends, live, out=round_.confident)
+        round_.checked[exit_index].add_(live.sum())

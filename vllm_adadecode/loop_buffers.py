@@ -1,0 +1,99 @@
+"""The buffers of the draft loop on the device, made once for the largest batch.
+
+Owns their memory and the sizes that batches are padded to. A smaller batch uses the beginning of
+the same memory, so the addresses are the same in all rounds.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from vllm.utils.math_utils import cdiv, next_power_of_2
+
+from vllm_adadecode.kernels.deferred import DeferredStates
+from vllm_adadecode.kernels.draft_state import DraftRows, PassInputs
+
+# Batches above this are padded to a multiple of it, smaller ones to a power of two.
+SIZE_STEP = 8
+
+
+def padded_size(num_reqs: int, max_num_reqs: int) -> int:
+    """Rows that a round of ``num_reqs`` requests has."""
+    if num_reqs <= SIZE_STEP:
+        return min(int(next_power_of_2(num_reqs)), max_num_reqs)
+    return min(cdiv(num_reqs, SIZE_STEP) * SIZE_STEP, max_num_reqs)
+
+
+def pass_states(deferred: DeferredStates) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden, residual) of the largest pass: all windows.
+
+    Apart from the other buffers, beside which they are large: they are made where vLLM's memory
+    profiling sees them.
+    """
+    shape = (-1, deferred.hidden.shape[2])
+    hidden, residual = torch.zeros_like(deferred.hidden), torch.zeros_like(deferred.residual)
+    return hidden.view(shape), residual.view(shape)
+
+
+@dataclass
+class LoopBuffers:
+    """Everything that a round writes but KV and deferred states, for one padded batch size.
+
+    Attributes:
+        rows: the windows.
+        inputs: of the pass that runs.
+        hidden, residual: ``[num_rows * window, hidden_size]``, of a pass after the first span.
+        token: int64 ``[num_rows]``, what the head said that was just asked.
+        confident: bool ``[num_rows]``, rows that follow it.
+        checked: int64 ``[num_exits]``, heads asked, by rows; of the round.
+        passes: int64 ``[num_exits]``, passes of each span; of the round.
+    """
+
+    rows: DraftRows
+    inputs: PassInputs
+    hidden: torch.Tensor
+    residual: torch.Tensor
+    token: torch.Tensor
+    confident: torch.Tensor
+    checked: torch.Tensor
+    passes: torch.Tensor
+
+    @staticmethod
+    def empty(
+        num_rows: int,
+        max_drafts: int,
+        num_exits: int,
+        num_kv_groups: int,
+        states: tuple[torch.Tensor, torch.Tensor],
+    ) -> "LoopBuffers":
+        """For as many rows and exits as there may ever be.
+
+        Args:
+            states: ``hidden`` and ``residual``, from `pass_states`.
+        """
+        hidden, residual = states
+        window, device = 1 + max_drafts, hidden.device
+        counts = torch.zeros(num_exits, dtype=torch.int64, device=device)
+        return LoopBuffers(
+            rows=DraftRows.empty(num_rows, max_drafts, num_exits, device),
+            inputs=PassInputs.empty(num_rows, window, num_kv_groups, device),
+            hidden=hidden,
+            residual=residual,
+            token=counts.new_zeros(num_rows),
+            confident=torch.zeros(num_rows, dtype=torch.bool, device=device),
+            checked=counts,
+            passes=torch.zeros_like(counts),
+        )
+
+    def first(self, num_rows: int, num_exits: int) -> "LoopBuffers":
+        """The same memory with so many rows and exits."""
+        window = self.rows.tokens.shape[1]
+        return LoopBuffers(
+            rows=self.rows.first(num_rows, num_exits),
+            inputs=self.inputs.first(num_rows, window),
+            hidden=self.hidden[: num_rows * window],
+            residual=self.residual[: num_rows * window],
+            token=self.token[:num_rows],
+            confident=self.confident[:num_rows],
+            checked=self.checked[:num_exits],
+            passes=self.passes[:num_exits],
+        )

@@ -1,0 +1,126 @@
+"""Running one span on a padded batch of fixed shape, which the device alone knows the contents of.
+
+Owns the attention metadata of such a pass. Its tokens, as `kernels.draft_step` lays them out, come
+first, request by request; the rest of the batch is padding with KV slot -1, for which no KV is
+written and no attention computed. How many tokens each request has, and how long it is, is on the
+device: the host gives attention upper bounds that do not depend on the data.
+"""
+
+import torch
+from vllm.v1.worker.gpu.attn_utils import (
+    build_attn_metadata,
+    build_slot_mappings_by_layer,
+    get_query_lens_mismatch_unsupported_backend,
+)
+
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
+from vllm_adadecode.span_runner import SpanRunner, run_span
+
+
+class StaticSpans:
+    """Runs spans below the last one for the device's draft loop.
+
+    Args:
+        spans: the ragged runner; its block tables and metadata builders are used, never at a time
+            when it needs them itself.
+        max_model_len: longest request.
+
+    Raises:
+        AdaDecodeError: the attention backend has to know the lengths on the host.
+    """
+
+    def __init__(self, spans: SpanRunner, max_model_len: int) -> None:
+        backend = get_query_lens_mismatch_unsupported_backend(spans.attn_groups)
+        if backend is not None:
+            raise AdaDecodeError(
+                f"draft_loop device does not run with attention backend {backend}, which needs the "
+                "batch on the host: use draft_loop host, or choose another --attention-backend"
+            )
+        self.spans = spans
+        self.max_model_len = max_model_len
+        tables = spans.block_tables
+        self.blocks = KVBlocks(
+            table_ptrs=tables.block_table_ptrs,
+            table_strides=tables.block_table_strides,
+            block_sizes=tables.block_sizes_tensor,
+            enabled=tables.slot_mapping_enabled,
+        )
+        # By batch size and most tokens of a request: what the host says of a pass, on the host.
+        self._shapes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def begin(
+        self,
+        # [n] int64 request slots
+        slots: torch.Tensor,
+        num_rows: int,
+    ) -> None:
+        """Collect the block tables of a round; those of rows past ``n`` are cleared."""
+        self.spans.block_tables.gather_block_tables(
+            slots,
+            num_reqs_padded=num_rows,
+            out=self.spans.input_block_tables,
+            out_ptrs=self.spans.input_block_table_ptrs,
+        )
+
+    def run(
+        self,
+        span: int,
+        inputs: PassInputs,
+        # most tokens of a row
+        row_tokens: int,
+        # [num_rows * row_tokens, hidden_size]
+        hidden: torch.Tensor,
+        # [num_rows * row_tokens, hidden_size], None for span 0
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run ``span`` on the tokens of ``inputs``; their KV goes into the target's cache.
+
+        Returns:
+            (hidden, residual) after the span, ``[num_rows * row_tokens, hidden_size]`` each; rows
+            of padding hold anything.
+        """
+        spans = self.spans
+        num_rows = len(inputs.seq_lens)
+        num_tokens = num_rows * row_tokens
+        query_start_loc, upper, is_prefilling = self._host_shapes(num_rows, row_tokens)
+        slot_mappings = inputs.slot_mapping[:, :num_tokens]
+        metadata = build_attn_metadata(
+            attn_groups=spans.attn_groups,
+            num_reqs=num_rows,
+            num_tokens=num_tokens,
+            query_start_loc_gpu=inputs.query_start_loc,
+            query_start_loc_cpu=query_start_loc,
+            max_query_len=row_tokens,
+            seq_lens=inputs.seq_lens,
+            max_seq_len=self.max_model_len,
+            block_tables=tuple(table[:num_rows] for table in spans.input_block_tables),
+            slot_mappings=slot_mappings,
+            kv_cache_config=spans.kv_cache_config,
+            seq_lens_cpu_upper_bound=upper,
+            positions=inputs.positions[:num_tokens],
+            is_prefilling=is_prefilling,
+        )
+        return run_span(
+            spans.vllm_config,
+            spans.staged,
+            span,
+            inputs.positions[:num_tokens],
+            hidden,
+            residual,
+            metadata,
+            build_slot_mappings_by_layer(slot_mappings, spans.kv_cache_config),
+        )
+
+    def _host_shapes(
+        self, num_rows: int, row_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Bounds for every row: where its tokens start, its length; and that none is prefilled."""
+        key = num_rows, row_tokens
+        if key not in self._shapes:
+            self._shapes[key] = (
+                torch.arange(num_rows + 1, dtype=torch.int32) * row_tokens,
+                torch.full((num_rows,), self.max_model_len, dtype=torch.int32),
+                torch.zeros(num_rows, dtype=torch.bool),
+            )
+        return self._shapes[key]

@@ -1,0 +1,51 @@
+"""Whether a step of the draft loop runs: a condition that is on the device, and who looks at it.
+
+Owns the guards. A step whose condition does not hold may be run all the same: no row takes part in
+it, so it stores nothing and changes no window. Skipping it saves time, nothing else.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+
+class StepGuard(Protocol):
+    """Runs a step where it is needed; may run it where it is not."""
+
+    def when(
+        self,
+        # bool, without dimensions, on the device
+        condition: torch.Tensor,
+        step: Callable[[], None],
+    ) -> None:
+        """Run ``step`` if ``condition`` holds. Steps may guard steps of their own."""
+        ...
+
+
+class RunAlways:
+    """Every step runs, K times all spans: the host asks the device nothing."""
+
+    def when(self, condition: torch.Tensor, step: Callable[[], None]) -> None:
+        step()
+
+
+class AskHost:
+    """The host reads the condition: on a CPU for nothing, elsewhere it waits for the device.
+
+    Attributes:
+        synchronisations: how often it has asked.
+    """
+
+    def __init__(self) -> None:
+        self.synchronisations = 0
+
+    def when(self, condition: torch.Tensor, step: Callable[[], None]) -> None:
+        self.synchronisations += 1
+        if bool(condition):
+            step()
+
+
+def make_guard(device: torch.device) -> StepGuard:
+    """The guard for a device: where reading is free, the host reads."""
+    return AskHost() if device.type == "cpu" else RunAlways()
