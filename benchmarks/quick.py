@@ -61,6 +61,8 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             shape,
             dtype,
             lambda done: progress.advance(widening, done / 10**6),
+            # A head check must cost its share of the LM head, as in the source.
+            grow_draft_vocab=True,
         )
         servers = {
             method: stack.enter_context(

@@ -83,8 +83,7 @@ def print_verdicts(console: Console, experiments: list[checks.Experiment]) -> No
 
 
 def main(arguments: list[str] | None = None) -> int:
-    description = (__doc__ or "").partition("\n\n")[2]
-    options = command.parse(arguments, description, GAMMAS, NAME)
+    options = command.parse(arguments, __doc__, GAMMAS, NAME)
     gammas = tuple(gamma for gamma in options.gammas if gamma < OFF)
     if len(gammas) < 2:
         print(f"{NAME}: error: --gammas needs at least two below 1", file=sys.stderr)

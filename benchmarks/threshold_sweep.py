@@ -54,8 +54,7 @@ def report(plan: Plan, store: Store, about: Mapping[str, Any], console: Console)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    description = (__doc__ or "").partition("\n\n")[2]
-    options = command.parse(arguments, description, GAMMAS, sweep.NAME)
+    options = command.parse(arguments, __doc__, GAMMAS, sweep.NAME)
     return command.run(
         sweep.NAME, options, lambda settings: variants(settings, options.gammas), report
     )

@@ -22,6 +22,10 @@ More.
 """
 
 
+# Started by the suite, which says what they are to do.
+CHILDREN = ("benchmarks.gpu_suite.bandwidth", "benchmarks.gpu_suite.child")
+
+
 def commands() -> list[str]:
     """Every module of benchmarks/ that can be run."""
     found = []
@@ -29,7 +33,7 @@ def commands() -> list[str]:
         if '__name__ == "__main__"' in path.read_text():
             parts = path.relative_to(ROOT).with_suffix("").parts
             found.append(".".join(part for part in parts if part != "__main__"))
-    return found
+    return [name for name in found if name not in CHILDREN]
 
 
 @pytest.mark.parametrize("name", commands())

@@ -22,7 +22,10 @@ from vllm_adadecode.counters import Counters, ExitCounters
 # A verification of 8 layers behind which 3 tokens come, and 4 layers for the rejected draft.
 STATS = Counters(
     8,
-    {2: ExitCounters(checked=4, drafted=2, accepted=2), 4: ExitCounters(1, 1, 1, rejected=1)},
+    {
+        2: ExitCounters(checked=4, drafted=2, accepted=2),
+        4: ExitCounters(gated=1, checked=1, drafted=1, rejected=1),
+    },
     verifications=1,
     deferred_batches=1,
     tokens=3,

@@ -47,6 +47,11 @@ def snapshot(exits: dict[int, ExitCounters], **counts: int) -> dict[str, Any]:
     return Counters(8, exits, **counts).snapshot()
 
 
+def exit_counters(*counts: int) -> ExitCounters:
+    names = ("gated", "checked", "drafted", "promoted", "accepted", "rejected")
+    return ExitCounters(**dict(zip(names, counts, strict=False)))
+
+
 def spend(stats: dict[str, Any], target: Target = TARGET, **heads: Any) -> Account:
     found = account(stats, target, make_heads(**heads))
     assert found is not None
@@ -78,9 +83,9 @@ def readme_round(accepted: int) -> dict[str, Any]:
     kept = [accepted > 0, accepted > 1]
     return snapshot(
         {
-            2: ExitCounters(3, 3, 1, 2, int(kept[0]), int(not kept[0])),
-            4: ExitCounters(2, 2, 1, 1, int(kept[1]), int(not kept[1])),
-            6: ExitCounters(1, 1),
+            2: exit_counters(3, 3, 1, 2, int(kept[0]), int(not kept[0])),
+            4: exit_counters(2, 2, 1, 1, int(kept[1]), int(not kept[1])),
+            6: exit_counters(1, 1),
         },
         verifications=1,
         deferred_batches=1,

@@ -380,6 +380,8 @@ def note_rounds(worker: Any) -> None:
 
     def keep_and_note(input_batch: Any, num_sampled: Any, limits: Any, state: Any) -> None:
         keep_windows(input_batch, num_sampled, limits, state)
+        if not limits.any():
+            return  # the host's loop does not run in such a round
         speculator.noted.append(
             [
                 (ids, state.depths[row, : len(ids) + 1].tolist(), state.exits[row, : len(ids)])
@@ -536,7 +538,10 @@ def test_work_does_not_depend_on_data(always: list[Round]) -> None:
     for r in always:
         by_size.setdefault(r.num_rows, []).append(r)
     assert set(by_size) >= {2, 4}
-    for rounds in by_size.values():
+    for size in (2, 4):
+        # The first of a size makes the host's tensors that all others read, as the warm-up before a
+        # capture does.
+        rounds = by_size[size][1:]
         assert len({str(r.drafts) for r in rounds}) > 1, "the rounds had the same data"
         first = loop_operations(rounds[0])
         # Five drafts through three spans.

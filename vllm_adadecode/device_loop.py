@@ -65,6 +65,7 @@ class DeviceLoop:
         round_ = self.buffers.first(padded_size(len(slots), self.max_num_rows), num_exits)
         round_.rows.load(slots, first_pos, limits, last_sampled)
         round_.checked.zero_()
+        round_.asked.zero_()
         round_.passes.zero_()
         self.spans.begin(slots, len(round_.rows.slots))
         return round_
@@ -264,3 +265,4 @@ class _Steps:
         extends = self.policy.decide(exit_index, p) == Action.EXTEND
         torch.logical_and(extends, live, out=round_.confident)
         round_.checked[exit_index].add_(live.sum())
+        round_.asked[exit_index].add_(live.any())

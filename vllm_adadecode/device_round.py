@@ -63,7 +63,8 @@ class RoundCopy:
             ],
             dim=1,
         )
-        by_exit = torch.cat([rows.counts, round_.checked[:, None], round_.passes[:, None]], dim=1)
+        counted = torch.stack([round_.checked, round_.asked, round_.passes], dim=1)
+        by_exit = torch.cat([rows.counts, counted], dim=1)
         device = torch.cat([by_row.flatten(), by_exit.flatten()])
         window = rows.tokens.shape[1]
         copy = RoundCopy(
@@ -85,7 +86,7 @@ class RoundCopy:
         values = self.host.numpy()
         width = 4 + 3 * self.window - 1
         by_row = values[: self.num_reqs * width].reshape(self.num_reqs, width)
-        by_exit = values[self.num_reqs * width :].reshape(self.num_exits, 4)
+        by_exit = values[self.num_reqs * width :].reshape(self.num_exits, 5)
         sampled, first_pos, limits, num_drafts = by_row[:, :4].T
         ends = np.cumsum([4, self.window, self.window - 1])
         return RoundResult(
@@ -101,7 +102,8 @@ class RoundCopy:
             visited=by_exit[:, 0],
             drafted=by_exit[:, 1],
             checked=by_exit[:, 2],
-            passes=by_exit[:, 3],
+            asked=by_exit[:, 3],
+            passes=by_exit[:, 4],
         )
 
 
@@ -112,8 +114,9 @@ class RoundResult:
     Attributes:
         num_sampled, first_pos, limits: ``[num_reqs]``.
         state: the windows, all on the host.
-        visited, drafted, checked, passes: ``[num_exits]`` rows that came to an exit, followed its
-            head, had it asked, and passes of its span.
+        visited, drafted, checked: ``[num_exits]`` rows that came to an exit, followed its head, and
+            had it asked.
+        asked, passes: ``[num_exits]`` passes of the head and of its span.
     """
 
     num_sampled: np.ndarray
@@ -123,6 +126,7 @@ class RoundResult:
     visited: np.ndarray
     drafted: np.ndarray
     checked: np.ndarray
+    asked: np.ndarray
     passes: np.ndarray
 
 
@@ -246,6 +250,7 @@ class DeviceRounds:
             exit_counters = counters.exits[staged.exit_layers[e]]
             visited, drafted = int(result.visited[e]), int(result.drafted[e])
             exit_counters.checked += int(result.checked[e])
+            exit_counters.head_passes += int(result.asked[e])
             exit_counters.drafted += drafted
             if policy.uses_gate(e):
                 exit_counters.gated += visited

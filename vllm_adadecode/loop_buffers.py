@@ -45,6 +45,7 @@ class LoopBuffers:
         token: int64 ``[num_rows]``, what the head said that was just asked.
         confident: bool ``[num_rows]``, rows that follow it.
         checked: int64 ``[num_exits]``, heads asked, by rows; of the round.
+        asked: int64 ``[num_exits]``, head passes, each of all rows that had their head asked.
         passes: int64 ``[num_exits]``, passes of each span; of the round.
     """
 
@@ -55,6 +56,7 @@ class LoopBuffers:
     token: torch.Tensor
     confident: torch.Tensor
     checked: torch.Tensor
+    asked: torch.Tensor
     passes: torch.Tensor
 
     @staticmethod
@@ -81,6 +83,7 @@ class LoopBuffers:
             token=counts.new_zeros(num_rows),
             confident=torch.zeros(num_rows, dtype=torch.bool, device=device),
             checked=counts,
+            asked=torch.zeros_like(counts),
             passes=torch.zeros_like(counts),
         )
 
@@ -95,5 +98,6 @@ class LoopBuffers:
             token=self.token[:num_rows],
             confident=self.confident[:num_rows],
             checked=self.checked[:num_exits],
+            asked=self.asked[:num_exits],
             passes=self.passes[:num_exits],
         )

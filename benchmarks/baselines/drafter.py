@@ -18,6 +18,7 @@ from torch.nn import functional
 from benchmarks.baselines.checkpoint import Checkpoint
 from benchmarks.baselines.data import Data
 from benchmarks.demo.recipe import rate_factor
+from benchmarks.demo.stages import autocast
 from vllm_adadecode.training.batches import MicroBatch, micro_batches
 from vllm_adadecode.training.target_model import FrozenTarget
 
@@ -122,8 +123,10 @@ def train(
         return known
     begin = time.process_time() - kept.seconds
     for step in range(start, steps):
-        seen = look(target, data.batch(step, rows, seed), drafter.layers)
-        loss, agreement = drafter.learn(seen)
+        # As the demo's heads: large products in bfloat16 where the CPU has instructions for it.
+        with autocast():
+            seen = look(target, data.batch(step, rows, seed), drafter.layers)
+            loss, agreement = drafter.learn(seen)
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = rate * rate_factor(step, steps)

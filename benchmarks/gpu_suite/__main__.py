@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -19,13 +18,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from benchmarks.demo.__main__ import HERE
+from benchmarks.demo.server import stop_on_sigterm
 from benchmarks.gpu import require_gpu
 from benchmarks.gpu_suite import parts, table
 from benchmarks.gpu_suite.ideal import Reading
@@ -36,6 +36,7 @@ from benchmarks.gpu_suite.suite import Clock, Suite, make_engines
 from benchmarks.machine import command, git_revision, machine, versions
 from benchmarks.widening.build import read_config, total_bytes, widen
 from benchmarks.widening.shape import Shape
+from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
 
 FULL_OUT, QUICK_OUT = Path("docs/gpu-results.json"), Path("results/gpu-suite-quick.json")
@@ -83,9 +84,8 @@ def measure(
         return
     clock = Clock(60 * options.minutes - STOPPING_S)
     result.about["command"] = command()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(*columns, TimeElapsedColumn(), console=console))
+        progress = stack.enter_context(counting(console))
         if not result.is_done("bandwidth"):
             parts.measure_bandwidth(settings.device, clock, result)
         target = options.target
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = replace(settings, speculative_config=options.speculative_config)
     console = Console(stderr=True)
     # Ended from outside, the engines are to be stopped as after Ctrl-C.
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_sigterm()
     try:
         out = options.out or (QUICK_OUT if tiny else FULL_OUT)
         result = Result.open(out, identity(settings), options.again)
@@ -182,10 +182,6 @@ def exit_code(written: dict[str, Any]) -> int:
     if failed or written["bit_identical"] is False or ties.get("beyond_bound"):
         return 1
     return 3 if written["missing"] else 0
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _minutes(text: str) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.arguments import make_parser
 from benchmarks.compare import __main__ as compare
 from benchmarks.compare.run import Plan
 from benchmarks.compare.store import Store
@@ -26,11 +27,9 @@ from vllm_adadecode.errors import AdaDecodeError
 # Chosen by the experiment.
 NOT_PASSED_ON = ("--methods", "--temperature", "--spec", "--drafter")
 SHARED = """\
-and these of `python -m benchmarks.compare`, which its --help explains:
-  --target, --data, --prompts, --tokens, --chat     the model and the prompts
-  --concurrency (here 1), --repetitions (3)         how often, and how many at once
-  --dtype, --serve-args                             of the servers
-  --retry, --report-only"""
+These of `python -m benchmarks.compare`, which its --help explains, are taken as well: --target,
+--data, --prompts, --tokens, --chat, --concurrency (here 1), --repetitions, --dtype, --serve-args,
+--retry and --report-only."""
 
 # Of a comparison's methods, in the order of their turns: the speculative configuration of each.
 Variants = Mapping[str, Mapping[str, Any]]
@@ -38,29 +37,24 @@ Report = Callable[[Plan, Store, Mapping[str, Any], Console], int]
 
 
 def parse(
-    arguments: list[str] | None, description: str, gammas: tuple[float, ...], name: str
+    arguments: list[str] | None, doc: str | None, gammas: tuple[float, ...], name: str
 ) -> argparse.Namespace:
     """Own options, and as `compare` those of the comparison.
 
     Args:
+        doc: the command's docstring.
         gammas: default of `--gammas`.
         name: of the command, and of the folder of its results.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}",
-        description=description,
-        epilog=SHARED,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(f"benchmarks.{name}", doc)
+    parser.epilog, parser.allow_abbrev = SHARED, False
     add = parser.add_argument
-    listed = ",".join(f"{gamma:g}" for gamma in gammas)
-    add("--gammas", type=_gammas, default=gammas, help=f"thresholds, default {listed}")
-    add("--heads", metavar="FOLDER", help="or hub id; default: those beside the target")
-    add("--drafts", type=positive, help="most drafts in one window; default: the heads' own")
+    add("--gammas", type=_gammas, default=gammas, help="thresholds")
+    add("--heads", metavar="FOLDER", help="of the heads, or hub id; else those beside the target")
+    add("--drafts", type=positive, help="most drafts in one window, else the heads' own")
     add("--all-exits", action="store_true", help="also those that the heads' own setting turns off")
     add("--no-gates", action="store_true", help="evaluate all heads in use, as in the paper")
-    add("--out", type=Path, default=Path("results", name), help="default: %(default)s")
+    add("--out", type=Path, default=Path("results", name), help="folder of the results")
     options, shared = parser.parse_known_args(arguments)
     refused = [given for given in shared if given.partition("=")[0] in NOT_PASSED_ON]
     if refused:
