@@ -39,7 +39,11 @@ def heads(**values: Any) -> HeadsConfig:
 def test_gamma_is_set_at_exits_in_use() -> None:
     settings = Settings(heads(confidence_threshold=[0.8, 1.0, 0.3]))
     options = settings.at(0.6)
-    assert options == {"confidence_threshold": [0.6, 1.0, 0.6], "num_speculative_tokens": 5}
+    assert options == {
+        "confidence_threshold": [0.6, 1.0, 0.6],
+        "num_speculative_tokens": 5,
+        "cost_aware": False,
+    }
     assert replace(settings, all_exits=True).at(0.6)["confidence_threshold"] == [0.6] * 3
     assert settings.at(1.0)["confidence_threshold"] == [1.0] * 3
     more = replace(settings, drafts=9, folder="mine").at(0.6)

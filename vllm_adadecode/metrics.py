@@ -129,6 +129,7 @@ def _log(stats: dict[str, Any], log_fn: Callable[..., None]) -> None:
 EXIT_COUNTERS = (
     ("gate_checks", "gated", "Gates evaluated at an exit layer, by requests."),
     ("head_checks", "checked", "Heads evaluated at an exit layer, by requests."),
+    ("head_passes", "head_passes", "Heads evaluated at an exit layer, by batches."),
     ("drafted", "drafted", "Tokens drafted from an exit layer."),
     ("promoted", "promoted", "Requests that went on drafting through deeper layers."),
     ("accepted", "accepted", "Tokens drafted from an exit layer that verification accepted."),
