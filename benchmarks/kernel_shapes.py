@@ -6,9 +6,12 @@ measure.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+
+from vllm_adadecode.cli.arguments import positive
 
 HIDDEN_SIZES = (2048, 4096, 8192)
 VOCAB_SIZES = (32000, 128256, 151936)
@@ -103,3 +106,18 @@ def summarise(shape: HeadShape, ms: dict[str, float]) -> dict[str, float | bool]
     if shape.rows >= MANY_ROWS:
         found["multiplies_fast_enough"] = found["of_matmul"] >= MATMUL_GOAL
     return found
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """Which LM heads to measure: `--vocab`, `--hidden` and `--dtype`."""
+    add = parser.add_argument
+    add("--vocab", type=positive, nargs="+", default=list(VOCAB_SIZES), help="rows of an LM head")
+    add("--hidden", type=positive, nargs="+", default=list(HIDDEN_SIZES), help="its columns")
+    add(
+        "--dtype",
+        nargs="+",
+        default=["bfloat16"],
+        choices=list(WEIGHT_BYTES),
+        metavar="DTYPE",
+        help=f"of its weights, of {', '.join(WEIGHT_BYTES)}",
+    )

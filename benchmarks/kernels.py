@@ -23,11 +23,9 @@ from rich.table import Table
 from benchmarks.arguments import make_parser
 from benchmarks.gpu import make_rows, make_weights, median_ms, require_gpu
 from benchmarks.kernel_shapes import (
-    HIDDEN_SIZES,
     ROWS,
-    VOCAB_SIZES,
-    WEIGHT_BYTES,
     HeadShape,
+    add_shape_options,
     head_shapes,
     summarise,
 )
@@ -89,20 +87,7 @@ def show(entries: list[dict[str, Any]], console: Console) -> None:
 def main() -> int:
     parser = make_parser("benchmarks.kernels", __doc__)
     parser.add_argument("--rows", type=positive, nargs="+", default=list(ROWS), help="of its input")
-    parser.add_argument(
-        "--vocab", type=positive, nargs="+", default=list(VOCAB_SIZES), help="rows of an LM head"
-    )
-    parser.add_argument(
-        "--hidden", type=positive, nargs="+", default=list(HIDDEN_SIZES), help="its columns"
-    )
-    parser.add_argument(
-        "--dtype",
-        nargs="+",
-        default=["bfloat16"],
-        choices=list(WEIGHT_BYTES),
-        metavar="DTYPE",
-        help=f"of its weights, of {', '.join(WEIGHT_BYTES)}",
-    )
+    add_shape_options(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("results/kernels_gpu.json"), help="JSON file"
     )

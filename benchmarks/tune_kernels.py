@@ -23,8 +23,7 @@ from rich.progress import Progress
 
 from benchmarks.arguments import make_parser
 from benchmarks.gpu import make_rows, make_weights, median_ms, require_gpu
-from benchmarks.kernel_shapes import HIDDEN_SIZES, VOCAB_SIZES, WEIGHT_BYTES, HeadShape
-from vllm_adadecode.cli.arguments import positive
+from benchmarks.kernel_shapes import HeadShape, add_shape_options
 from vllm_adadecode.files import write_json
 
 ROWS = (16, 32, 64, 128, 256)
@@ -143,20 +142,7 @@ def tune(shape: HeadShape, device: str, kept: Measurements, progress: Progress) 
 
 def main() -> int:
     parser = make_parser("benchmarks.tune_kernels", __doc__)
-    parser.add_argument(
-        "--vocab", type=positive, nargs="+", default=list(VOCAB_SIZES), help="rows of an LM head"
-    )
-    parser.add_argument(
-        "--hidden", type=positive, nargs="+", default=list(HIDDEN_SIZES), help="its columns"
-    )
-    parser.add_argument(
-        "--dtype",
-        nargs="+",
-        default=["bfloat16"],
-        choices=list(WEIGHT_BYTES),
-        metavar="DTYPE",
-        help=f"of its weights, of {', '.join(WEIGHT_BYTES)}",
-    )
+    add_shape_options(parser)
     parser.add_argument("--out", type=Path, help="folder; default: kernels/configs")
     options = parser.parse_args()
     require_gpu("python -m benchmarks.tune_kernels")

@@ -32,6 +32,14 @@ def test_nothing_known_means_trying() -> None:
     assert made.choose(1) == 5
 
 
+def test_trying_ends_as_soon_as_something_is_known() -> None:
+    """A large batch must not go on for the rounds that a choice holds."""
+    made = DraftBudget(DEAR, 3, 2)
+    assert made.choose(16) == 3
+    fill(made, exit_index=0, kept=0.5, drafts=3)
+    assert made.choose(16) == 0
+
+
 def test_rates_are_tokens_over_seconds() -> None:
     made = DraftBudget(CHEAP, 2, 2)
     fill(made, exit_index=0, kept=1.0, drafts=2)

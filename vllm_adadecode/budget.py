@@ -174,7 +174,7 @@ class DraftBudget:
         self.times = RoundTimes()
         self._clock = RoundClock()
         self._rounds = 0
-        # By requests: the round of the choice, the choice, and expected seconds by most drafts.
+        # By requests: the round before which a choice holds, the choice, expected seconds by drafts.
         self._chosen: dict[int, tuple[int, int, np.ndarray]] = {}
         self._probes: dict[int, _Probes] = {}
         # Of the round under way: requests that may draft, and their most drafts.
@@ -184,9 +184,12 @@ class DraftBudget:
         """Most drafts of the next round, for ``num_reqs`` requests that may draft."""
         self._rounds += 1
         known = self._chosen.get(num_reqs)
-        if known is None or self._rounds - known[0] >= REUSE:
-            drafts, seconds = self.best(num_reqs), self.expected(num_reqs)[1]
-            known = self._chosen[num_reqs] = (self._rounds, drafts, seconds)
+        if known is None or self._rounds >= known[0]:
+            expected = self.expected(num_reqs)
+            # What was chosen without knowing anything holds for one round only.
+            until = self._rounds + (REUSE if self._knows else 1)
+            known = until, self._best(num_reqs, *expected), expected[1]
+            self._chosen[num_reqs] = known
         probes = self._probes.setdefault(num_reqs.bit_length(), _Probes())
         self._now = num_reqs, probes.instead(known[1], self.max_drafts)
         return self._now[1]
@@ -203,15 +206,24 @@ class DraftBudget:
     def best(self, num_reqs: int) -> int:
         """The number of drafts with the most tokens a second; the largest while nothing is known
         about it."""
-        if not self.statistics.knows(self.max_drafts):
-            return self.max_drafts
-        rates = self.rates(num_reqs)
-        drafts = int(np.argmax(rates))
-        return drafts if rates[drafts] > MARGIN * rates[0] else 0
+        return self._best(num_reqs, *self.expected(num_reqs))
 
     def rates(self, num_reqs: int) -> np.ndarray:
         """Expected tokens a second by most drafts, ``[1 + K]``."""
-        tokens, seconds = self.expected(num_reqs)
+        return self._rates(num_reqs, *self.expected(num_reqs))
+
+    @property
+    def _knows(self) -> bool:
+        return self.statistics.knows(self.max_drafts)
+
+    def _best(self, num_reqs: int, tokens: np.ndarray, seconds: np.ndarray) -> int:
+        if not self._knows:
+            return self.max_drafts
+        rates = self._rates(num_reqs, tokens, seconds)
+        drafts = int(np.argmax(rates))
+        return drafts if rates[drafts] > MARGIN * rates[0] else 0
+
+    def _rates(self, num_reqs: int, tokens: np.ndarray, seconds: np.ndarray) -> np.ndarray:
         plain, drafting = self.share(self.times.factors(num_reqs))
         seconds = seconds * drafting
         seconds[0] *= plain / drafting

@@ -183,8 +183,6 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             return self.device_rounds.propose(
                 input_batch, num_sampled, last_sampled, *heads, num_speculative_tokens
             )
-        self.last_req_ids = list(input_batch.req_ids)
-        self.last_drafts = [[]] * num_reqs
         slots = input_batch.idx_mapping
         sampled_np = num_sampled[:num_reqs].cpu().numpy()
         self.count_verified(input_batch, sampled_np)
@@ -196,6 +194,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
 
         if not limits.any():
             # As quick as can be: this is every round where drafting does not pay.
+            self.last_req_ids, self.last_drafts = list(input_batch.req_ids), [[]] * num_reqs
             self._end_round(input_batch)
             return drafts
 
