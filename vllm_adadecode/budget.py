@@ -174,7 +174,7 @@ class DraftBudget:
         self.times = RoundTimes()
         self._clock = RoundClock()
         self._rounds = 0
-        # By requests: the round that ends a choice, the choice, and expected seconds by most drafts.
+        # By requests: the round that ends a choice, the choice, expected seconds by most drafts.
         self._chosen: dict[int, tuple[int, int, np.ndarray]] = {}
         self._probes: dict[int, _Probes] = {}
         # Of the round under way: requests that may draft, and their most drafts.
