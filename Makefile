@@ -62,16 +62,7 @@ bench-quick: setup
 demo-model: setup
 	$(BIN)/python -m benchmarks.demo.train $(ARGS)
 
-# speculators asks for torchaudio and torchvision, which it does not import: left out as in setup.
 baselines: setup
-ifeq ($(ENGINE),cpu)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --override $(OVERRIDES) -e '.[cpu,test,baselines]' || \
-	  { $(BIN)/python -m pip install --quiet -e '.[cpu,test,baselines]' && \
-	    $(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision; }
-else
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[cuda,test,baselines]' || \
-	  $(BIN)/python -m pip install --quiet -e '.[cuda,test,baselines]'
-endif
 	$(BIN)/python -m benchmarks.baselines medusa,eagle3,draft $(ARGS)
 
 # The demo model is tiny: a second thread gains nothing, and spins when others want its core.

@@ -36,8 +36,6 @@ setup(
         "plots": ["matplotlib>=3.8,<4"],
         # Sharded targets, and data sets from the hub; training from files needs neither.
         "train": ["accelerate>=1.10,<2", "datasets>=4,<6"],
-        # The drafters that benchmarks/ compares with; EAGLE-3's is trained with speculators.
-        "baselines": ["speculators>=0.9,<0.10"],
         "test": [
             "accelerate>=1.10,<2",
             "matplotlib>=3.8,<4",
@@ -46,6 +44,8 @@ setup(
             "pytest-xdist>=3.6,<4",
             "ruff>=0.14",
             "mypy>=1.18",
+            # Trains the EAGLE-3 drafter that benchmarks/ compares with.
+            "speculators>=0.9,<0.10",
             "triton",
         ],
     },

@@ -304,9 +304,34 @@ def test_the_best_rate_is_kept(
     assert saved == [made[kept]]
 
 
+def test_eagle3_learns_and_is_what_vllm_loads(
+    target: FrozenTarget, data: Data, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    drafter = Eagle3(target, drafts=2)
+    frozen = [p for p in drafter.model.parameters() if not p.requires_grad]
+    embedding = target.model.get_input_embeddings().weight
+    assert any(torch.equal(p, embedding) for p in frozen)
+    before = loss(target, drafter, data)
+    agreement = learn(target, drafter, data, steps=20, rate=3e-3)
+    assert loss(target, drafter, data) < 0.7 * before
+    assert len(agreement) == 2
+    drafter.save(tmp_path, {"tokens": 1})
+
+    from vllm.transformers_utils.configs.speculators import SpeculatorsConfig
+
+    config = SpeculatorsConfig.from_pretrained(tmp_path)
+    assert config.architectures == ["Eagle3LlamaForCausalLM"]
+    assert config.eagle_aux_hidden_state_layer_ids == list(drafter.aux)
+    assert (config.norm_before_fc, config.norm_before_residual) == (True, True)
+    assert config.norm_output
+    stored = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(stored["fc.weight"], drafter.model.fc.weight)
+
+
 def test_eagle3_without_speculators_says_what_to_do(
     target: FrozenTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "speculators", None)
-    with pytest.raises(AdaDecodeError, match="make baselines"):
+    with pytest.raises(AdaDecodeError, match="make setup"):
         Eagle3(target)

@@ -28,7 +28,9 @@ TOKENS = 48
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
-    with Server(DEMO_MODEL, ["--speculative-config", "adadecode"], log) as server:
+    # Drafts in every round, whatever other work makes them cost.
+    method = json.dumps({"method": "adadecode", "cost_aware": False})
+    with Server(DEMO_MODEL, ["--speculative-config", method], log) as server:
         server.wait_until_ready()
         yield server
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from speculators import Eagle3DraftModel, Eagle3SpeculatorConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import widen as command
+from benchmarks.baselines.eagle3 import Eagle3
 from benchmarks.compare import methods
 from benchmarks.widening import build, files, plan
 from benchmarks.widening.plan import Channels, Plan, choose_channels
@@ -33,6 +36,7 @@ from vllm_adadecode.heads import (
     save_heads,
     target_fingerprint,
 )
+from vllm_adadecode.training.target_model import load_target
 
 VOCAB, EXITS = 256, (1, 3, 4)
 # float32 sums in another order; logits are of order 1 to 10.
@@ -431,6 +435,73 @@ def test_same_drafters(tmp_path: Path, tied: bool, wide: dict[str, Any]) -> None
     # Comparisons refuse drafters of other targets.
     for name in ("medusa", "draft_model"):
         methods.arguments(name, str(tmp_path / "wide"))
+
+
+def _save_eagle3(target: Path) -> None:
+    """Of random weights, with gains that are not ones."""
+    torch.manual_seed(4)
+    drafter = Eagle3(load_target(target, torch.float32), drafts=3)
+    for name, parameter in drafter.model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
+        elif "embed" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = target / "eagle3"
+    folder.mkdir()
+    drafter.save(folder, {})
+
+
+@torch.no_grad()
+def _eagle3_logits(folder: Path, rows: torch.Tensor) -> list[torch.Tensor]:
+    """What speculators' model computes of the target's states, for each draft in a row."""
+    states = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model(
+        rows, output_hidden_states=True
+    )
+    with contextlib.chdir(folder / "eagle3"):  # its verifier is ".."
+        config = Eagle3SpeculatorConfig.from_pretrained(".")
+        config.transformer_layer_config._attn_implementation = "eager"
+        model = Eagle3DraftModel.from_pretrained(".", config=config).float()
+    found: list[torch.Tensor] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: found.append(output))
+    chosen = [states.hidden_states[layers] for layers in model.target_layer_ids]
+    for row, hidden in zip(rows, torch.cat(chosen, -1), strict=True):
+        ids = row[None, 1:]
+        model(hidden[None, :-1], ids, torch.zeros_like(ids), ttt_steps=3)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tied", "wide"),
+    [
+        (True, {"hidden_size": 512, "vocab_size": 700}),
+        (True, {"hidden_size": 1024}),
+        (False, {"hidden_size": 300, "head_dim": 40, "vocab_size": 257}),
+        (False, {"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 300}),
+    ],
+    ids=["tied, more tokens", "tied", "one copy", "more heads"],
+)
+def test_same_eagle3_drafter(tmp_path: Path, tied: bool, wide: dict[str, Any]) -> None:
+    source = small_model(tmp_path / "small", **GQA, tie_word_embeddings=tied)
+    _save_eagle3(source)
+    shape = Shape.of(build.read_config(source)).change(**wide, num_hidden_layers=12)
+    build.widen(source, tmp_path / "wide", shape)
+    rows = random_rows()
+    theirs, mine = (_eagle3_logits(path, rows) for path in (source, tmp_path / "wide"))
+    assert len(theirs) == len(mine) == 9, "three rows, three drafts"
+    for small, large in zip(theirs, mine, strict=True):
+        assert_same_logits(small, large)
+    methods.arguments("eagle3", str(tmp_path / "wide"))  # refuses drafters of other targets
+
+
+def test_another_eagle3_drafter_is_refused(tmp_path: Path) -> None:
+    source = small_model(tmp_path / "small", **GQA)
+    _save_eagle3(source)
+    path = source / "eagle3" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_output": False}))
+    shape = Shape.of(build.read_config(source)).change(hidden_size=512)
+    with pytest.raises(AdaDecodeError, match="norm_output differs"):
+        build.widen(source, tmp_path / "wide", shape)
+    assert not (tmp_path / "wide").exists()
 
 
 def test_no_room_for_medusa(tmp_path: Path) -> None:

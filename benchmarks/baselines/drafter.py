@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from rich.progress import Progress
-from torch.nn import functional
 
 from benchmarks.baselines.checkpoint import Checkpoint
 from benchmarks.baselines.data import Data
@@ -81,14 +80,18 @@ def distil(
         decay: weight of a draft's loss, to that of the one before.
     """
     total, agreement = torch.zeros((), device=seen.logits.device), []
+    # Weighted, not picked out: that would copy every draft's logits there and back.
+    goal = seen.logits.log_softmax(-1)
+    chances = goal.exp()
+    against_itself, first = (chances * goal).sum(-1), goal.argmax(-1)
     for k, guess in enumerate(guesses):
         skipped = seen.ids.shape[1] - guess.shape[1]
-        trained, goal = seen.trained[:, skipped:], seen.logits[:, skipped:]
-        mine, theirs = guess.float()[trained], goal[trained]
-        total = total + decay**k * functional.kl_div(
-            mine.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean"
-        )
-        agreement.append(float((mine.argmax(-1) == theirs.argmax(-1)).float().mean()))
+        weight = seen.trained[:, skipped:].float()
+        weight = weight / weight.sum().clamp(min=1)
+        crossed = (chances[:, skipped:] * guess.float().log_softmax(-1)).sum(-1)
+        total = total + decay**k * ((against_itself[:, skipped:] - crossed) * weight).sum()
+        same = guess.detach().argmax(-1) == first[:, skipped:]
+        agreement.append(float((same * weight).sum()))
     return total, agreement
 
 

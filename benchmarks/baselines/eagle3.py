@@ -1,9 +1,9 @@
 """An EAGLE-3 drafter (arXiv 2503.01840): model, training-time test and format are speculators'.
 
 Owns how it is fed. speculators (`pip install speculators`, vLLM's project for training drafters)
-runs beside this package's versions of PyTorch, transformers and vLLM. It also asks for torchaudio
-and torchvision, which it does not import and which break transformers beside PyTorch's CPU build;
-`make baselines` leaves them out, as `make setup` does.
+runs beside this package's versions of PyTorch, transformers and vLLM. `make setup` installs it, but
+not what it asks for and does not import: torchaudio and torchvision, whose builds break
+transformers beside PyTorch's CPU build.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Eagle3:
         except ImportError as error:
             raise AdaDecodeError(
                 f"EAGLE-3 is trained with speculators, which can't be imported ({error}): "
-                "make baselines"
+                "make setup"
             ) from None
         config = copy.deepcopy(target.config)
         if config.model_type not in ("llama", "qwen3"):

@@ -24,7 +24,7 @@ shape. How each part is kept the same (d: small hidden size, D: wide):
 Added weights are zeros. Dense matrix products read and multiply them like any others; on a GPU they
 draw less power than others would, which matters only where power limits the clock.
 
-`plan.py` owns these choices, `target.py`, `heads.py` and `drafters.py` apply them, `files.py`
-writes tensors in bounded memory, `build.py` makes the folder. `python -m benchmarks.widen` is the
-command.
+`plan.py` owns these choices, `target.py`, `heads.py`, `drafters.py` and `eagle3.py` apply them,
+`files.py` writes tensors in bounded memory, `build.py` makes the folder. `python -m
+benchmarks.widen` is the command.
 """

@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 
 from benchmarks.machine import command, git_revision, versions
 from benchmarks.widening import drafters, files
+from benchmarks.widening.eagle3 import read_eagle3, widen_eagle3
 from benchmarks.widening.heads import widen_config, widen_tensors
 from benchmarks.widening.plan import Plan, make_plan
 from benchmarks.widening.shape import Shape
@@ -87,6 +88,8 @@ def widen(
     heads = _read_heads(source, plan)
     if drafters.has_drafter(source, drafters.MEDUSA):
         drafters.check_medusa(plan)
+    if drafters.has_drafter(source, drafters.EAGLE3):
+        read_eagle3(plan, source / drafters.EAGLE3)
     with new_folder(output) as unfinished:
         _write_weights(unfinished, plan, _reader(source), advance)
         _wide_config(plan, config).save_pretrained(unfinished)
@@ -107,6 +110,10 @@ def _write_drafters(plan: Plan, source: Path, folder: Path) -> None:
     if drafters.has_drafter(source, drafters.MEDUSA):
         medusa = drafters.MEDUSA
         drafters.widen_medusa(plan, source / medusa, folder / medusa, fingerprint)
+    if drafters.has_drafter(source, drafters.EAGLE3):
+        small_drafter, wide_drafter = source / drafters.EAGLE3, folder / drafters.EAGLE3
+        made_as = drafters.wide_provenance(plan, read_eagle3(plan, small_drafter), fingerprint)
+        widen_eagle3(plan, small_drafter, wide_drafter, made_as)
     if drafters.has_drafter(source, drafters.DRAFT):
         draft = folder / drafters.DRAFT
         small = read_config(source / drafters.DRAFT)

@@ -4,7 +4,7 @@ Owns what of the small model's folder is widened beside its AdaDecode heads. A d
 Llama like its target and widened as one, to as many layers as keep its share. A Medusa head reads
 the normed state, which holds the small one's first channels, times f (`Plan.feature_scale`), and
 zeros: its block writes into the channels behind, where nothing is, and its LM head reads both, so
-that f does not get into the block's activation. An EAGLE-3 drafter is left out.
+that f does not get into the block's activation. `eagle3.py` has EAGLE-3's.
 """
 
 from __future__ import annotations

@@ -60,13 +60,13 @@ def wide_tensors(plan: Plan, read: Read) -> Iterator[list[WideTensor]]:
     Yields:
         The embedding, each layer, and what comes after the layers.
     """
-    yield [_embedding(plan, read)]
+    yield [embedding_tensor(plan, read)]
     for layer in range(plan.wide.num_hidden_layers):
-        yield list(_layer(plan, read, layer))
+        yield list(layer_tensors(plan, read, layer))
     yield list(_end(plan, read))
 
 
-def _embedding(plan: Plan, read: Read) -> WideTensor:
+def embedding_tensor(plan: Plan, read: Read) -> WideTensor:
     channels, blocks = plan.channels, []
     table = read("model.embed_tokens.weight").double()
     tokens = torch.arange(len(table))
@@ -104,7 +104,7 @@ def _added_tokens(plan: Plan) -> Block:
     return _column(added, plan.channels.constant, ADDED_TOKEN_WEIGHT)
 
 
-def _layer(plan: Plan, read: Read, layer: int) -> Iterator[WideTensor]:
+def layer_tensors(plan: Plan, read: Read, layer: int) -> Iterator[WideTensor]:
     """An added layer has zeros in all matrices, and with them any gains."""
     wide, prefix = plan.wide, f"model.layers.{layer}"
     source = plan.small_layers.get(layer)
