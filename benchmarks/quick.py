@@ -63,6 +63,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             lambda done: progress.advance(widening, done / 10**6),
             # A head check must cost its share of the LM head, as in the source.
             grow_draft_vocab=True,
+            other_drafters=False,
         )
         servers = {
             method: stack.enter_context(

@@ -510,6 +510,8 @@ def test_no_room_for_medusa(tmp_path: Path) -> None:
     shape = Shape.of(build.read_config(source)).change(hidden_size=200)
     with pytest.raises(AdaDecodeError, match="Medusa"):
         build.widen(source, tmp_path / "wide", shape)
+    build.widen(source, tmp_path / "wide", shape, other_drafters=False)
+    assert not (tmp_path / "wide" / "medusa").exists()
 
 
 @pytest.mark.parametrize("name", PRESETS)

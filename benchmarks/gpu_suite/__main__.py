@@ -64,7 +64,15 @@ def build_target(settings: Settings, folder: Path, progress: Progress) -> dict[s
             progress.advance(task, done / 10**6)
 
         # A head check must cost its share of the LM head: half of the tokens, as in the source.
-        widen(HERE / "model", folder, settings.shape, dtype, advance, grow_draft_vocab=True)
+        widen(
+            HERE / "model",
+            folder,
+            settings.shape,
+            dtype,
+            advance,
+            grow_draft_vocab=True,
+            other_drafters=False,
+        )
     return {
         "shape": str(settings.shape),
         "weights": settings.shape.weights,

@@ -65,6 +65,7 @@ def widen(
     dtype: torch.dtype | None = None,
     advance: Callable[[int], object] = lambda _: None,
     grow_draft_vocab: bool = False,
+    other_drafters: bool = True,
 ) -> Plan:
     """Write a widened copy of a model, with its heads and drafters if it has some beside it.
 
@@ -74,6 +75,7 @@ def widen(
         dtype: of the wide weights; None: the source's.
         advance: called with numbers of bytes, in all `total_bytes`.
         grow_draft_vocab: see `Plan`.
+        other_drafters: whether those of other methods are widened, too.
 
     Raises:
         AdaDecodeError: the source or the place of the output is wrong, or the shape can't be
@@ -86,10 +88,8 @@ def widen(
     )
     check_output(output)
     heads = _read_heads(source, plan)
-    if drafters.has_drafter(source, drafters.MEDUSA):
-        drafters.check_medusa(plan)
-    if drafters.has_drafter(source, drafters.EAGLE3):
-        read_eagle3(plan, source / drafters.EAGLE3)
+    if other_drafters:
+        _check_drafters(plan, source)
     with new_folder(output) as unfinished:
         _write_weights(unfinished, plan, _reader(source), advance)
         _wide_config(plan, config).save_pretrained(unfinished)
@@ -100,9 +100,18 @@ def widen(
             small, tensors = heads
             wide_heads = widen_config(plan, small, target_fingerprint(unfinished))
             save_heads(unfinished / SUBFOLDER, wide_heads, widen_tensors(plan, small, tensors))
-        _write_drafters(plan, source, unfinished)
+        if other_drafters:
+            _write_drafters(plan, source, unfinished)
         (unfinished / "README.md").write_text(_card(plan, source, heads), encoding="utf-8")
     return plan
+
+
+def _check_drafters(plan: Plan, source: Path) -> None:
+    """Refuse before anything is written."""
+    if drafters.has_drafter(source, drafters.MEDUSA):
+        drafters.check_medusa(plan)
+    if drafters.has_drafter(source, drafters.EAGLE3):
+        read_eagle3(plan, source / drafters.EAGLE3)
 
 
 def _write_drafters(plan: Plan, source: Path, folder: Path) -> None:
