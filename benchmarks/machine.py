@@ -17,7 +17,9 @@ __all__ = ["command", "git_revision", "gpus", "machine", "versions"]
 def command() -> list[str]:
     """The running command, as it can be given again in a checkout."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", spec.name] if spec is not None else [sys.argv[0]]
+    program = (
+        ["python", "-m", spec.name.removesuffix(".__main__")] if spec is not None else [sys.argv[0]]
+    )
     return [*program, *sys.argv[1:]]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import operator
+import shlex
 import shutil
 import sys
 import time
@@ -31,6 +32,7 @@ from benchmarks.baselines.eagle3 import Eagle3
 from benchmarks.baselines.medusa import Medusa
 from benchmarks.demo import DEMO_TARGET
 from benchmarks.demo.recipe import Recipe
+from benchmarks.machine import command
 from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
@@ -188,6 +190,7 @@ def run(options: argparse.Namespace, method: str, prepared: Prepared, progress: 
     best, tried = choose(options, method, target, first, data, kept, progress)
     seconds = prepared.seconds + sum(checkpoint.seconds for checkpoint in kept.values())
     made_with = provenance() | {
+        "command": shlex.join(command()),
         "target_fingerprint": target_fingerprint(target.name),
         "data": options.data,
         "tokens": options.steps * options.rows * options.length,
