@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vllm_adadecode import budget, round_times
-from vllm_adadecode.budget import DraftBudget, DraftStatistics, RoundCosts
+from vllm_adadecode.budget import Choice, DraftBudget, RoundCosts
+from vllm_adadecode.draft_statistics import HALF_LIFE, DraftStatistics
 
 # A round of 10; a failed attempt adds 1, a draft at the first exit 3, at the second 6.
 CHEAP = RoundCosts((1, 16), (10.0, 10.0), (1.0, 1.0), ((3.0, 6.0),) * 2, (0.0, 0.0))
@@ -14,95 +15,108 @@ CHEAP = RoundCosts((1, 16), (10.0, 10.0), (1.0, 1.0), ((3.0, 6.0),) * 2, (0.0, 0
 DEAR = RoundCosts((1, 16), (10.0, 40.0), (1.0, 16.0), ((3.0, 6.0), (50.0, 100.0)), (0.0, 0.0))
 
 
-def fill(
-    made: DraftBudget, exit_index: int | None, kept: float, drafts: int, windows: int = 64
-) -> None:
-    """Windows with ``drafts`` drafts from one exit, ``kept`` of them accepted as a whole."""
-    k = made.max_drafts
+def count(made: DraftBudget, exits: list[int], kept: int, asked: list[int] | None = None) -> None:
+    """A round of one request with drafts from these exits, all exits in use."""
+    most, found = made.most, made.statistics
+    by_draft = np.zeros((1, most.drafts), dtype=int)
+    by_draft[0, : len(exits)] = exits
+    tries = min(len(exits) + 1, most.drafts)
+    reached = [tries - sum(e < exit_index for e in exits) for exit_index in range(most.exits)]
+    found.add_round(
+        np.array([most.drafts]),
+        np.array([most.exits]),
+        np.array([len(exits)]),
+        by_draft,
+        np.array(reached if asked is None else asked),
+    )
+    found.add_window(most.drafts, most.exits, np.array(exits, dtype=int), kept)
+
+
+def fill(made: DraftBudget, exits: list[int], kept: float, windows: int = 64) -> None:
+    """Windows with drafts from these exits, ``kept`` of them accepted as a whole."""
     for i in range(windows):
-        exits = np.full((1, k), exit_index or 0)
-        found = made.statistics
-        checks = drafts if exit_index is None else drafts * (1 + exit_index)
-        found.add_round(np.array([k]), np.array([drafts]), exits, checks)
-        found.add_window(k, drafts, drafts if i < kept * windows else 0)
+        count(made, exits, len(exits) if i < kept * windows else 0)
 
 
 def test_nothing_known_means_trying() -> None:
     made = DraftBudget(CHEAP, 5, 2)
-    assert made.choose(1) == 5
+    assert made.choose(1) == (5, 2)
 
 
 def test_trying_ends_as_soon_as_something_is_known() -> None:
     """A large batch must not go on for the rounds that a choice holds."""
     made = DraftBudget(DEAR, 3, 2)
-    assert made.choose(16) == 3
-    fill(made, exit_index=0, kept=0.5, drafts=3)
-    assert made.choose(16) == 0
+    assert made.choose(16) == (3, 2)
+    fill(made, [0] * 3, kept=0.5)
+    assert made.choose(16).drafts == 0
 
 
 def test_rates_are_tokens_over_seconds() -> None:
     made = DraftBudget(CHEAP, 2, 2)
-    fill(made, exit_index=0, kept=1.0, drafts=2)
+    fill(made, [0] * 2, kept=1.0)
     # Two drafts at the first exit, always kept: 1, 2, 3 tokens for 10, 13, 16.
-    np.testing.assert_allclose(made.rates(1), [1 / 10, 2 / 13, 3 / 16], rtol=1e-6)
-    assert made.best(1) == 2
+    np.testing.assert_allclose(made.rates(1), [[1 / 10, 2 / 13, 3 / 16]] * 2, rtol=1e-6)
+    assert made.best(1) == (2, 1)
     deeper = DraftBudget(CHEAP, 2, 2)
-    fill(deeper, exit_index=1, kept=1.0, drafts=2)
-    np.testing.assert_allclose(deeper.rates(1), [1 / 10, 2 / 16, 3 / 22], rtol=1e-6)
+    fill(deeper, [1] * 2, kept=1.0)
+    # With the first exit alone, a try in vain with half of the exits' checks.
+    in_vain = [1 / 10, 1 / 10.5, 1 / 10.5]
+    expected = [in_vain, [1 / 10, 2 / 16, 3 / 22]]
+    np.testing.assert_allclose(deeper.rates(1), expected, rtol=1e-6)
+    assert deeper.best(1) == (2, 2)
 
 
 def test_drafts_that_are_never_made_cost_the_attempt() -> None:
     made = DraftBudget(CHEAP, 2, 2)
-    fill(made, exit_index=0, kept=0.0, drafts=0)
+    fill(made, [], kept=0.0)
     # The first attempt fails; there is no second one.
-    np.testing.assert_allclose(made.rates(1), [1 / 10, 1 / 11, 1 / 11], rtol=1e-6)
-    assert made.best(1) == 0
+    np.testing.assert_allclose(made.rates(1)[1], [1 / 10, 1 / 11, 1 / 11], rtol=1e-6)
+    assert made.best(1).drafts == 0
 
 
 def test_drafts_that_are_dropped_do_not_pay() -> None:
     made = DraftBudget(CHEAP, 4, 2)
-    fill(made, exit_index=0, kept=0.05, drafts=4)
-    assert made.best(1) == 0
-    fill(made, exit_index=0, kept=1.0, drafts=4, windows=2000)
-    assert made.best(1) == 4
+    fill(made, [0] * 4, kept=0.05)
+    assert made.best(1).drafts == 0
+    fill(made, [0] * 4, kept=1.0, windows=2000)
+    assert made.best(1).drafts == 4
 
 
 def test_the_batch_decides() -> None:
     made = DraftBudget(DEAR, 3, 2)
-    fill(made, exit_index=0, kept=0.9, drafts=3)
-    assert made.best(1) == 3
-    assert made.best(16) == 0
-    assert [made.best(n) for n in range(1, 17)] == sorted(
-        (made.best(n) for n in range(1, 17)), reverse=True
+    fill(made, [0] * 3, kept=0.9)
+    assert made.best(1).drafts == 3
+    assert made.best(16).drafts == 0
+    assert [made.best(n).drafts for n in range(1, 17)] == sorted(
+        (made.best(n).drafts for n in range(1, 17)), reverse=True
     )
 
 
 def test_only_the_drafts_that_pay() -> None:
     made = DraftBudget(CHEAP, 4, 2)
     for _ in range(64):
-        made.statistics.add_round(np.array([4]), np.array([4]), np.zeros((1, 4), dtype=int), 4)
         # The first two are always kept, the others never.
-        made.statistics.add_window(4, 4, 2)
-    assert made.best(1) == 2
+        count(made, [0] * 4, kept=2)
+    assert made.best(1).drafts == 2
 
 
 def test_checks_in_vain_cost_what_gates_let_pass() -> None:
     gated = RoundCosts((1,), (10.0,), (0.5,), ((3.0, 6.0),), (2.0,))
     made = DraftBudget(gated, 1, 2)
     for _ in range(64):
-        made.statistics.add_round(np.array([1]), np.array([0]), np.zeros((1, 1), dtype=int), 2)
-        made.statistics.add_window(1, 0, 0)
-    # One attempt that fails, with both heads asked.
-    np.testing.assert_allclose(made.rates(1), [1 / 10, 1 / 14.5], rtol=1e-6)
+        count(made, [], kept=0)
+    # One attempt that fails, with one head asked, or both.
+    expected = [[1 / 10, 1 / 12.25], [1 / 10, 1 / 14.5]]
+    np.testing.assert_allclose(made.rates(1), expected, rtol=1e-6)
 
 
 def _chosen(made: DraftBudget, rounds: int) -> list[int]:
-    return [made.choose(1) for _ in range(rounds)]
+    return [made.choose(1).drafts for _ in range(rounds)]
 
 
 def test_drafting_is_tried_again_now_and_then() -> None:
     made = DraftBudget(CHEAP, 4, 2)
-    fill(made, exit_index=0, kept=0.0, drafts=4)
+    fill(made, [0] * 4, kept=0.0)
     chosen = _chosen(made, budget.FIRST_PROBE + budget.PROBE_EVERY + 2 * budget.PROBE_ROUNDS)
     assert set(chosen) == {0, budget.PROBE_DRAFTS}
     assert chosen.count(budget.PROBE_DRAFTS) == 2 * budget.PROBE_ROUNDS
@@ -110,14 +124,13 @@ def test_drafting_is_tried_again_now_and_then() -> None:
 
 def test_so_is_decoding_without_drafts_and_with_more() -> None:
     made = DraftBudget(CHEAP, 4, 2)
-    fill(made, exit_index=0, kept=1.0, drafts=4)
+    fill(made, [1] * 4, kept=1.0)
     chosen = _chosen(made, 3 * budget.PROBE_EVERY)
     assert set(chosen) == {0, 4}
     assert chosen.count(0) == 3 * budget.PROBE_ROUNDS
     some = DraftBudget(CHEAP, 8, 2)
     for _ in range(64):
-        some.statistics.add_round(np.array([8]), np.array([8]), np.zeros((1, 8), dtype=int), 8)
-        some.statistics.add_window(8, 8, 2)
+        count(some, [0] * 8, kept=2)
     assert set(_chosen(some, 3 * budget.PROBE_EVERY)) == {0, 2, 4}
 
 
@@ -127,27 +140,27 @@ def _serve(made: DraftBudget, monkeypatch: pytest.MonkeyPatch, plain: float, eac
     monkeypatch.setattr(round_times.time, "perf_counter", lambda: now)
     drafts = 0
     for _ in range(4 * budget.PROBE_EVERY):
-        drafts = made.choose(4)
+        drafts = made.choose(4).drafts
         now += plain + each * drafts
         made.round_ended(["a", "b", "c", "d"])
     # What holds, whatever was tried in the last round.
-    return made.best(4)
+    return made.best(4).drafts
 
 
 def test_rounds_set_costs_right(monkeypatch: pytest.MonkeyPatch) -> None:
     made = DraftBudget(CHEAP, 4, 2)
-    fill(made, exit_index=0, kept=0.6, drafts=4)
-    assert made.best(4) == 4
+    fill(made, [0] * 4, kept=0.6)
+    assert made.best(4).drafts == 4
     # The machine was busy when rounds without drafts were timed.
     assert _serve(made, monkeypatch, plain=3.0, each=3.0) == 0
-    assert made.best(1) == 4, "another batch size"
+    assert made.best(1).drafts == 4, "another batch size"
     # And the other way round.
     assert _serve(made, monkeypatch, plain=30.0, each=3.0) == 4
 
 
 def test_the_first_rank_says_how_long_rounds_take(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = DraftBudget(CHEAP, 4, 2, share=lambda own: (0.1, 1.0))
-    fill(slow, exit_index=0, kept=0.6, drafts=4)
+    fill(slow, [0] * 4, kept=0.6)
     assert _serve(slow, monkeypatch, plain=30.0, each=3.0) == 0
 
 
@@ -185,9 +198,9 @@ def test_a_round_that_was_held_up_counts_little() -> None:
 
 def test_a_choice_follows_what_happens() -> None:
     made = DraftBudget(CHEAP, 4, 2)
-    fill(made, exit_index=0, kept=0.0, drafts=4)
-    assert made.choose(1) == 0
-    fill(made, exit_index=0, kept=1.0, drafts=4, windows=4 * budget.HALF_LIFE)
+    fill(made, [0] * 4, kept=0.0)
+    assert made.choose(1).drafts == 0
+    fill(made, [0] * 4, kept=1.0, windows=4 * HALF_LIFE)
     # The last choice holds for a while.
     chosen = _chosen(made, budget.REUSE + 1)
     assert chosen[0] == 0
@@ -201,35 +214,81 @@ def test_ranks_that_count_the_same_choose_the_same() -> None:
         n = int(rng.integers(1, 17))
         chosen = {rank.choose(n) for rank in ranks}
         assert len(chosen) == 1
-        limit = chosen.pop()
+        limit, used = chosen.pop()
         drafts = rng.integers(0, limit + 1, n)
-        exits = rng.integers(0, 2, (n, 5))
+        exits = rng.integers(0, used, (n, 5))
         accepted = [int(rng.integers(0, d + 1)) for d in drafts]
+        asked = np.array([int(drafts.sum()), 0])
         for rank in ranks:
-            rank.statistics.add_round(np.full(n, limit), drafts, exits, int(drafts.sum()))
-            for d, a in zip(drafts, accepted, strict=True):
-                rank.statistics.add_window(limit, int(d), a)
+            each = np.full(n, limit), np.full(n, used)
+            rank.statistics.add_round(*each, drafts, exits, asked)
+            for row, (d, a) in enumerate(zip(drafts, accepted, strict=True)):
+                rank.statistics.add_window(limit, used, exits[row, :d], a)
+
+
+def test_large_batches_use_the_first_exits() -> None:
+    """As likely one of many is not confident as one alone is confident: all go deep for it."""
+    costs = RoundCosts((1, 16), (10.0,) * 2, (0.0,) * 2, ((3.0, 8.0),) * 2, (0.0,) * 2)
+    made = DraftBudget(costs, 4, 2)
+    for i in range(256):
+        count(made, ([0], [1, 0], [], [0, 1])[i % 4], kept=2)
+    assert made.best(1).exits == 2
+    many = made.best(16)
+    assert (many.drafts > 0, many.exits) == (True, 1)
+
+
+def test_a_window_tells_about_fewer_exits() -> None:
+    found = DraftStatistics(4, 3)
+    found.add_window(4, 3, np.array([0, 0, 1, 0]), accepted=3)
+    found.add_window(4, 3, np.array([2]), accepted=1)
+    found.add_window(2, 1, np.array([0]), accepted=0)
+    # By exits in use; the last window might have used the first exit only, twice.
+    np.testing.assert_allclose(found.windows, [[3, 3, 3, 2, 2], [2] * 5, [2] * 5], rtol=0.02)
+    np.testing.assert_allclose(
+        found.drafted, [[3, 2, 1, 0, 0], [2, 1, 1, 1, 1], [2, 2, 1, 1, 1]], rtol=0.02
+    )
+    np.testing.assert_allclose(
+        found.accepted, [[3, 1, 1, 0, 0], [2, 1, 1, 1, 0], [2, 2, 1, 1, 0]], rtol=0.02
+    )
+
+
+def test_a_round_counts_tries_by_exit() -> None:
+    found = DraftStatistics(3, 3)
+    exits = np.array([[0, 2, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]])
+    limits, used = np.array([3, 3, 3, 0]), np.array([3, 3, 1, 3])
+    found.add_round(limits, used, np.array([2, 1, 1, 0]), exits, np.array([7, 3, 2]))
+    # The third could use the first exit alone, the fourth drafted nothing.
+    np.testing.assert_allclose(found.reached, [7, 4, 3], rtol=0.02)
+    np.testing.assert_allclose(found.followed, [2, 1, 1], rtol=0.02)
+    np.testing.assert_allclose(found.chances(), [2 / 7, 1 / 4, 1 / 3], rtol=0.02)
+    np.testing.assert_allclose(found.asked_in_vain(), [5 / 7, 2 / 4, 1 / 3], rtol=0.02)
 
 
 def test_old_windows_fade_where_newer_ones_take_their_place() -> None:
-    found = DraftStatistics(2, 1)
-    for _ in range(20 * budget.HALF_LIFE):
-        found.add_window(2, 2, 2)
-    full = budget.HALF_LIFE / np.log(2)
-    assert found.windows == pytest.approx(full, rel=0.01)
-    for _ in range(20 * budget.HALF_LIFE):
-        found.add_window(1, 0, 0)
-        found.add_window(0, 0, 0)
-    assert found.windows == pytest.approx(full, rel=0.01)
-    assert found.drafted[1] < 0.01
-    assert found.drafted[2] == pytest.approx(full, rel=0.01)
+    found, none = DraftStatistics(2, 1), np.array([], dtype=int)
+    for _ in range(20 * HALF_LIFE):
+        found.add_window(2, 1, np.array([0, 0]), 2)
+    full = HALF_LIFE / np.log(2)
+    assert found.windows[0] == pytest.approx(full, rel=0.01)
+    for _ in range(20 * HALF_LIFE):
+        found.add_window(1, 1, none, 0)
+        found.add_window(0, 1, none, 0)
+    assert found.windows[0] == pytest.approx(full, rel=0.01)
+    assert found.drafted[0, 1] < 0.01
+    assert found.drafted[0, 2] == pytest.approx(full, rel=0.01)
 
 
 def test_rounds_without_drafts_do_not_make_it_forget() -> None:
     made = DraftBudget(CHEAP, 4, 2)
-    fill(made, exit_index=0, kept=0.0, drafts=4)
+    fill(made, [0] * 4, kept=0.0)
     none, exits = np.zeros(1, dtype=int), np.zeros((1, 4), dtype=int)
-    for _ in range(20 * budget.HALF_LIFE):
-        made.statistics.add_round(none, none, exits, 0)
-        made.statistics.add_window(0, 0, 0)
-    assert made.best(1) == 0
+    for _ in range(20 * HALF_LIFE):
+        made.statistics.add_round(none, np.array([2]), none, exits, np.zeros(2))
+        made.statistics.add_window(0, 2, exits[0, :0], 0)
+    assert made.best(1).drafts == 0
+
+
+def test_the_choice_names_all_exits_where_it_names_no_drafts() -> None:
+    made = DraftBudget(DEAR, 3, 2)
+    fill(made, [0] * 3, kept=0.5)
+    assert made.best(16) == Choice(0, 2)

@@ -378,8 +378,10 @@ def note_rounds(worker: Any) -> None:
     keep_windows = speculator.keep_windows
     speculator.noted = []
 
-    def keep_and_note(input_batch: Any, num_sampled: Any, limits: Any, state: Any) -> None:
-        keep_windows(input_batch, num_sampled, limits, state)
+    def keep_and_note(
+        input_batch: Any, num_sampled: Any, limits: Any, used_exits: Any, state: Any
+    ) -> None:
+        keep_windows(input_batch, num_sampled, limits, used_exits, state)
         if not limits.any():
             return  # the host's loop does not run in such a round
         speculator.noted.append(

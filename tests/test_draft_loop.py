@@ -195,6 +195,7 @@ def draft(
     gate: Confidence = lambda *_: 1.0,
     gate_thresholds: tuple[float, ...] | None = None,
     fused: bool = False,
+    used_exits: list[int] | None = None,
 ) -> Run:
     """Run one draft loop for ``len(limits)`` requests."""
     slots = slots or list(range(len(limits)))
@@ -218,6 +219,7 @@ def draft(
         first_pos=positions,
         last_sampled=torch.tensor([1000 + s for s in slots]),
         limits=np.array(limits),
+        used_exits=np.array(used_exits or [len(EXIT_LAYERS)] * len(limits)),
         max_drafts=max_drafts,
         seq_lens_upper=positions.numpy(),
     )
@@ -326,6 +328,25 @@ def test_limits() -> None:
     # Columns past a request's drafts are a valid token id.
     assert run.state.tokens[1, 2:].tolist() == [0, 0, 0, 0]
     assert run.state.depths[0].tolist() == [0] * 6
+
+
+def test_exits_that_a_request_may_not_use() -> None:
+    """Each stops behind the last one it may use, also where that is turned off."""
+    run = draft(at((1, 0, 2), (2, 0, 0)), [2, 2, 2], used_exits=[1, 3, 1])
+    assert run.target.calls == [
+        SpanCall(0, [(0, 0), (1, 0), (2, 0)]),
+        SpanCall(1, [(1, 0)]),
+        SpanCall(2, [(1, 0)]),
+        SpanCall(0, [(1, 1), (2, 1)]),
+        SpanCall(1, [(1, 1)]),
+        SpanCall(2, [(1, 1)]),
+    ]
+    assert run.state.num_drafts.tolist() == [0, 1, 1]
+    assert run.state.depths[:, :2].tolist() == [[1, 0], [3, 3], [1, 1]]
+    assert [run.counters.exits[e].promoted for e in EXIT_LAYERS] == [2, 2, 0]
+    off = draft(lambda *_: 0.9, [2], thresholds=(0.95, 1.0, 0.5), used_exits=[2])
+    assert off.target.calls == [SpanCall(0, [(0, 0)]), SpanCall(1, [(0, 0)])]
+    assert off.state.num_drafts.tolist() == [0]
 
 
 def test_no_request_drafts() -> None:

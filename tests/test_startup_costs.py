@@ -5,6 +5,7 @@ The engine's part runs on a real one: its first requests must not notice that th
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.engines import EnginePool, assert_same, generate, greedy, speculative, stats
-from vllm_adadecode.budget import DraftBudget, RoundCosts
+from vllm_adadecode.budget import Choice, DraftBudget, RoundCosts
 from vllm_adadecode.policy import Action, ThresholdPolicy
 from vllm_adadecode.startup_costs import SamePolicy, _costs
 
@@ -101,6 +102,28 @@ class TestEngine:
             assert_same(vanilla, generate(engine, prompts[:12], greedy(), batch), reference)
         assert stats(engine)["tokens"] > 0
 
+    def test_output_is_vanilla_s_with_any_choices(
+        self,
+        engine: Any,
+        engines: EnginePool,
+        prompts: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        rng, made = random.Random(0), []
+
+        def any_choice(budget: DraftBudget, num_reqs: int) -> Choice:
+            made.append(Choice(rng.randint(0, budget.most.drafts), rng.randint(1, 3)))
+            return made[-1]
+
+        monkeypatch.setattr(DraftBudget, "choose", any_choice)
+        vanilla = engines.get()
+        reference = generate(vanilla, prompts[:12], greedy())
+        stats(engine, reset=True)
+        assert_same(vanilla, generate(engine, prompts[:12], greedy(), 12), reference)
+        assert {choice.exits for choice in made} == {1, 2, 3}
+        exits = stats(engine)["exits"].values()
+        assert all(counts["accepted"] > 0 for counts in exits)
+
     def test_drafts_that_do_not_pay_are_not_made(
         self, engine: Any, engines: EnginePool, prompts: list[str]
     ) -> None:
@@ -120,8 +143,8 @@ class TestEngine:
     def test_requests_with_a_seed_draft_all_the_same(
         self, engine: Any, prompts: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def never(budget: DraftBudget, num_reqs: int) -> int:
-            return 0
+        def never(budget: DraftBudget, num_reqs: int) -> Choice:
+            return Choice(0, 1)
 
         monkeypatch.setattr(DraftBudget, "choose", never)
         for params, drafts in (

@@ -7,6 +7,8 @@ table; counting never touches the device.
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
+import numpy as np
+
 
 @dataclass
 class ExitCounters:
@@ -65,10 +67,9 @@ class Counters:
     def create(cls, num_layers: int, exit_layers: tuple[int, ...]) -> "Counters":
         return cls(num_layers=num_layers, exits={e: ExitCounters() for e in exit_layers})
 
-    @property
-    def checked(self) -> int:
-        """Head checks, of all exits."""
-        return sum(e.checked for e in self.exits.values())
+    def checked(self, num_exits: int) -> np.ndarray:
+        """Head checks at each of the first exits, ``[num_exits]``."""
+        return np.array([e.checked for e in self.exits.values()][:num_exits])
 
     def __bool__(self) -> bool:
         """Whether anything was counted."""

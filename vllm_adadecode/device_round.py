@@ -233,7 +233,10 @@ class DeviceRounds:
             speculator.spans.check_kv_bounds(input_batch.idx_mapping_np, lengths)
         speculator.count_verified(input_batch, result.num_sampled)
         self._count(result)
-        speculator.keep_windows(input_batch, result.num_sampled, result.limits, result.state)
+        used_exits = np.full_like(result.limits, speculator.policy.num_used_exits)
+        speculator.keep_windows(
+            input_batch, result.num_sampled, result.limits, used_exits, result.state
+        )
 
     def _count(self, result: RoundResult) -> None:
         """What draft_loop.py counts as it goes."""

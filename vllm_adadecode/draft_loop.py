@@ -72,6 +72,8 @@ class DraftLoop:
         last_sampled: torch.Tensor,
         # [num_reqs] most drafts for each request; 0: none
         limits: np.ndarray,
+        # [num_reqs] exits that may give them, from the first
+        used_exits: np.ndarray,
         max_drafts: int,
         # [num_reqs] upper bound of the verified length
         seq_lens_upper: np.ndarray,
@@ -96,12 +98,17 @@ class DraftLoop:
             rows = np.flatnonzero((limits > offset) & (state.num_drafts == offset))
             if rows.size == 0:
                 break
-            self._draft_next(state, rows, offset)
+            self._draft_next(state, rows, offset, used_exits)
         return state
 
-    def _draft_next(self, state: DraftState, rows: np.ndarray, offset: int) -> None:
+    def _draft_next(
+        self, state: DraftState, rows: np.ndarray, offset: int, used_exits: np.ndarray
+    ) -> None:
         """Try to predict the token after window offset ``offset`` for ``rows``."""
         for exit_index in range(self.policy.num_used_exits):
+            rows = rows[used_exits[rows] > exit_index]
+            if rows.size == 0:
+                return
             hidden, residual = self._run_span(state, exit_index, rows, offset)
             if not self.policy.uses(exit_index):
                 continue
@@ -111,8 +118,9 @@ class DraftLoop:
             with record_function_or_nullcontext(f"adadecode: head {exit_index + 1}"):
                 actions, tokens = ask(exit_index, rows, offset, hidden, residual)
             self._extend(state, exit_index, rows, offset, actions, tokens)
-            # Rows that the gate holds back go deeper, or stop here if this is the last exit.
+            # Rows that the gate holds back go deeper, or stop here if this is their last exit.
             rows = rows[(actions == Action.PROMOTE) | (actions == HELD_BACK)]
+            rows = rows[used_exits[rows] > exit_index + 1]
             if rows.size == 0:
                 return
             if exit_index + 1 < self.policy.num_used_exits:

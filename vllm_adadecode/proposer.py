@@ -188,7 +188,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self.count_verified(input_batch, sampled_np)
         # Position of the last sampled token: the first whose KV is not complete.
         first_pos = self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
-        limits = self._draft_limits(
+        limits, used_exits = self._draft_limits(
             input_batch, sampled_np, first_pos.cpu().numpy(), num_speculative_tokens
         )
 
@@ -208,22 +208,25 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             sample=None if draws is None else draws.sample,
             fused=fused,
         )
-        checks = self.counters.checked
+        checked = self.counters.checked(self.policy.num_used_exits)
         with record_function_or_nullcontext("adadecode: draft loop"):
             state = loop.run(
                 slots=input_batch.idx_mapping_np,
                 first_pos=first_pos,
                 last_sampled=last_sampled[slots].view(-1),
                 limits=limits,
+                used_exits=used_exits,
                 max_drafts=self.num_speculative_steps,
                 seq_lens_upper=input_batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs],
             )
 
         if self.budget is not None:
-            checks = self.counters.checked - checks
-            self.budget.statistics.add_round(limits, state.num_drafts, state.exits, checks)
+            checked = self.counters.checked(self.policy.num_used_exits) - checked
+            self.budget.statistics.add_round(
+                limits, used_exits, state.num_drafts, state.exits, checked
+            )
         drafts[:, :] = state.tokens[:, 1:]
-        self.keep_windows(input_batch, sampled_np, limits, state)
+        self.keep_windows(input_batch, sampled_np, limits, used_exits, state)
         self._end_round(input_batch)
         return drafts
 
@@ -234,6 +237,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         num_sampled: np.ndarray,
         # [num_reqs]
         limits: np.ndarray,
+        # [num_reqs]
+        used_exits: np.ndarray,
         state: DraftState,
     ) -> None:
         """Record what waits for verification: one window per request that sampled a token."""
@@ -251,6 +256,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                         depths=state.depths[row, : count + 1].copy(),
                         exits=state.exits[row, :count].copy(),
                         limit=int(limits[row]),
+                        used_exits=int(used_exits[row]),
                     ),
                 )
 
@@ -266,14 +272,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         # [num_reqs]
         first_pos: np.ndarray,
         num_speculative_tokens: int | None,
-    ) -> np.ndarray:
-        """Most drafts worth making per request, ``[num_reqs]``.
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Most drafts worth making per request, and exits worth using for them, ``[num_reqs]``.
 
         A draft is followed by at least the token sampled after it, so neither may pass the end of
         the request (its `max_tokens`) or of the model's context.
         """
+        used_exits = np.full(len(first_pos), self.policy.num_used_exits)
         if self.policy.num_used_exits == 0:
-            return np.zeros(len(first_pos), dtype=np.int64)
+            return np.zeros(len(first_pos), dtype=np.int64), used_exits
         steps = self.num_speculative_steps
         if num_speculative_tokens is not None:
             steps = min(steps, num_speculative_tokens)
@@ -283,13 +290,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         limits = np.clip(end - first_pos - 2, 0, steps)
         limits[num_sampled == 0] = 0  # mid-prefill
         if self.budget is None:
-            return limits
+            return limits, used_exits
         free = limits > 0
         if self.seeded:
             free &= [req_id not in self.seeded for req_id in input_batch.req_ids]
         if drafting := int(np.count_nonzero(free)):
-            limits[free] = np.minimum(limits[free], self.budget.choose(drafting))
-        return limits
+            choice = self.budget.choose(drafting)
+            limits[free] = np.minimum(limits[free], choice.drafts)
+            used_exits[free] = choice.exits
+        return limits, used_exits
 
     def _heads(
         self, temperature: torch.Tensor, seeds: torch.Tensor
@@ -320,7 +329,9 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             if window is not None:
                 if self.budget is not None:
                     kept = min(accepted, window.num_drafts)
-                    self.budget.statistics.add_window(window.limit, window.num_drafts, kept)
+                    self.budget.statistics.add_window(
+                        window.limit, window.used_exits, window.exits, kept
+                    )
                 for i, exit_index in enumerate(window.exits[:verified]):
                     exit_counters = counters.exits[exit_layers[exit_index]]
                     exit_counters.accepted += i < accepted

@@ -8,7 +8,7 @@ batches of about the same size: it is their relation that decides whether drafti
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 # Rounds after which an old one counts half.
@@ -69,18 +69,18 @@ class RoundClock:
     one draft loop of theirs, with their scheduling.
     """
 
-    _last: tuple[list[str], int] | None = None
+    _last: tuple[list[str], Hashable] | None = None
     _at: float = 0.0
 
-    def ended(self, requests: Sequence[str] | None, drafts: int) -> float | None:
+    def ended(self, requests: Sequence[str] | None, choice: Hashable) -> float | None:
         """Seconds since the last round; None if that one was another.
 
         Args:
             requests: None for a round that is not to be timed, as with prefill in it.
-            drafts: most drafts.
+            choice: what they may draft.
         """
         now = time.perf_counter()
-        this = None if requests is None else (list(requests), drafts)
+        this = None if requests is None else (list(requests), choice)
         seconds = now - self._at if this is not None and this == self._last else None
         self._last, self._at = this, now
         return seconds

@@ -17,11 +17,13 @@ class PendingWindow:
         depths: ``[1 + num_drafts]`` spans each token has been through, never increasing.
         exits: ``[num_drafts]`` index of the exit whose head gave each draft.
         limit: most drafts there might have been.
+        used_exits: exits that might have given them.
     """
 
     depths: np.ndarray
     exits: np.ndarray
     limit: int = 0
+    used_exits: int = 0
 
     @property
     def num_drafts(self) -> int:

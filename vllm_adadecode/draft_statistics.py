@@ -1,0 +1,113 @@
+"""What became of drafts: what is counted of draft loops and verifications, for the draft budget.
+
+A round that used all exits also says what it would have drafted with the first few of them: the
+same, up to the first draft of a deeper exit. So one round tells about all that it could have been.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+# Windows after which an old one counts half: some hundred tokens of text at batch 1.
+HALF_LIFE = 256
+# Weight of windows without which nothing is known about a draft: until then, it is tried.
+LEAST_WINDOWS = 8.0
+_KEEP = 0.5 ** (1 / HALF_LIFE)
+
+
+@dataclass
+class DraftStatistics:
+    """Counts that fade: the newer ones weigh more.
+
+    Rows are numbers of exits that a round might have used, from 1.
+
+    Attributes:
+        max_drafts: K.
+        windows: ``[exits, 1 + K]`` weight of windows that might have had so many drafts.
+        drafted, accepted: ``[exits, 1 + K]`` of those, windows that had, and kept, so many.
+        reached, followed, checked: ``[exits]`` tries that came to this exit; of those, the ones
+            that its head gave a draft, and heads that were asked.
+    """
+
+    max_drafts: int
+    num_exits: int
+    windows: np.ndarray = field(init=False)
+    drafted: np.ndarray = field(init=False)
+    accepted: np.ndarray = field(init=False)
+    reached: np.ndarray = field(init=False)
+    followed: np.ndarray = field(init=False)
+    checked: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "drafted", "accepted"):
+            setattr(self, name, np.zeros((self.num_exits, 1 + self.max_drafts)))
+        for name in ("reached", "followed", "checked"):
+            setattr(self, name, np.zeros(self.num_exits))
+        self._counts = np.arange(1 + self.max_drafts)
+        self._used = np.arange(1, 1 + self.num_exits)
+
+    def add_window(self, limit: int, used: int, exits: np.ndarray, accepted: int) -> None:
+        """A verified window.
+
+        Older ones fade as far as this one takes their place: what is known about more drafts or
+        exits than it could have stays until there is something newer.
+
+        Args:
+            limit: most drafts that it might have had.
+            used: exits that it might have used.
+            exits: ``[drafts]`` exit index of each.
+        """
+        if limit == 0:
+            return
+        # By number of exits: drafts before the first that is deeper.
+        drafted = np.searchsorted(np.maximum.accumulate(exits), self._used[:used])
+        counts = self._counts[: 1 + limit]
+        for values, added in (
+            (self.windows, 1.0),
+            (self.drafted, counts <= drafted[:, None]),
+            (self.accepted, counts <= np.minimum(drafted, accepted)[:, None]),
+        ):
+            part = values[:used, : 1 + limit]
+            part *= _KEEP
+            part += added
+
+    def add_round(
+        self,
+        # [num_reqs] most drafts of each
+        limits: np.ndarray,
+        # [num_reqs] exits that each might have used
+        used: np.ndarray,
+        # [num_reqs]
+        num_drafts: np.ndarray,
+        # [num_reqs, K] exit index of each draft
+        exits: np.ndarray,
+        # [exits] heads that were asked
+        checked: np.ndarray,
+    ) -> None:
+        """A draft loop that has ended."""
+        made = np.arange(exits.shape[1]) < num_drafts[:, None]
+        tries = np.minimum(num_drafts + 1, limits)
+        for exit_index in range(self.num_exits):
+            # The last exit that was used had what the others did not give a draft.
+            shallower = (made & (exits < exit_index)).sum(axis=1)
+            here = used > exit_index
+            self.reached[exit_index] += float((tries - shallower)[here].sum())
+            self.followed[exit_index] += float((made & (exits == exit_index)).sum())
+        self.checked += checked
+        keep = _KEEP ** np.count_nonzero(limits)
+        for values in (self.reached, self.followed, self.checked):
+            values[: int(used.max(initial=0))] *= keep
+
+    def knows(self, drafts: int) -> bool:
+        """Whether enough windows were tried with that many drafts, at all exits."""
+        return bool(self.windows[-1, drafts] >= LEAST_WINDOWS and self.reached[0] >= LEAST_WINDOWS)
+
+    def chances(self) -> np.ndarray:
+        """Of a try that comes to an exit, that its head gives a draft; ``[exits]``."""
+        return self.followed / np.maximum(self.reached, 1.0)
+
+    def asked_in_vain(self) -> np.ndarray:
+        """Heads asked for each try that comes to an exit, without a draft; ``[exits]``."""
+        return np.maximum(self.checked - self.followed, 0.0) / np.maximum(self.reached, 1.0)
