@@ -73,7 +73,7 @@ def _make_drafts_dear(worker: Any) -> None:
     exits = len(costs.extended[0])
     dear = tuple((100 * seconds,) * exits for seconds in costs.plain)
     budget.costs = RoundCosts(costs.batch_sizes, costs.plain, costs.plain, dear, costs.check)
-    budget._chosen.clear()
+    budget._plans.clear()
 
 
 class TestEngine:

@@ -22,14 +22,18 @@ from vllm_adadecode.draft_statistics import DraftStatistics
 from vllm_adadecode.round_times import RoundClock, RoundTimes
 
 # Once in so many rounds of a batch size, a few do something else, to see what that takes and brings
-# by now: none where there were drafts, more drafts, or a few where there were none. All that there
-# may be would cost a large batch many rounds.
+# by now: none where there were drafts, more where there were some, and where there were none, those
+# that come nearest to paying. Less often where they would cost more than this share of the rounds.
 PROBE_EVERY = 256
 PROBE_ROUNDS = 3
-PROBE_DRAFTS = 2
+PROBE_SHARE = 0.01
 FIRST_PROBE = 32
 # Drafting must promise so much more than decoding without: less than that is not measured.
 MARGIN = 1.02
+# What promises so nearly as much as the best is as good, and more drafts and exits tell more.
+NEAR = 0.99
+# Windows that speak for a draft being as likely as others, against those that it had itself.
+PRIOR = 4.0
 # Rounds for which a choice holds.
 REUSE = 16
 
@@ -68,27 +72,44 @@ class Choice(NamedTuple):
     exits: int
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """For a batch of one size, from now on.
+
+    Attributes:
+        until: the round that ends it.
+        choice: what holds; ``less`` and ``more`` are tried in between.
+        less_every, more_every: rounds between such tries.
+        seconds: expected, ``[exits, 1 + K]``.
+    """
+
+    until: int
+    choice: Choice
+    less: Choice
+    more: Choice
+    less_every: float
+    more_every: float
+    seconds: np.ndarray
+
+
 @dataclass
 class _Probes:
     """When something else is tried at one batch size."""
 
     rounds: int = PROBE_EVERY - FIRST_PROBE
     left: int = 0
-    choice: Choice | None = None
     upwards: bool = False
 
-    def instead(self, chosen: Choice, most: Choice) -> Choice:
-        """What holds for this round, ``chosen`` or a probe."""
-        if self.choice is None or self.left == 0:
+    def instead(self, plan: _Plan) -> Choice:
+        """What holds for this round, the plan's choice or a probe."""
+        if self.left == 0:
             self.rounds += 1
-            if self.rounds < PROBE_EVERY:
-                return chosen
-            self.rounds, self.left = 0, PROBE_ROUNDS
-            self.upwards = chosen.drafts == 0 or (not self.upwards and chosen != most)
-            more = min(max(2 * chosen.drafts, PROBE_DRAFTS), most.drafts)
-            self.choice = Choice(more if self.upwards else 0, most.exits)
+            turn = plan.choice.drafts == 0 or (not self.upwards and plan.choice != plan.more)
+            if self.rounds < (plan.more_every if turn else plan.less_every):
+                return plan.choice
+            self.rounds, self.left, self.upwards = 0, PROBE_ROUNDS, turn
         self.left -= 1
-        return self.choice
+        return plan.more if self.upwards else plan.less
 
 
 class DraftBudget:
@@ -114,8 +135,7 @@ class DraftBudget:
         self.times = RoundTimes()
         self._clock = RoundClock()
         self._rounds = 0
-        # By requests: the round that ends a choice, the choice, and expected seconds.
-        self._chosen: dict[int, tuple[int, Choice, np.ndarray]] = {}
+        self._plans: dict[int, _Plan] = {}  # by requests
         self._probes: dict[int, _Probes] = {}
         # Of the round under way: requests that may draft, and what holds for them.
         self._now = 0, self.most
@@ -123,16 +143,31 @@ class DraftBudget:
     def choose(self, num_reqs: int) -> Choice:
         """For the next round, of ``num_reqs`` requests that may draft."""
         self._rounds += 1
-        known = self._chosen.get(num_reqs)
-        if known is None or self._rounds >= known[0]:
-            expected = self.expected(num_reqs)
-            # What was chosen without knowing anything holds for one round only.
-            until = self._rounds + (REUSE if self._knows else 1)
-            known = until, self._best(num_reqs, *expected), expected[1]
-            self._chosen[num_reqs] = known
+        plan = self._plans.get(num_reqs)
+        if plan is None or self._rounds >= plan.until:
+            plan = self._plans[num_reqs] = self._plan(num_reqs)
         probes = self._probes.setdefault(num_reqs.bit_length(), _Probes())
-        self._now = num_reqs, probes.instead(known[1], self.most)
+        self._now = num_reqs, probes.instead(plan)
         return self._now[1]
+
+    def _plan(self, num_reqs: int) -> _Plan:
+        tokens, seconds = self.expected(num_reqs)
+        rates = self._rates(num_reqs, tokens, seconds)
+        choice, less = self._best(rates), Choice(0, self.most.exits)
+        if choice.drafts:
+            more = Choice(min(2 * choice.drafts, self.most.drafts), self.most.exits)
+        else:
+            nearest = _best_of(rates[:, 1:])
+            more = Choice(1 + nearest.drafts, nearest.exits)
+
+        def every(other: Choice) -> float:
+            at, there = (choice.exits - 1, choice.drafts), (other.exits - 1, other.drafts)
+            lost = seconds[there] / seconds[at] * max(0.0, 1.0 - rates[there] / rates[at])
+            return max(PROBE_EVERY, float(PROBE_ROUNDS * lost / PROBE_SHARE))
+
+        # What was chosen without knowing anything holds for one round only.
+        until = self._rounds + (REUSE if self._knows else 1)
+        return _Plan(until, choice, less, more, every(less), every(more), seconds)
 
     def round_ended(self, requests: Sequence[str] | None) -> None:
         """A draft loop is over; ``requests`` as for `RoundClock.ended`."""
@@ -140,7 +175,7 @@ class DraftBudget:
         self._now = 0, self.most
         taken = self._clock.ended(requests if num_reqs else None, choice)
         if taken is not None:
-            expected = self._chosen[num_reqs][2][choice.exits - 1, choice.drafts]
+            expected = self._plans[num_reqs].seconds[choice.exits - 1, choice.drafts]
             self.times.add(num_reqs, choice.drafts > 0, float(expected), taken)
 
     def best(self, num_reqs: int) -> Choice:
@@ -148,7 +183,7 @@ class DraftBudget:
 
         Without drafts it names all exits.
         """
-        return self._best(num_reqs, *self.expected(num_reqs))
+        return self._best(self.rates(num_reqs))
 
     def rates(self, num_reqs: int) -> np.ndarray:
         """Expected tokens a second by exits and most drafts, ``[exits, 1 + K]``."""
@@ -158,14 +193,12 @@ class DraftBudget:
     def _knows(self) -> bool:
         return self.statistics.knows(self.most.drafts)
 
-    def _best(self, num_reqs: int, tokens: np.ndarray, seconds: np.ndarray) -> Choice:
+    def _best(self, rates: np.ndarray) -> Choice:
         if not self._knows:
             return self.most
-        rates = self._rates(num_reqs, tokens, seconds)
-        exits, drafts = np.unravel_index(np.argmax(rates), rates.shape)
-        if rates[exits, drafts] <= MARGIN * rates[0, 0]:
+        if rates.max() <= MARGIN * rates[0, 0]:
             return Choice(0, self.most.exits)
-        return Choice(int(drafts), 1 + int(exits))
+        return _best_of(rates)
 
     def _rates(self, num_reqs: int, tokens: np.ndarray, seconds: np.ndarray) -> np.ndarray:
         plain, drafting = self.share(self.times.factors(num_reqs))
@@ -176,9 +209,8 @@ class DraftBudget:
     def expected(self, num_reqs: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of a round and its seconds, as costs say, by exits and most drafts,
         ``[exits, 1 + K]`` each."""
-        found, known = self.statistics, np.maximum(self.statistics.windows, 1e-9)
-        alive, kept = found.drafted / known, found.accepted / known
-        kept[:, 0] = 1.0  # the token that is sampled
+        found = self.statistics
+        alive, kept = (_shares(found.windows, of) for of in (found.drafted, found.accepted))
         tokens = num_reqs * kept.cumsum(axis=1)
         seconds = np.full_like(tokens, self.costs.at(self.costs.plain, np.array(num_reqs)))
         for exits in range(1, 1 + self.most.exits):
@@ -192,6 +224,7 @@ class DraftBudget:
         They go in step: a span runs if one of them needs it, and costs what so many rows cost.
         """
         costs, chances = self.costs, self.statistics.chances()[:exits]
+        asked_in_vain = self.statistics.asked_in_vain()
         happens, rows = np.minimum(rows, 1.0), np.maximum(rows, 1.0)
         all_fail = np.prod(1.0 - chances) ** rows
         seconds = all_fail * costs.at(costs.failed, rows) * (exits / self.most.exits)
@@ -204,6 +237,28 @@ class DraftBudget:
             # Where all fail, the spans are verification's, only earlier.
             spans = costs.at(step, np.maximum(rows * reached, 1.0))
             seconds += np.maximum(some - all_fail, 0.0) * spans
-            in_vain += reached * self.statistics.asked_in_vain()[exit_index]
+            in_vain += reached * float(asked_in_vain[exit_index])
             before, reached = column, reached * (1.0 - float(chance))
         return np.asarray(happens * (seconds + in_vain * costs.at(costs.check, rows)))
+
+
+def _best_of(rates: np.ndarray) -> Choice:
+    """The most exits, and then drafts, of all that are as good as the best."""
+    last = np.flatnonzero(rates >= NEAR * rates.max())[-1]
+    exits, drafts = np.unravel_index(last, rates.shape)
+    return Choice(int(drafts), 1 + int(exits))
+
+
+def _shares(windows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Share of windows that come to so many drafts, ``[exits, 1 + K]``, from `DraftStatistics`.
+
+    A chain of chances from each draft to the next. One that was seldom reached is taken to be like
+    the others: a few windows that happened to end early must not rule out all that is behind.
+    """
+    share = counts / np.maximum(windows, 1e-9)
+    share[:, 0] = 1.0  # the token that is sampled
+    tries = windows[:, 1:] * share[:, :-1]
+    hits = np.minimum(windows[:, 1:] * share[:, 1:], tries)
+    pooled = hits.sum(axis=1, keepdims=True) / np.maximum(tries.sum(axis=1, keepdims=True), 1e-9)
+    share[:, 1:] = ((hits + PRIOR * pooled) / (tries + PRIOR)).cumprod(axis=1)
+    return share

@@ -28,6 +28,8 @@ WARM_ROUNDS, TIMED_ROUNDS = 1, 5
 # Larger batches are left out once so much time has gone; they are taken to be like the largest.
 ENOUGH_SECONDS = 10.0
 STEP = 4  # from one batch size to the next
+# Of each request in a round that drafts: enough to tell what one costs.
+MOST_DRAFTS = 4
 NO_DRAFTS = ThresholdPolicy(())
 
 
@@ -134,7 +136,7 @@ class Requests:
     def _run(self, output: SchedulerOutput, tokens: dict[str, int]) -> dict[str, list[int]]:
         """A step; what it sampled, by request."""
         runner = self.worker.model_runner
-        output.num_spec_tokens_to_schedule = runner.num_speculative_steps
+        output.num_spec_tokens_to_schedule = min(MOST_DRAFTS, runner.num_speculative_steps)
         output.num_scheduled_tokens = tokens
         output.total_num_scheduled_tokens = sum(tokens.values())
         result = self.worker.execute_model(output)
@@ -201,7 +203,8 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
             break
     if not table:
         return None
-    costs = rank_0(_costs(table, speculator.num_speculative_steps, exits, real, gated))
+    drafts = min(MOST_DRAFTS, speculator.num_speculative_steps)
+    costs = rank_0(_costs(table, drafts, exits, real, gated))
     logger.info("Measured rounds of %s requests in %.1f s", costs.batch_sizes, spent)
     return costs
 
