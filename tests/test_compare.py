@@ -39,6 +39,14 @@ def folder(path: Path, **values: Any) -> Path:
     return path
 
 
+def test_suffix_does_not_remember_earlier_answers() -> None:
+    """Each prompt is sent at several concurrencies and temperatures."""
+    assert config(methods.arguments("suffix", "T").flags) == {
+        "method": "suffix",
+        "suffix_decoding_max_cached_requests": 0,
+    }
+
+
 def test_vanilla_has_no_arguments() -> None:
     assert methods.arguments("vanilla", "T") == methods.Arguments()
     assert methods.arguments("vanilla_v1", "T").environment == {"VLLM_USE_V2_MODEL_RUNNER": "0"}

@@ -45,8 +45,9 @@ METHODS: dict[str, Method] = {
     "eagle3": Method("eagle3", options={}),
     "draft_model": Method("draft", options={}),
     "ngram": Method(options={"prompt_lookup_max": 4, "prompt_lookup_min": 2}),
-    # Its trees say how long a draft is.
-    "suffix": Method(options={}, drafts=False),
+    # Its trees say how long a draft is. Without a memory of earlier answers: the same prompts come
+    # again and again here, and it would know what is said.
+    "suffix": Method(options={"suffix_decoding_max_cached_requests": 0}, drafts=False),
 }
 
 
