@@ -117,10 +117,11 @@ def _chosen(made: DraftBudget, rounds: int) -> list[int]:
 def test_drafting_is_tried_again_now_and_then() -> None:
     made = DraftBudget(CHEAP, 4, 2)
     fill(made, [0] * 4, kept=0.0)
-    chosen = _chosen(made, budget.FIRST_PROBE + budget.PROBE_EVERY + 2 * budget.PROBE_ROUNDS)
-    # One comes nearest to paying.
-    assert set(chosen) == {0, 1}
-    assert chosen.count(1) == 2 * budget.PROBE_ROUNDS
+    chosen = _chosen(made, 4 * budget.PROBE_EVERY)
+    assert set(chosen) == {0, 4}
+    # Such a round takes 12 more than the 10 of others: every 360 of those, and the first one sooner.
+    assert chosen.count(4) == 3 * budget.PROBE_ROUNDS
+    assert chosen.index(4) < budget.PROBE_EVERY
 
 
 def test_so_is_decoding_without_drafts_and_with_more() -> None:
@@ -135,14 +136,29 @@ def test_so_is_decoding_without_drafts_and_with_more() -> None:
     assert set(_chosen(some, 3 * budget.PROBE_EVERY)) == {0, 2, 4}
 
 
+def test_drafting_that_pays_again_is_soon_taken_up() -> None:
+    """After other text, or sampling, that made it stop for long."""
+    made = DraftBudget(CHEAP, 4, 2)
+    fill(made, [0] * 4, kept=0.0, windows=20 * HALF_LIFE)
+    rounds = 0
+    while made.best(1).drafts == 0:
+        choice = made.choose(1)
+        rounds += 1
+        if choice.drafts:
+            exits = np.zeros(choice.drafts, dtype=int)
+            made.statistics.add_window(choice.drafts, choice.exits, exits, choice.drafts)
+        assert rounds < 8 * budget.PROBE_EVERY
+    assert rounds > budget.FIRST_PROBE
+
+
 def test_dear_probes_are_rare() -> None:
     costs = RoundCosts((1, 16), (10.0,) * 2, (20.0,) * 2, ((30.0, 60.0),) * 2, (0.0,) * 2)
     made = DraftBudget(costs, 4, 2)
     fill(made, [0] * 4, kept=0.0)
     chosen = _chosen(made, 20 * budget.PROBE_EVERY)
-    # A draft takes three rounds more and brings nothing.
-    lost = 3.0 * sum(drafts > 0 for drafts in chosen)
-    assert 0 < lost < 1.1 * budget.PROBE_SHARE * len(chosen)
+    # Four drafts take twelve rounds more and bring nothing.
+    lost = 12.0 * sum(drafts > 0 for drafts in chosen)
+    assert 0 < lost < 1.2 * budget.PROBE_SHARE * len(chosen)
 
 
 def test_a_few_windows_do_not_rule_out_more_drafts() -> None:

@@ -558,6 +558,9 @@ def test_csv_has_plain_numbers(report_rows: list[metrics.Row]) -> None:
 
 def test_options_make_a_plan(tmp_path: Path) -> None:
     given = ["--target", str(DEMO_MODEL), "--methods", "vanilla,medusa,ngram", "--prompts", "2"]
+    # There may be heads of the demo model's own, which would do.
+    drafter = folder(tmp_path / "of-another", provenance={"target_fingerprint": "another"})
+    given += ["--drafter", f"medusa={drafter}"]
     given += ["--concurrency", "1,4", "--spec", 'ngram={"prompt_lookup_max": 7}', "--tokens", "20"]
     given += ["--serve-args=--enforce-eager", "--dtype", "float32"]
     made = command.make_plan(command.parse(given))
@@ -572,7 +575,7 @@ def test_options_make_a_plan(tmp_path: Path) -> None:
     longest = max(len(p) for part in made.parts for p in part.prompts)
     assert longest + 20 + 32 <= int(flags["--max-model-len"]) < longest + 20 + 32 + 64
     # A target without medusa heads is no reason against them being there next time.
-    Store(tmp_path, command.settings(made))
+    Store(tmp_path / "store", command.settings(made))
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from vllm_adadecode.draft_statistics import DraftStatistics
 from vllm_adadecode.round_times import RoundClock, RoundTimes
 
 # Once in so many rounds of a batch size, a few do something else, to see what that takes and brings
-# by now: none where there were drafts, more where there were some, and where there were none, those
-# that come nearest to paying. Less often where they would cost more than this share of the rounds.
+# by now: none where there were drafts, more where there were some, and where there were none, all
+# that there may be. Less often where they would cost more than this share of the rounds.
 PROBE_EVERY = 256
 PROBE_ROUNDS = 3
 PROBE_SHARE = 0.01
@@ -147,18 +147,20 @@ class DraftBudget:
         if plan is None or self._rounds >= plan.until:
             plan = self._plans[num_reqs] = self._plan(num_reqs)
         probes = self._probes.setdefault(num_reqs.bit_length(), _Probes())
+        before = probes.left
         self._now = num_reqs, probes.instead(plan)
+        if before == 0 < probes.left and plan.choice.drafts == 0:
+            # Without drafts nothing is learned but from these few rounds.
+            self.statistics.make_room()
         return self._now[1]
 
     def _plan(self, num_reqs: int) -> _Plan:
         tokens, seconds = self.expected(num_reqs)
         rates = self._rates(num_reqs, tokens, seconds)
         choice, less = self._best(rates), Choice(0, self.most.exits)
+        more = self.most
         if choice.drafts:
-            more = Choice(min(2 * choice.drafts, self.most.drafts), self.most.exits)
-        else:
-            nearest = _best_of(rates[:, 1:])
-            more = Choice(1 + nearest.drafts, nearest.exits)
+            more = more._replace(drafts=min(2 * choice.drafts, more.drafts))
 
         def every(other: Choice) -> float:
             at, there = (choice.exits - 1, choice.drafts), (other.exits - 1, other.drafts)

@@ -14,6 +14,8 @@ import numpy as np
 HALF_LIFE = 256
 # Weight of windows without which nothing is known about a draft: until then, it is tried.
 LEAST_WINDOWS = 8.0
+# What is known weighs as many at most when it is to be put to the test.
+STALE_WINDOWS = 1.25 * LEAST_WINDOWS
 _KEEP = 0.5 ** (1 / HALF_LIFE)
 
 
@@ -99,6 +101,15 @@ class DraftStatistics:
         keep = _KEEP ** np.count_nonzero(limits)
         for values in (self.reached, self.followed, self.checked):
             values[: int(used.max(initial=0))] *= keep
+
+    def make_room(self) -> None:
+        """What is known may be of other text: let a few new windows and tries outweigh it."""
+        factor = STALE_WINDOWS / np.maximum(self.windows, STALE_WINDOWS)
+        for values in (self.windows, self.drafted, self.accepted):
+            values *= factor
+        factor = STALE_WINDOWS / np.maximum(self.reached, STALE_WINDOWS)
+        for values in (self.reached, self.followed, self.checked):
+            values *= factor
 
     def knows(self, drafts: int) -> bool:
         """Whether enough windows were tried with that many drafts, at all exits."""
