@@ -119,7 +119,7 @@ def test_drafting_is_tried_again_now_and_then() -> None:
     fill(made, [0] * 4, kept=0.0)
     chosen = _chosen(made, 4 * budget.PROBE_EVERY)
     assert set(chosen) == {0, 4}
-    # Such a round takes 12 more than the 10 of others: every 360 of those, and the first one sooner.
+    # Such a round takes 12 more than the 10 of others: every 360, and the first one sooner.
     assert chosen.count(4) == 3 * budget.PROBE_ROUNDS
     assert chosen.index(4) < budget.PROBE_EVERY
 
