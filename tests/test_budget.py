@@ -304,6 +304,18 @@ def test_a_round_counts_tries_by_exit() -> None:
     np.testing.assert_allclose(found.asked_in_vain(), [5 / 7, 2 / 4, 1 / 3], rtol=0.02)
 
 
+def test_tries_fade_at_exits_that_were_used() -> None:
+    """A request that may not draft, as in mid-prefill, uses none."""
+    found = DraftStatistics(1, 2)
+    drafted, exits, asked = np.array([0, 0]), np.zeros((2, 1), dtype=int), np.zeros(2)
+    found.add_round(np.array([1, 0]), np.array([2, 2]), drafted, exits, asked)
+    before = found.reached.copy()
+    for _ in range(20 * HALF_LIFE):
+        found.add_round(np.array([1, 0]), np.array([1, 2]), drafted, exits, asked)
+    assert found.reached[1] == before[1]
+    assert found.reached[0] == pytest.approx(HALF_LIFE / np.log(2), rel=0.01)
+
+
 def test_old_windows_fade_where_newer_ones_take_their_place() -> None:
     found, none = DraftStatistics(2, 1), np.array([], dtype=int)
     for _ in range(20 * HALF_LIFE):

@@ -161,10 +161,11 @@ class DraftBudget:
         more = self.most
         if choice.drafts:
             more = more._replace(drafts=min(2 * choice.drafts, more.drafts))
+        taken = tokens / rates  # seconds, set right by what rounds took
 
         def every(other: Choice) -> float:
             at, there = (choice.exits - 1, choice.drafts), (other.exits - 1, other.drafts)
-            lost = seconds[there] / seconds[at] * max(0.0, 1.0 - rates[there] / rates[at])
+            lost = taken[there] / taken[at] * max(0.0, 1.0 - rates[there] / rates[at])
             return max(PROBE_EVERY, float(PROBE_ROUNDS * lost / PROBE_SHARE))
 
         # What was chosen without knowing anything holds for one round only.

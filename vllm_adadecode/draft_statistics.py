@@ -98,9 +98,10 @@ class DraftStatistics:
             self.reached[exit_index] += float((tries - shallower)[here].sum())
             self.followed[exit_index] += float((made & (exits == exit_index)).sum())
         self.checked += checked
-        keep = _KEEP ** np.count_nonzero(limits)
+        drafting = limits > 0
+        keep = _KEEP ** np.count_nonzero(drafting)
         for values in (self.reached, self.followed, self.checked):
-            values[: int(used.max(initial=0))] *= keep
+            values[: int(used[drafting].max(initial=0))] *= keep
 
     def make_room(self) -> None:
         """What is known may be of other text: let a few new windows and tries outweigh it."""

@@ -120,9 +120,8 @@ def _write_drafters(plan: Plan, source: Path, folder: Path) -> None:
         medusa = drafters.MEDUSA
         drafters.widen_medusa(plan, source / medusa, folder / medusa, fingerprint)
     if drafters.has_drafter(source, drafters.EAGLE3):
-        small_drafter, wide_drafter = source / drafters.EAGLE3, folder / drafters.EAGLE3
-        made_as = drafters.wide_provenance(plan, read_eagle3(plan, small_drafter), fingerprint)
-        widen_eagle3(plan, small_drafter, wide_drafter, made_as)
+        eagle3 = drafters.EAGLE3
+        widen_eagle3(plan, source / eagle3, folder / eagle3, fingerprint)
     if drafters.has_drafter(source, drafters.DRAFT):
         draft = folder / drafters.DRAFT
         small = read_config(source / drafters.DRAFT)

@@ -10,7 +10,7 @@ norms too: what reads it divides by s.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,18 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.widening import files
-from benchmarks.widening.plan import ADDED_TOKEN_WEIGHT, Plan
+from benchmarks.widening.drafters import wide_provenance
+from benchmarks.widening.plan import Plan
 from benchmarks.widening.shape import Shape
-from benchmarks.widening.target import Block, WideTensor, embedding_tensor, layer_tensors
+from benchmarks.widening.target import (
+    Block,
+    Read,
+    WideTensor,
+    added_tokens,
+    column_block,
+    embedding_tensor,
+    layer_tensors,
+)
 from vllm_adadecode.errors import AdaDecodeError
 
 EMBEDDING_AND_STATE = ("q_proj", "k_proj", "v_proj")
@@ -57,12 +66,12 @@ def read_eagle3(plan: Plan, source: Path) -> dict[str, Any]:
     return config
 
 
-def widen_eagle3(plan: Plan, source: Path, folder: Path, provenance: Mapping[str, Any]) -> None:
+def widen_eagle3(plan: Plan, source: Path, folder: Path, fingerprint: str | None) -> None:
     """Write the wide model's drafter.
 
     Args:
         source: the small one's folder, which `read_eagle3` takes.
-        provenance: of the wide drafter.
+        fingerprint: of the wide model.
     """
     config = read_eagle3(plan, source)
     small = load_file(source / "model.safetensors")
@@ -80,7 +89,7 @@ def widen_eagle3(plan: Plan, source: Path, folder: Path, provenance: Mapping[str
         "eagle_aux_hidden_state_layer_ids": [
             plan.wide_layer(layers) for layers in config["eagle_aux_hidden_state_layer_ids"]
         ],
-        "provenance": dict(provenance),
+        "provenance": wide_provenance(plan, config, fingerprint),
     }
     text = json.dumps(config, indent=1) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -96,8 +105,8 @@ def _of_drafter(plan: Plan) -> Plan:
     return replace(plan, small=plan.small.change(**one), wide=plan.wide.change(**one))
 
 
-def _tensors(plan: Plan, read: Callable[[str], torch.Tensor]) -> Iterator[WideTensor]:
-    channels, vocab = plan.channels, plan.wide.vocab_size
+def _tensors(plan: Plan, read: Read) -> Iterator[WideTensor]:
+    channels = plan.channels
     d, width, first, written = (
         plan.small.hidden_size,
         channels.wide,
@@ -114,7 +123,7 @@ def _tensors(plan: Plan, read: Callable[[str], torch.Tensor]) -> Iterator[WideTe
             values = (gains * gain).repeat(channels.copies)[:, None]
             blocks.append(Block(written + i * width, torch.tensor([0]), values))
             if channels.constant is not None:
-                blocks.append(_one(i * width + channels.constant, 0, 1.0))
+                blocks.append(column_block(torch.tensor([i * width + channels.constant]), 0, 1.0))
         return WideTensor(f"{name}.weight", (len(parts) * width,), plan.dtype, tuple(blocks))
 
     embedding = embedding_tensor(plan, lambda _: read("embed_tokens.weight"))
@@ -130,28 +139,22 @@ def _tensors(plan: Plan, read: Callable[[str], torch.Tensor]) -> Iterator[WideTe
         for i, part in enumerate(depths)
     ]
     if channels.constant is not None:
-        blocks.append(_one(channels.constant, channels.constant, 1.0))
+        constant = torch.tensor([channels.constant])
+        blocks.append(column_block(constant, channels.constant, 1.0))
     yield WideTensor("fc.weight", (width, len(depths) * width), plan.dtype, tuple(blocks))
 
     table = read("lm_head.weight") / channels.scale
     blocks = [Block(torch.arange(len(table)), first, table)]
     if channels.constant is not None:
-        added = torch.arange(len(table), vocab)
-        values = torch.full((len(added), 1), ADDED_TOKEN_WEIGHT, dtype=torch.float64)
-        blocks.append(Block(added, torch.tensor([channels.constant]), values))
-    yield WideTensor("lm_head.weight", (vocab, width), plan.dtype, tuple(blocks))
+        blocks.append(added_tokens(plan))
+    yield WideTensor("lm_head.weight", (plan.wide.vocab_size, width), plan.dtype, tuple(blocks))
 
 
-def _one(row: int, column: int, value: float) -> Block:
-    values = torch.full((1, 1), value, dtype=torch.float64)
-    return Block(torch.tensor([row]), torch.tensor([column]), values)
-
-
-def _layer(plan: Plan, read: Callable[[str], torch.Tensor]) -> Iterator[WideTensor]:
+def _layer(plan: Plan, read: Read) -> Iterator[WideTensor]:
     """As a Llama's, but that queries, keys and values read two states side by side."""
     d, width = plan.small.hidden_size, plan.wide.hidden_size
 
-    def half(number: int, scale: float) -> Callable[[str], torch.Tensor]:
+    def half(number: int, scale: float) -> Read:
         def of(name: str) -> torch.Tensor:
             tensor = read(name.removeprefix("model."))
             if any(part in name for part in EMBEDDING_AND_STATE):

@@ -73,9 +73,9 @@ def embedding_tensor(plan: Plan, read: Read) -> WideTensor:
     copied = table.repeat(1, channels.copies) * channels.scale
     blocks.append(Block(tokens, channels.written, copied))
     if channels.constant is not None:
-        blocks.append(_column(tokens, channels.constant, CONSTANT))
+        blocks.append(column_block(tokens, channels.constant, CONSTANT))
         if plan.wide.tie_word_embeddings:
-            blocks.append(_added_tokens(plan))
+            blocks.append(added_tokens(plan))
     return _matrix(plan, "model.embed_tokens", plan.wide.vocab_size, blocks)
 
 
@@ -86,7 +86,7 @@ def _end(plan: Plan, read: Read) -> Iterator[WideTensor]:
     values = gain * plan.norm_gain * plan.feature_scale
     blocks = [Block(channels.first, torch.tensor([0]), values[:, None])]
     if channels.constant is not None:
-        blocks.append(_column(torch.tensor([channels.constant]), 0, 1.0))
+        blocks.append(column_block(torch.tensor([channels.constant]), 0, 1.0))
     yield _vector(plan, "model.norm", blocks)
     if plan.wide.tie_word_embeddings:
         return
@@ -94,14 +94,14 @@ def _end(plan: Plan, read: Read) -> Iterator[WideTensor]:
     table = read(f"{source}.weight").double() / plan.feature_scale
     blocks = [Block(torch.arange(len(table)), channels.first, table)]
     if channels.constant is not None:
-        blocks.append(_added_tokens(plan))
+        blocks.append(added_tokens(plan))
     yield _matrix(plan, "lm_head", plan.wide.vocab_size, blocks)
 
 
-def _added_tokens(plan: Plan) -> Block:
+def added_tokens(plan: Plan) -> Block:
     assert plan.channels.constant is not None
     added = torch.arange(plan.small.vocab_size, plan.wide.vocab_size)
-    return _column(added, plan.channels.constant, ADDED_TOKEN_WEIGHT)
+    return column_block(added, plan.channels.constant, ADDED_TOKEN_WEIGHT)
 
 
 def layer_tensors(plan: Plan, read: Read, layer: int) -> Iterator[WideTensor]:
@@ -179,7 +179,7 @@ def _places(heads: torch.Tensor, places: torch.Tensor, head_dim: int) -> torch.T
     return (heads[:, None] * head_dim + places).flatten()
 
 
-def _column(rows: torch.Tensor, column: int, value: float) -> Block:
+def column_block(rows: torch.Tensor, column: int, value: float) -> Block:
     values = torch.full((len(rows), 1), value, dtype=torch.float64)
     return Block(rows, torch.tensor([column]), values)
 
