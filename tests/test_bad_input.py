@@ -117,7 +117,6 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     # Who drives the draft loop.
     ({"draft_loop": "gpu"}, ["draft_loop", "'host' or 'device'", "'gpu'"]),
     ({"draft_loop": True}, ["draft_loop", "'host' or 'device'", "True"]),
-    ({"draft_loop": "device", "cost_aware": True}, ["cost_aware", "draft_loop 'host'"]),
     # Options that do not exist, or are other methods'.
     ({"confidence_treshold": 0.5}, ["unknown options", "confidence_treshold", "known:"]),
     ({"draft_tensor_parallel_size": 1, "prompt_lookup_max": 2}, ["unknown", "draft_tensor_par"]),
@@ -207,7 +206,7 @@ def test_where_the_draft_loop_can_be_on_the_device(target: Path) -> None:
     spec = {"draft_loop": "device", "num_speculative_tokens": 7}
     fits: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 128}
     config = create(target, spec, **fits).speculative_config
-    assert (config.draft_loop, config.cost_aware) == ("device", False)
+    assert (config.draft_loop, config.cost_aware) == ("device", True)
     message = refused(target, spec, **fits | {"max_num_batched_tokens": 127})
     for word in ("draft_loop 'device'", "128 tokens", "--max-num-batched-tokens", "is 127"):
         assert word in message

@@ -220,6 +220,7 @@ class DeviceRuns:
             torch.tensor([target.first_pos[s] for s in slots]),
             torch.tensor(limits),
             torch.tensor([1000 + s for s in slots]),
+            self.policy,
             self.policy.num_used_exits,
         )
         self.loop.draft(
@@ -234,6 +235,7 @@ class DeviceRuns:
         assert result.num_sampled.tolist() == list(range(len(slots)))
         assert result.first_pos.tolist() == [target.first_pos[s] for s in slots]
         assert result.limits.tolist() == limits
+        assert result.state is not None
         counters = Counters.create(NUM_LAYERS, EXIT_LAYERS)
         speculator = SimpleNamespace(counters=counters, model=target, policy=self.policy)
         DeviceRounds(speculator, self.loop)._count(result)  # type: ignore[arg-type]

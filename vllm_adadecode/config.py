@@ -139,10 +139,8 @@ def build_config(
             raise AdaDecodeError(f"cost_aware must be true or false, not {cost_aware!r}")
         fields["cost_aware"] = cost_aware
     fields["draft_loop"] = _draft_loop(
-        options.get("draft_loop"), bool(cost_aware), parallel_config.tensor_parallel_size
+        options.get("draft_loop"), parallel_config.tensor_parallel_size
     )
-    if fields["draft_loop"] == "device":
-        fields["cost_aware"] = False
     fields |= {name: options[name] for name in PASSED_ON & set(options)}
     try:
         if (schedule := options.get("num_speculative_tokens_per_batch_size")) is not None:
@@ -254,15 +252,11 @@ def _num_speculative_tokens(value: Any, heads: HeadsConfig) -> int:
     return value
 
 
-def _draft_loop(value: Any, cost_aware: bool, num_ranks: int) -> str:
+def _draft_loop(value: Any, num_ranks: int) -> str:
     if value is None or value == "host":
         return "host"
     if value != "device":
         raise AdaDecodeError(f"draft_loop must be 'host' or 'device', not {value!r}")
-    if cost_aware:
-        raise AdaDecodeError(
-            "cost_aware counts on the host in every round: drop it, or use draft_loop 'host'"
-        )
     if num_ranks > 1:
         raise AdaDecodeError(
             "draft_loop 'device' does not support tensor parallelism yet: use draft_loop 'host', "

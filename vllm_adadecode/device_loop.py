@@ -6,8 +6,10 @@ waiting for the device, or captured in a graph. A row that has no part in a pass
 
 Requests go in step as in draft_loop.py, and every pass is guarded (step_guard.py): by "some row
 waits for span 0" for each draft, and inside of it by "some row waits for the next span".
+What lies between two guards is a step (`DeviceLoop.step`), which may be captured by itself.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +22,7 @@ from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_step import draft_step
 from vllm_adadecode.loop_buffers import LoopBuffers, padded_size
-from vllm_adadecode.policy import Action, DraftPolicy, gate_at
+from vllm_adadecode.policy import DraftPolicy, PassesGate
 from vllm_adadecode.staged import StagedTarget
 from vllm_adadecode.static_spans import StaticSpans
 from vllm_adadecode.step_guard import StepGuard
@@ -30,12 +32,18 @@ class DeviceLoop:
     """Drafts with buffers of its own; one round is `begin`, then `draft`.
 
     Follows policies that stop at the last exit only: whether an earlier head was in doubt or meant
-    to stop is not told apart.
+    to stop is not told apart. Their decisions are held on the device as numbers (`Cutoffs`).
 
     Args:
         buffers: for the largest batch.
         guard: which steps run.
+
+    Attributes:
+        captured: runs a captured step in place of `step`; None, or False from it, where there is
+            none for these rows, exits, window offset and exit.
     """
+
+    captured: Callable[[int, int, int, int], bool] | None = None
 
     def __init__(
         self,
@@ -48,6 +56,8 @@ class DeviceLoop:
         self.staged, self.spans, self.deferred = staged, spans, deferred
         self.buffers, self.guard = buffers, guard
         self.max_num_rows = len(buffers.rows.slots)
+        self._spans = torch.arange(len(buffers.waiting), device=buffers.waiting.device)[:, None]
+        self._loaded: DraftPolicy | None = None
 
     def begin(
         self,
@@ -59,16 +69,50 @@ class DeviceLoop:
         limits: torch.Tensor,
         # [n] int64
         last_sampled: torch.Tensor,
+        policy: DraftPolicy,
         num_exits: int,
     ) -> LoopBuffers:
-        """Load a round's requests, all of these on the device; the buffers of their batch size."""
+        """Load a round's requests, all of these on the device; the buffers of their batch size.
+
+        Args:
+            num_exits: as many of the policy's exits are used.
+        """
+        self._load_policy(policy)
         round_ = self.buffers.first(padded_size(len(slots), self.max_num_rows), num_exits)
         round_.rows.load(slots, first_pos, limits, last_sampled)
         round_.checked.zero_()
         round_.asked.zero_()
         round_.passes.zero_()
+        self.note_waiting(round_)
         self.spans.begin(slots, len(round_.rows.slots))
         return round_
+
+    def idle(self, num_rows: int, num_exits: int, policy: DraftPolicy) -> LoopBuffers:
+        """The buffers of a round without requests: steps on them change nothing that is kept."""
+        self._load_policy(policy)
+        round_ = self.buffers.first(num_rows, num_exits)
+        nothing = round_.rows.first_pos[:0]
+        round_.rows.load(nothing, nothing, nothing, nothing)
+        self.note_waiting(round_)
+        return round_
+
+    def _load_policy(self, policy: DraftPolicy) -> None:
+        # Another one comes with costs that are measured at start, or in tests: not in every round.
+        if policy is self._loaded:
+            return
+        self._loaded = policy
+        cutoffs = policy.cutoffs()
+        used = policy.num_used_exits
+        for buffer, values in (
+            (self.buffers.follow, cutoffs.follow),
+            (self.buffers.gate, cutoffs.gate),
+        ):
+            buffer[:used] = torch.tensor(values[:used])
+
+    def note_waiting(self, round_: LoopBuffers) -> None:
+        """Which spans some row waits for, into ``waiting``."""
+        spans = self._spans[: len(round_.waiting)]
+        torch.any(round_.rows.next_span == spans, dim=1, out=round_.waiting)
 
     def rehearse(self) -> None:
         """Compile the kernel between passes for every batch size; between rounds only."""
@@ -89,19 +133,33 @@ class DeviceLoop:
 
         Args:
             round_: from `begin`; updated.
-            policy: uses as many exits as ``round_`` has.
+            policy: that of `begin`.
             max_drafts: no limit is above it.
             draws: as for `draft_loop.DraftLoop`; None: the most likely token.
             fused: heads by the fused kernels; None: from stored logits.
         """
-        steps = _Steps(self, round_, policy, draws, fused)
+        step = Steps(self, round_, policy, draws, fused).run
         for offset in range(max_drafts):
-            self.guard.when(steps.some_row_waits_for(0), partial(steps.attempt, offset))
+            self._attempt(round_, step, offset, 0)
+
+    def _attempt(
+        self, round_: LoopBuffers, step: Callable[[int, int], None], offset: int, exit_index: int
+    ) -> None:
+        """Try to predict the token after window offset ``offset``, from this exit on."""
+        num_rows, num_exits = len(round_.rows.slots), len(round_.waiting)
+
+        def go_through() -> None:
+            if self.captured is None or not self.captured(num_rows, num_exits, offset, exit_index):
+                step(offset, exit_index)
+            if exit_index + 1 < num_exits:
+                self._attempt(round_, step, offset, exit_index + 1)
+
+        self.guard.when(round_.waiting[exit_index], go_through)
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """The guarded steps of one round."""
+class Steps:
+    """The steps of one round: what runs between two guards, the same whatever the data."""
 
     loop: DeviceLoop
     round_: LoopBuffers
@@ -109,19 +167,13 @@ class _Steps:
     draws: Draws | None
     fused: FusedHeads | None
 
-    def some_row_waits_for(self, span: int) -> torch.Tensor:
-        return (self.round_.rows.next_span == span).any()
-
-    def attempt(self, offset: int) -> None:
-        """Try to predict the token after window offset ``offset``."""
-        # The last step that ran laid out another span's pass, or none.
+    def run(self, offset: int, exit_index: int) -> None:
+        """Span and head at this exit for the token after window offset ``offset``."""
         round_ = self.round_
-        draft_step(round_.rows, round_.inputs, self.loop.spans.blocks, exit_index=None, next_span=0)
-        self.go_through(offset, 0)
-
-    def go_through(self, offset: int, exit_index: int) -> None:
-        """Span and head at this exit, then what is left for the next."""
-        round_ = self.round_
+        if exit_index == 0:
+            # The last step that ran laid out another span's pass, or none.
+            blocks = self.loop.spans.blocks
+            draft_step(round_.rows, round_.inputs, blocks, exit_index=None, next_span=0)
         hidden, residual = self._run_span(offset, exit_index)
         round_.confident.zero_()
         if self.policy.uses(exit_index):
@@ -137,11 +189,7 @@ class _Steps:
             token=round_.token,
             confident=round_.confident,
         )
-        if not is_last:
-            self.loop.guard.when(
-                self.some_row_waits_for(exit_index + 1),
-                partial(self.go_through, offset, exit_index + 1),
-            )
+        self.loop.note_waiting(round_)
 
     def _run_span(self, offset: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Take each waiting row's tokens at depth ``span`` one span deeper.
@@ -170,6 +218,12 @@ class _Steps:
         newest = inputs.newest.clamp(min=0)
         return hidden[newest], residual[newest]
 
+    def _gate_at(self, exit_index: int) -> PassesGate | None:
+        if not self.policy.uses_gate(exit_index):
+            return None
+        above = self.round_.gate[exit_index]
+        return lambda p: p > above
+
     def _ask(
         self,
         offset: int,
@@ -195,7 +249,7 @@ class _Steps:
     ) -> None:
         assert self.fused is not None
         rows = self.round_.rows
-        gate = gate_at(self.policy, exit_index)
+        gate = self._gate_at(exit_index)
         check = self.fused.check(
             exit_index,
             hidden,
@@ -216,7 +270,7 @@ class _Steps:
         residual: torch.Tensor,
         in_pass: torch.Tensor,
     ) -> None:
-        gate = gate_at(self.policy, exit_index)
+        gate = self._gate_at(exit_index)
         if gate is None:
             self._head(offset, exit_index, hidden, residual, in_pass)
             return
@@ -262,7 +316,7 @@ class _Steps:
         assert live is not None
         round_ = self.round_
         round_.token.copy_(token)
-        extends = self.policy.decide(exit_index, p) == Action.EXTEND
-        torch.logical_and(extends, live, out=round_.confident)
+        # NaN compares false: a broken row is never confident.
+        torch.logical_and(p > round_.follow[exit_index], live, out=round_.confident)
         round_.checked[exit_index].add_(live.sum())
         round_.asked[exit_index].add_(live.any())

@@ -2,9 +2,11 @@
 
 Owns the device's half of `propose` (limits, one copy of all that the host needs) and the host's
 half, `settle`, which waits for that copy and books it: windows, drafts, counters. Whoever is about
-to use these settles first; until then the host has nothing to wait for.
+to use these settles first; until then the host has nothing to wait for. A round that drafts nothing
+leaves nothing to wait for at all: it is booked whenever its copy has come.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -22,6 +24,7 @@ from vllm_adadecode.loop_buffers import LoopBuffers
 from vllm_adadecode.span_runner import CHECK_KV_BOUNDS
 from vllm_adadecode.static_spans import StaticSpans
 from vllm_adadecode.step_guard import make_guard
+from vllm_adadecode.windows import PendingWindow
 
 if TYPE_CHECKING:
     from vllm_adadecode.proposer import AdaDecodeSpeculator
@@ -32,7 +35,7 @@ class RoundCopy:
     """What the host needs of a round, in one tensor of int64 on its way from the device.
 
     Attributes:
-        num_reqs, num_exits, window: sizes of the round.
+        num_reqs, num_exits, window: sizes of the round; the last two 0 if it drafted nothing.
         host: the copy; not to be read before `done`.
         done: recorded after the copy; None on a CPU, where copies end before they return.
     """
@@ -46,10 +49,13 @@ class RoundCopy:
     @staticmethod
     def start(
         num_reqs: int,
-        round_: LoopBuffers,
+        round_: LoopBuffers | None,
         # [num_reqs]
         num_sampled: torch.Tensor,
     ) -> "RoundCopy":
+        """Copy a round, or with ``round_`` None what the verification before it sampled."""
+        if round_ is None:
+            return RoundCopy._of(num_sampled[:num_reqs].to(torch.int64), num_reqs, 0, 0)
         rows = round_.rows
         by_row = torch.cat(
             [
@@ -66,14 +72,21 @@ class RoundCopy:
         counted = torch.stack([round_.checked, round_.asked, round_.passes], dim=1)
         by_exit = torch.cat([rows.counts, counted], dim=1)
         device = torch.cat([by_row.flatten(), by_exit.flatten()])
-        window = rows.tokens.shape[1]
-        copy = RoundCopy(
-            num_reqs, len(by_exit), window, device.to("cpu", non_blocking=True, copy=True)
-        )
-        if device.is_cuda:
+        return RoundCopy._of(device, num_reqs, len(by_exit), rows.tokens.shape[1])
+
+    @staticmethod
+    def _of(values: torch.Tensor, num_reqs: int, num_exits: int, window: int) -> "RoundCopy":
+        host = values.to("cpu", non_blocking=True, copy=True)
+        copy = RoundCopy(num_reqs, num_exits, window, host)
+        if values.is_cuda:
             copy.done = torch.cuda.Event()
             copy.done.record()
         return copy
+
+    @property
+    def drafted(self) -> bool:
+        """Whether there was a draft loop."""
+        return self.window > 0
 
     def has_arrived(self) -> bool:
         """Whether `wait` would not wait."""
@@ -84,6 +97,8 @@ class RoundCopy:
         if self.done is not None:
             self.done.synchronize()
         values = self.host.numpy()
+        if not self.drafted:
+            return RoundResult(num_sampled=values)
         width = 4 + 3 * self.window - 1
         by_row = values[: self.num_reqs * width].reshape(self.num_reqs, width)
         by_exit = values[self.num_reqs * width :].reshape(self.num_exits, 5)
@@ -107,12 +122,17 @@ class RoundCopy:
         )
 
 
+def _nothing() -> np.ndarray:
+    return np.zeros(0, dtype=np.int64)
+
+
 @dataclass
 class RoundResult:
     """A round on the host.
 
     Attributes:
-        num_sampled, first_pos, limits: ``[num_reqs]``.
+        num_sampled, first_pos, limits: ``[num_reqs]``. Of a round without a draft loop there is
+            nothing but the first.
         state: the windows, all on the host.
         visited, drafted, checked: ``[num_exits]`` rows that came to an exit, followed its head, and
             had it asked.
@@ -120,14 +140,31 @@ class RoundResult:
     """
 
     num_sampled: np.ndarray
-    first_pos: np.ndarray
-    limits: np.ndarray
-    state: DraftState
-    visited: np.ndarray
-    drafted: np.ndarray
-    checked: np.ndarray
-    asked: np.ndarray
-    passes: np.ndarray
+    first_pos: np.ndarray = field(default_factory=_nothing)
+    limits: np.ndarray = field(default_factory=_nothing)
+    state: DraftState | None = None
+    visited: np.ndarray = field(default_factory=_nothing)
+    drafted: np.ndarray = field(default_factory=_nothing)
+    checked: np.ndarray = field(default_factory=_nothing)
+    asked: np.ndarray = field(default_factory=_nothing)
+    passes: np.ndarray = field(default_factory=_nothing)
+
+
+@dataclass(frozen=True)
+class _Unsettled:
+    """A round that is not booked yet.
+
+    Attributes:
+        input_batch: that was verified before it.
+        windows: that this verified, by request.
+        used_exits: that it might use.
+        copy: of what came of it.
+    """
+
+    input_batch: InputBatch
+    windows: dict[str, PendingWindow]
+    used_exits: int
+    copy: RoundCopy
 
 
 class DeviceRounds:
@@ -139,7 +176,7 @@ class DeviceRounds:
 
     def __init__(self, speculator: "AdaDecodeSpeculator", loop: DeviceLoop) -> None:
         self.speculator, self.loop = speculator, loop
-        self._unsettled: tuple[InputBatch, RoundCopy] | None = None
+        self._unsettled: deque[_Unsettled] = deque()
 
     @classmethod
     def make(
@@ -183,19 +220,52 @@ class DeviceRounds:
         policy, max_drafts = speculator.policy, speculator.num_speculative_steps
         if num_speculative_tokens is not None:
             max_drafts = min(max_drafts, num_speculative_tokens)
-        if policy.num_used_exits == 0:
-            max_drafts = 0
-        slots = input_batch.idx_mapping.to(torch.int64)
-        first_pos = speculator.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
-        limits = self._limits(input_batch, num_sampled[:num_reqs], first_pos, max_drafts)
-        round_ = self.loop.begin(
-            slots, first_pos, limits, last_sampled[slots].view(-1), policy.num_used_exits
-        )
-        with record_function_or_nullcontext("adadecode: draft loop"):
-            self.loop.draft(round_, policy, max_drafts, draws, fused)
-        self._unsettled = input_batch, RoundCopy.start(num_reqs, round_, num_sampled)
-        # A copy: vLLM may write to it.
-        return round_.rows.tokens[:num_reqs, 1:].clone()
+        caps, exits, is_even = self._allowed(input_batch, max_drafts)
+        windows, speculator.in_verification = speculator.in_verification, {}
+        if not caps.any():
+            # As quick as can be: this is every round where drafting does not pay.
+            copy = RoundCopy.start(num_reqs, None, num_sampled)
+            speculator.last_req_ids = list(input_batch.req_ids)
+            speculator.last_drafts = [[]] * num_reqs
+            drafts = torch.zeros(
+                num_reqs, speculator.num_speculative_steps, dtype=torch.int64, device=self.device
+            )
+        else:
+            slots = input_batch.idx_mapping.to(torch.int64)
+            first_pos = speculator.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
+            limits = self._limits(input_batch, num_sampled[:num_reqs], first_pos, caps)
+            last = last_sampled[slots].view(-1)
+            round_ = self.loop.begin(slots, first_pos, limits, last, policy, exits)
+            with record_function_or_nullcontext("adadecode: draft loop"):
+                graphs = speculator.draft_graphs
+                fits = graphs is not None and graphs.fits(policy)
+                self.loop.captured = graphs.replay if graphs is not None and fits else None
+                self.loop.draft(round_, policy, int(caps.max()), draws, fused)
+            copy = RoundCopy.start(num_reqs, round_, num_sampled)
+            # A copy: vLLM may write to it.
+            drafts = round_.rows.tokens[:num_reqs, 1:].clone()
+        self._unsettled.append(_Unsettled(input_batch, windows, exits, copy))
+        speculator.end_round(input_batch, timed=is_even)
+        return drafts
+
+    @property
+    def device(self) -> torch.device:
+        return self.speculator.device
+
+    def _allowed(self, input_batch: InputBatch, max_drafts: int) -> tuple[np.ndarray, int, bool]:
+        """Most drafts of each request, and the exits that all use.
+
+        Also whether all requests do as the budget says: one with a seed of its own has the others
+        use all exits with it.
+        """
+        speculator = self.speculator
+        prefilled = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
+        samples = prefilled >= input_batch.prefill_len_np
+        caps, exits = speculator.allowed(input_batch.req_ids, samples, max_drafts)
+        caps[~samples] = 0
+        drafting = exits[caps > 0]
+        most = int(drafting.max(initial=0)) or speculator.policy.num_used_exits
+        return caps, most, bool((drafting == most).all())
 
     def _limits(
         self,
@@ -204,42 +274,57 @@ class DeviceRounds:
         num_sampled: torch.Tensor,
         # [num_reqs]
         first_pos: torch.Tensor,
-        max_drafts: int,
+        # [num_reqs]
+        caps: np.ndarray,
     ) -> torch.Tensor:
         """`AdaDecodeSpeculator._draft_limits` on the device."""
         speculator = self.speculator
         end = np.minimum(
             speculator.req_states.max_seq_len[input_batch.idx_mapping_np], speculator.max_model_len
         )
-        room = async_tensor_h2d(end, device=first_pos.device) - first_pos - 2
-        return torch.where(num_sampled > 0, room.clamp(0, max_drafts), 0)
+        ends_and_caps = np.stack([end, caps]).astype(np.int64)
+        last, most = async_tensor_h2d(ends_and_caps, device=first_pos.device)
+        room = (last - first_pos - 2).clamp(min=0)
+        return torch.where(num_sampled > 0, torch.minimum(room, most), 0)
 
-    def settle(self, wait: bool = True) -> None:
-        """Book the last round if that is not done.
+    def settle(self, wait: bool = True, everything: bool = False) -> None:
+        """Book rounds that have ended.
 
         Args:
-            wait: for its end; else nothing happens before.
+            wait: for rounds that drafted, and those before them.
+            everything: wait for all others as well, of which there is nothing to use but counts.
         """
-        if self._unsettled is None:
-            return
-        input_batch, copy = self._unsettled
-        if not wait and not copy.has_arrived():
-            return
-        self._unsettled = None
-        result = copy.wait()
+        while self._unsettled:
+            wanted = everything or (wait and any(u.copy.drafted for u in self._unsettled))
+            if not wanted and not self._unsettled[0].copy.has_arrived():
+                return
+            self._book(self._unsettled.popleft())
+
+    def _book(self, unsettled: _Unsettled) -> None:
+        input_batch, result = unsettled.input_batch, unsettled.copy.wait()
         speculator = self.speculator
+        speculator.count_verified(input_batch, result.num_sampled, unsettled.windows)
+        if result.state is None:
+            return
         if CHECK_KV_BOUNDS:
             lengths = result.first_pos + (result.state.depths > 0).sum(axis=1)
             speculator.spans.check_kv_bounds(input_batch.idx_mapping_np, lengths)
-        speculator.count_verified(input_batch, result.num_sampled)
         self._count(result)
-        used_exits = np.full_like(result.limits, speculator.policy.num_used_exits)
+        used_exits = np.full_like(result.limits, unsettled.used_exits)
+        if speculator.budget is not None:
+            statistics = speculator.budget.statistics
+            checked = np.zeros(statistics.num_exits, dtype=np.int64)
+            checked[: len(result.checked)] = result.checked
+            statistics.add_round(
+                result.limits, used_exits, result.state.num_drafts, result.state.exits, checked
+            )
         speculator.keep_windows(
             input_batch, result.num_sampled, result.limits, used_exits, result.state
         )
 
     def _count(self, result: RoundResult) -> None:
         """What draft_loop.py counts as it goes."""
+        assert result.state is not None
         counters, staged = self.speculator.counters, self.speculator.model
         policy, num_exits = self.speculator.policy, len(result.visited)
         for e in range(num_exits):

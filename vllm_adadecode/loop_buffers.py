@@ -47,6 +47,8 @@ class LoopBuffers:
         checked: int64 ``[num_exits]``, heads asked, by rows; of the round.
         asked: int64 ``[num_exits]``, head passes, each of all rows that had their head asked.
         passes: int64 ``[num_exits]``, passes of each span; of the round.
+        waiting: bool ``[num_exits]``, whether some row waits for each span.
+        follow, gate: float32 ``[num_exits]``, the policy's `Cutoffs`.
     """
 
     rows: DraftRows
@@ -58,6 +60,9 @@ class LoopBuffers:
     checked: torch.Tensor
     asked: torch.Tensor
     passes: torch.Tensor
+    waiting: torch.Tensor
+    follow: torch.Tensor
+    gate: torch.Tensor
 
     @staticmethod
     def empty(
@@ -85,6 +90,9 @@ class LoopBuffers:
             checked=counts,
             asked=torch.zeros_like(counts),
             passes=torch.zeros_like(counts),
+            waiting=torch.zeros_like(counts, dtype=torch.bool),
+            follow=torch.zeros_like(counts, dtype=torch.float32),
+            gate=torch.zeros_like(counts, dtype=torch.float32),
         )
 
     def first(self, num_rows: int, num_exits: int) -> "LoopBuffers":
@@ -100,4 +108,7 @@ class LoopBuffers:
             checked=self.checked[:num_exits],
             asked=self.asked[:num_exits],
             passes=self.passes[:num_exits],
+            waiting=self.waiting[:num_exits],
+            follow=self.follow[:num_exits],
+            gate=self.gate[:num_exits],
         )

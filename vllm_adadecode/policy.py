@@ -7,6 +7,7 @@ rejection sampling divides by, and sampling would not be exact.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from typing import Protocol
@@ -26,6 +27,19 @@ class Action(IntEnum):
     PROMOTE = 1
     # The window goes to verification as it is.
     STOP = 2
+
+
+@dataclass(frozen=True)
+class Cutoffs:
+    """A policy in numbers, for loops whose decisions are on the device.
+
+    Attributes:
+        follow: per exit, the confidence above which its head is followed.
+        gate: per exit, what a gate's probability must be above; of no meaning without a gate.
+    """
+
+    follow: tuple[float, ...]
+    gate: tuple[float, ...]
 
 
 class DraftPolicy(Protocol):
@@ -65,6 +79,10 @@ class DraftPolicy(Protocol):
         confidence: torch.Tensor,
     ) -> torch.Tensor:
         """An `Action` per row, ``[num_rows]`` int8."""
+        ...
+
+    def cutoffs(self) -> Cutoffs:
+        """The same decisions in numbers, of all exits that are used."""
         ...
 
 
@@ -116,3 +134,6 @@ class ThresholdPolicy:
         confident = confidence > self.thresholds[exit_index]
         actions = torch.full_like(confidence, int(otherwise(self, exit_index)), dtype=torch.int8)
         return actions.masked_fill_(confident, int(Action.EXTEND))
+
+    def cutoffs(self) -> Cutoffs:
+        return Cutoffs(self.thresholds, self.gate_thresholds or (0.0,) * len(self.thresholds))

@@ -9,6 +9,7 @@ The loop advances all drafting requests in step: one pass of span 0 for the newe
 then head by head, deeper spans only for those that are not yet confident.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
@@ -23,7 +25,9 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_adadecode.budget import DraftBudget
 from vllm_adadecode.counters import Counters
+from vllm_adadecode.device_loop import Steps
 from vllm_adadecode.device_round import DeviceRounds
+from vllm_adadecode.draft_graphs import DraftGraphs
 from vllm_adadecode.draft_loop import DraftLoop, DraftState
 from vllm_adadecode.draws import Draws, draft_columns
 from vllm_adadecode.fused_head import FusedHeads
@@ -32,14 +36,19 @@ from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.warmup import register_warmup
 from vllm_adadecode.lm_head import HeadProjection
-from vllm_adadecode.loop_buffers import pass_states
+from vllm_adadecode.loop_buffers import LoopBuffers, pass_states
 from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy, gate_at
 from vllm_adadecode.span_runner import SpanRunner, run_span
 from vllm_adadecode.staged import StagedTarget
+from vllm_adadecode.static_spans import StaticSpans, why_not_captured
+from vllm_adadecode.verification_graphs import VerificationGraphs
 from vllm_adadecode.windows import PendingWindow, PendingWindows
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.dp_utils import DPSyncState
+
+# Under vLLM's logger, whose level and format users know.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class AdaDecodeSpeculator(DraftModelSpeculator):
@@ -64,6 +73,9 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         )
         # The draft loop on the device, and its largest buffers; None: it is on the host.
         self.device_rounds: DeviceRounds | None = None
+        # Under these names vLLM's memory profiling finds them, and drops what it has captured.
+        self.verification_graphs: VerificationGraphs | None = None
+        self.draft_graphs: DraftGraphs | None = None
         self.pass_states = pass_states(self.deferred) if config.draft_loop == "device" else None
         self.draft_columns = draft_columns(self.num_speculative_steps, device)
         self.windows = PendingWindows()
@@ -104,9 +116,9 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self.model.projection.refresh()
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
-        # The early layers are the target's: to the runner we have no attention layers of our own.
+        # All layers are the target's: to the runner we have no attention layers of our own.
         # Only here are they named, so that we get metadata builders that are not the target's.
-        self.draft_attn_layer_names = self.model.early_attention_layers()
+        self.draft_attn_layer_names = self.model.attention_layers()
         try:
             super().set_attn(*args, **kwargs)
         finally:
@@ -123,16 +135,55 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         if self.pass_states is not None:
             self.device_rounds = DeviceRounds.make(self, self.pass_states)
 
-    def settle(self, wait: bool = True) -> None:
-        """Book the last round before its windows, drafts or counts are used."""
+    def settle(self, wait: bool = True, everything: bool = False) -> None:
+        """Book rounds before their windows, drafts or counts are used.
+
+        Args:
+            wait, everything: as for `DeviceRounds.settle`.
+        """
         if self.device_rounds is not None:
-            self.device_rounds.settle(wait)
+            self.device_rounds.settle(wait, everything)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Nothing is captured yet (docs/gpu-loop.md)."""
+        """Choose what will be captured: passes of verifications, and steps of the device's loop."""
+        self.verification_graphs = self.draft_graphs = None
+        if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
+            return
+        if (reason := why_not_captured(self.attn_groups, self.vllm_config)) is not None:
+            logger.warning("adadecode runs without CUDA graphs of its own: %s", reason)
+            return
+        self.verification_graphs = VerificationGraphs(
+            self.vllm_config,
+            self.device,
+            self.model,
+            StaticSpans(self.spans, self.max_model_len),
+            self.deferred,
+            self.target_input_buffers,
+            self.block_tables,
+            window=1 + self.num_speculative_steps,
+        )
+        if self.device_rounds is not None:
+            self.draft_graphs = DraftGraphs(
+                self.vllm_config,
+                self.device,
+                self.device_rounds.loop,
+                self.policy,
+                self.num_speculative_steps,
+                fewer_exits=self.speculative_config.cost_aware,
+                make_steps=self._steps,
+            )
+
+    def _steps(self, round_: LoopBuffers) -> Steps:
+        assert self.device_rounds is not None
+        heads = self._heads(self.temperature, self.seeds)
+        return Steps(self.device_rounds.loop, round_, self.policy, *heads)
 
     def capture(self) -> None:
-        """See `init_cudagraph_manager`."""
+        """Capture what `init_cudagraph_manager` has chosen."""
+        if self.verification_graphs is not None:
+            self.verification_graphs.capture_passes()
+        if self.draft_graphs is not None:
+            self.draft_graphs.capture_steps()
 
     # --- one round -----------------------------------------------------------------------------
 
@@ -185,7 +236,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             )
         slots = input_batch.idx_mapping
         sampled_np = num_sampled[:num_reqs].cpu().numpy()
-        self.count_verified(input_batch, sampled_np)
+        windows, self.in_verification = self.in_verification, {}
+        self.count_verified(input_batch, sampled_np, windows)
         # Position of the last sampled token: the first whose KV is not complete.
         first_pos = self.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
         limits, used_exits = self._draft_limits(
@@ -195,7 +247,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         if not limits.any():
             # As quick as can be: this is every round where drafting does not pay.
             self.last_req_ids, self.last_drafts = list(input_batch.req_ids), [[]] * num_reqs
-            self._end_round(input_batch)
+            self.end_round(input_batch)
             return drafts
 
         draws, fused = self._heads(temperature, seeds)
@@ -227,7 +279,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             )
         drafts[:, :] = state.tokens[:, 1:]
         self.keep_windows(input_batch, sampled_np, limits, used_exits, state)
-        self._end_round(input_batch)
+        self.end_round(input_batch)
         return drafts
 
     def keep_windows(
@@ -260,9 +312,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                     ),
                 )
 
-    def _end_round(self, input_batch: InputBatch) -> None:
+    def end_round(self, input_batch: InputBatch, timed: bool = True) -> None:
+        """Tell the budget that drafting has ended.
+
+        Args:
+            timed: whether all requests did as it said.
+        """
         if self.budget is not None:
-            self.budget.round_ended(None if input_batch.has_prefill else input_batch.req_ids)
+            timed &= not input_batch.has_prefill
+            self.budget.round_ended(input_batch.req_ids if timed else None)
 
     def _draft_limits(
         self,
@@ -278,9 +336,6 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         A draft is followed by at least the token sampled after it, so neither may pass the end of
         the request (its `max_tokens`) or of the model's context.
         """
-        used_exits = np.full(len(first_pos), self.policy.num_used_exits)
-        if self.policy.num_used_exits == 0:
-            return np.zeros(len(first_pos), dtype=np.int64), used_exits
         steps = self.num_speculative_steps
         if num_speculative_tokens is not None:
             steps = min(steps, num_speculative_tokens)
@@ -289,16 +344,34 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         )
         limits = np.clip(end - first_pos - 2, 0, steps)
         limits[num_sampled == 0] = 0  # mid-prefill
-        if self.budget is None:
-            return limits, used_exits
-        free = limits > 0
+        caps, used_exits = self.allowed(input_batch.req_ids, limits > 0, steps)
+        return np.minimum(limits, caps), used_exits
+
+    def allowed(
+        self,
+        req_ids: Sequence[str],
+        # [num_reqs] bool
+        may_draft: np.ndarray,
+        max_drafts: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What policy and budget let each request draft in this round, ``[num_reqs]`` each.
+
+        Returns:
+            most drafts, and exits that may give them, from the first. Of requests that may not
+            draft anyway they say nothing.
+        """
+        caps = np.full(len(req_ids), max_drafts if self.policy.num_used_exits else 0)
+        used_exits = np.full(len(req_ids), self.policy.num_used_exits)
+        if self.budget is None or not caps.any():
+            return caps, used_exits
+        free = may_draft
         if self.seeded:
-            free &= [req_id not in self.seeded for req_id in input_batch.req_ids]
+            free = free & [req_id not in self.seeded for req_id in req_ids]
         if drafting := int(np.count_nonzero(free)):
             choice = self.budget.choose(drafting)
-            limits[free] = np.minimum(limits[free], choice.drafts)
+            caps[free] = np.minimum(max_drafts, choice.drafts)
             used_exits[free] = choice.exits
-        return limits, used_exits
+        return caps, used_exits
 
     def _heads(
         self, temperature: torch.Tensor, seeds: torch.Tensor
@@ -311,8 +384,14 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             )
         return draws, FusedHeads.make(self.model, draws, self.dtype)
 
-    def count_verified(self, input_batch: InputBatch, num_sampled: np.ndarray) -> None:
-        """Book what the verification that just ended accepted."""
+    def count_verified(
+        self,
+        input_batch: InputBatch,
+        # [num_reqs]
+        num_sampled: np.ndarray,
+        windows: dict[str, PendingWindow],
+    ) -> None:
+        """Book what the verification of ``windows`` accepted."""
         counters = self.counters
         exit_layers = self.model.exit_layers
         scheduled = input_batch.num_draft_tokens_per_req
@@ -325,7 +404,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             if not input_batch.has_prefill:
                 counters.verifications += 1
                 counters.tokens += accepted + 1
-            window = self.in_verification.get(req_id)
+            window = windows.get(req_id)
             if window is not None:
                 if self.budget is not None:
                     kept = min(accepted, window.num_drafts)
@@ -336,7 +415,6 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                     exit_counters = counters.exits[exit_layers[exit_index]]
                     exit_counters.accepted += i < accepted
                     exit_counters.rejected += i >= accepted
-        self.in_verification = {}
 
     def _dummy_run(self, num_reqs: int) -> None:
         """The real work's shapes, for memory profiling: every span and head on every request."""

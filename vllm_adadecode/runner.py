@@ -187,7 +187,7 @@ class AdaDecodeRunnerMixin(_Base):
 
     def start_counting(self) -> None:
         """From nothing: what has run until now was nobody's request."""
-        self.speculator.settle()
+        self.speculator.settle(everything=True)
         counters = self.speculator.counters
         vars(counters).update(vars(counters - counters))
         self._unsent = UnsentCounts(counters)
@@ -204,6 +204,6 @@ class AdaDecodeRunnerMixin(_Base):
 
     def weights_changed(self) -> None:
         """Forget what came from old weights: deferred states, the copy of the LM head."""
-        self.speculator.settle()
+        self.speculator.settle(everything=True)
         self.speculator.windows.clear()
         self.speculator.reload_heads()

@@ -3,10 +3,12 @@
 Owns the forward pass of a batch that has deferred states. A token joins at its depth: a span below
 the deepest one runs for those tokens alone that have not been through it, among them whatever is
 prefilled in the same batch; from the deepest one on, all tokens run together. vLLM's rejection
-sampler does the rest. Batches without any deferred state run all spans on all tokens.
+sampler does the rest. Batches without any deferred state run all spans on all tokens. Where there
+are captured graphs (verification_graphs.py), they run the same passes.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.span_runner import SpanRunner, find_moe_layers_by_name
 from vllm_adadecode.staged import StagedTarget
 from vllm_adadecode.windows import PendingWindow
+
+if TYPE_CHECKING:
+    from vllm_adadecode.verification_graphs import VerificationGraphs
 
 
 @dataclass
@@ -77,7 +82,13 @@ def make_plan(
 
 
 class Scorer:
-    """Runs planned verifications in place of the target's forward pass."""
+    """Runs planned verifications in place of the target's forward pass.
+
+    Attributes:
+        graphs: captured passes; None where there are none.
+    """
+
+    graphs: "VerificationGraphs | None" = None
 
     def __init__(
         self,
@@ -104,6 +115,10 @@ class Scorer:
         Called inside the forward context of the whole batch, which is that of the spans that all
         tokens run together.
         """
+        if self.graphs is not None and (passes := self.graphs.descriptors(plan)) is not None:
+            for desc in passes:
+                self._count(plan, desc.span, plan.rows[plan.depths <= desc.span])
+            return self.graphs.run(plan, passes)
         find_moe_layers_by_name()
         hidden, residual = self._deferred_states(plan, positions.device)
         joined = int(plan.depths.max())

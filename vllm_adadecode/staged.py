@@ -86,12 +86,11 @@ class StagedTarget(nn.Module):
     def num_exits(self) -> int:
         return len(self.exit_layers)
 
-    def early_attention_layers(self) -> set[str]:
-        """Names of the attention layers below the last exit: their early metadata is ours."""
-        early = islice(self.inner.layers, 0, self.exit_layers[-1])
+    def attention_layers(self) -> set[str]:
+        """Names of the attention layers: for passes over some of the tokens we make metadata."""
         return {
             module.layer_name
-            for layer in early
+            for layer in self.inner.layers
             for module in layer.modules()
             if hasattr(module, "layer_name") and hasattr(module, "kv_cache")
         }

@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from vllm_adadecode.budget import RoundCosts
-from vllm_adadecode.policy import Action, DraftPolicy, ThresholdPolicy, otherwise
+from vllm_adadecode.policy import Action, Cutoffs, DraftPolicy, ThresholdPolicy, otherwise
 
 # Under vLLM's logger, whose level and format users know.
 logger = init_logger(f"vllm.{__name__}")
@@ -63,6 +63,12 @@ class SamePolicy:
     def decide(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
         action = Action.EXTEND if exit_index == self.follow else otherwise(self, exit_index)
         return torch.full_like(confidence, int(action), dtype=torch.int8)
+
+    def cutoffs(self) -> Cutoffs:
+        # No probability is above the one, every one above the other.
+        exits = range(self.num_used_exits)
+        follow = tuple(-1.0 if e == self.follow else 2.0 for e in exits)
+        return Cutoffs(follow, tuple(-1.0 if self.open_gates else cut for cut in follow))
 
 
 @dataclass

@@ -1,21 +1,40 @@
 """Running one span on a padded batch of fixed shape, which the device alone knows the contents of.
 
-Owns the attention metadata of such a pass. Its tokens, as `kernels.draft_step` lays them out, come
-first, request by request; the rest of the batch is padding with KV slot -1, for which no KV is
-written and no attention computed. How many tokens each request has, and how long it is, is on the
-device: the host gives attention upper bounds that do not depend on the data.
+Owns the attention metadata of such a pass. Its tokens come first, request by request; the rest of
+the batch is padding with KV slot -1, for which no KV is written and no attention computed. How many
+tokens each request has, and how long it is, is on the device: the host gives attention upper bounds
+that do not depend on the data. The draft loop's passes are laid out by `kernels.draft_step`, those
+of a verification by verification_graphs.py.
 """
 
+from collections.abc import Sequence
+
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.attn_utils import (
     build_attn_metadata,
     build_slot_mappings_by_layer,
     get_query_lens_mismatch_unsupported_backend,
+    get_varlen_cudagraph_unsupported_backend,
 )
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
 from vllm_adadecode.span_runner import SpanRunner, run_span
+
+
+def why_not_captured(
+    attn_groups: list[list[AttentionGroup]], vllm_config: VllmConfig
+) -> str | None:
+    """What of an attention backend rules out graphs of padded passes; None if nothing does."""
+    if (name := get_query_lens_mismatch_unsupported_backend(attn_groups)) is not None:
+        return f"attention backend {name} needs query lengths on the host"
+    window = 1 + vllm_config.num_speculative_tokens
+    found = get_varlen_cudagraph_unsupported_backend(attn_groups, vllm_config, window)
+    if found is not None:
+        return f"attention backend {found[0]} can't replay up to {window} tokens a request"
+    return None
 
 
 class StaticSpans:
@@ -46,8 +65,8 @@ class StaticSpans:
             block_sizes=tables.block_sizes_tensor,
             enabled=tables.slot_mapping_enabled,
         )
-        # By batch size and most tokens of a request: what the host says of a pass, on the host.
-        self._shapes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        # By rows, most tokens of a row and all tokens: what the host says of a pass, on the host.
+        self._shapes: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def begin(
         self,
@@ -80,32 +99,73 @@ class StaticSpans:
             (hidden, residual) after the span, ``[num_rows * row_tokens, hidden_size]`` each; rows
             of padding hold anything.
         """
-        spans = self.spans
         num_rows = len(inputs.seq_lens)
         num_tokens = num_rows * row_tokens
-        query_start_loc, upper, is_prefilling = self._host_shapes(num_rows, row_tokens)
-        slot_mappings = inputs.slot_mapping[:, :num_tokens]
+        return self.run_rows(
+            span,
+            positions=inputs.positions[:num_tokens],
+            slot_mappings=inputs.slot_mapping[:, :num_tokens],
+            query_start_loc=inputs.query_start_loc,
+            seq_lens=inputs.seq_lens,
+            block_tables=[table[:num_rows] for table in self.spans.input_block_tables],
+            row_tokens=row_tokens,
+            hidden=hidden,
+            residual=residual,
+        )
+
+    def run_rows(
+        self,
+        span: int,
+        *,
+        # [num_tokens] int64
+        positions: torch.Tensor,
+        # [num_kv_groups, num_tokens] int64
+        slot_mappings: torch.Tensor,
+        # [num_rows + 1] int32
+        query_start_loc: torch.Tensor,
+        # [num_rows] int32, 0 for a row without tokens
+        seq_lens: torch.Tensor,
+        # num_kv_groups x [num_rows, max_blocks]
+        block_tables: Sequence[torch.Tensor],
+        # most tokens of a row
+        row_tokens: int,
+        # [num_tokens, hidden_size]
+        hidden: torch.Tensor,
+        # [num_tokens, hidden_size], None for span 0
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run ``span`` on what these tensors say, which may change after this call was captured.
+
+        Returns:
+            (hidden, residual) after the span, ``[num_tokens, hidden_size]`` each; rows of padding
+            hold anything.
+        """
+        spans = self.spans
+        num_rows, num_tokens = len(seq_lens), len(positions)
+        query_start_loc_cpu, upper, is_prefilling = self._host_shapes(
+            num_rows, row_tokens, num_tokens
+        )
         metadata = build_attn_metadata(
             attn_groups=spans.attn_groups,
             num_reqs=num_rows,
             num_tokens=num_tokens,
-            query_start_loc_gpu=inputs.query_start_loc,
-            query_start_loc_cpu=query_start_loc,
+            query_start_loc_gpu=query_start_loc,
+            query_start_loc_cpu=query_start_loc_cpu,
             max_query_len=row_tokens,
-            seq_lens=inputs.seq_lens,
+            seq_lens=seq_lens,
             max_seq_len=self.max_model_len,
-            block_tables=tuple(table[:num_rows] for table in spans.input_block_tables),
+            block_tables=block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=spans.kv_cache_config,
             seq_lens_cpu_upper_bound=upper,
-            positions=inputs.positions[:num_tokens],
+            positions=positions,
             is_prefilling=is_prefilling,
         )
         return run_span(
             spans.vllm_config,
             spans.staged,
             span,
-            inputs.positions[:num_tokens],
+            positions,
             hidden,
             residual,
             metadata,
@@ -113,13 +173,13 @@ class StaticSpans:
         )
 
     def _host_shapes(
-        self, num_rows: int, row_tokens: int
+        self, num_rows: int, row_tokens: int, num_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Bounds for every row: where its tokens start, its length; and that none is prefilled."""
-        key = num_rows, row_tokens
+        key = num_rows, row_tokens, num_tokens
         if key not in self._shapes:
             self._shapes[key] = (
-                torch.arange(num_rows + 1, dtype=torch.int32) * row_tokens,
+                (torch.arange(num_rows + 1, dtype=torch.int32) * row_tokens).clamp(max=num_tokens),
                 torch.full((num_rows,), self.max_model_len, dtype=torch.int32),
                 torch.zeros(num_rows, dtype=torch.bool),
             )

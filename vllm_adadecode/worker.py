@@ -35,7 +35,7 @@ class _AdaDecodeWorkerMixin(Worker):
 
     def adadecode_stats(self, reset: bool = False) -> dict[str, Any]:
         """Counts and ratios since start or the last reset (see `counters.Counters.snapshot`)."""
-        self.model_runner.speculator.settle()
+        self.model_runner.speculator.settle(everything=True)
         counters = self.model_runner.speculator.counters
         stats = counters if self._at_reset is None else counters - self._at_reset
         if reset:
@@ -64,7 +64,7 @@ class _AdaDecodeWorkerMixin(Worker):
 
     def sleep(self, level: int = 1) -> None:
         # The KV cache, and with level 2 the weights, that the deferred states belong to go away.
-        self.model_runner.speculator.settle()
+        self.model_runner.speculator.settle(everything=True)
         self.model_runner.speculator.windows.clear()
         super().sleep(level)
 

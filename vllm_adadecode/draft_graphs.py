@@ -1,0 +1,123 @@
+"""The draft loop's steps as captured CUDA graphs, one for each number of rows, exits and place.
+
+Owns which steps are captured and the replay of one in place of `device_loop.Steps.run`. vLLM's
+manager captures them: in its pool, counted by its memory profiling, before the first request. What
+lies between two steps stays as it was: the guard says whether the next one runs.
+
+All that a step reads or leaves is in buffers that are made before (loop_buffers.py, deferred
+states, KV cache). Thresholds are among them, so that the policy's numbers are no constants of a
+graph; which exits and gates it uses are, and another policy runs without graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+
+from vllm_adadecode.device_loop import DeviceLoop, Steps
+from vllm_adadecode.loop_buffers import LoopBuffers, padded_size
+from vllm_adadecode.policy import DraftPolicy
+
+# Larger batches draft without graphs, if at all: there the passes, not their launches, take time.
+MOST_ROWS = 32
+
+
+@dataclass(frozen=True)
+class StepDescriptor(BatchExecutionDescriptor):
+    """A step: ``num_reqs`` rows with ``exits`` exits, at this exit, from this window offset."""
+
+    exits: int = 1
+    offset: int = 0
+    exit_index: int = 0
+
+
+def policy_shape(policy: DraftPolicy) -> tuple[tuple[bool, bool], ...]:
+    """What of a policy decides on the operations of a step: heads and gates, by exit."""
+    return tuple((policy.uses(e), policy.uses_gate(e)) for e in range(policy.num_used_exits))
+
+
+class DraftGraphs(CudaGraphManager):
+    """Captured steps of one draft loop.
+
+    Args:
+        loop: whose steps they are.
+        policy: with the exits and gates that are captured.
+        max_drafts: K.
+        fewer_exits: whether rounds may use fewer exits than the policy.
+        make_steps: the steps of a round on these buffers.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        loop: DeviceLoop,
+        policy: DraftPolicy,
+        max_drafts: int,
+        fewer_exits: bool,
+        make_steps: Callable[[LoopBuffers], Steps],
+    ) -> None:
+        self.loop, self.policy, self.make_steps = loop, policy, make_steps
+        self.max_drafts, self.fewer_exits = max_drafts, fewer_exits
+        self.shape = policy_shape(policy)
+        super().__init__(
+            vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1 + max_drafts
+        )
+
+    def _init_candidates(self) -> None:
+        most = self.loop.max_num_rows
+        sizes = {padded_size(n, most) for n in range(1, 1 + min(most, MOST_ROWS))}
+        num_exits = len(self.shape)
+        descs: list[BatchExecutionDescriptor] = [
+            self._descriptor(num_rows, exits, offset, exit_index)
+            # The largest first: the others fit into its memory.
+            for num_rows in sorted(sizes, reverse=True)
+            for exits in range(1 if self.fewer_exits else max(1, num_exits), 1 + num_exits)
+            for offset in range(self.max_drafts)
+            for exit_index in range(exits)
+        ]
+        if descs:
+            self._capture_descs[CUDAGraphMode.FULL] = descs
+
+    @staticmethod
+    def _descriptor(num_rows: int, exits: int, offset: int, exit_index: int) -> StepDescriptor:
+        num_tokens = num_rows if exit_index == 0 else num_rows * (1 + offset)
+        return StepDescriptor(
+            CUDAGraphMode.FULL,
+            num_tokens,
+            num_rows,
+            exits=exits,
+            offset=offset,
+            exit_index=exit_index,
+        )
+
+    def capture_steps(self) -> None:
+        """Capture all of them; between rounds only."""
+
+        def create_forward(
+            desc: BatchExecutionDescriptor, warmup: bool
+        ) -> Callable[[CUDAGraphMode], None]:
+            assert isinstance(desc, StepDescriptor)
+            assert desc.num_reqs is not None
+            round_ = self.loop.idle(desc.num_reqs, desc.exits, self.policy)
+            steps = self.make_steps(round_)
+            return lambda _: steps.run(desc.offset, desc.exit_index)
+
+        self.capture(create_forward, "Capturing draft steps")
+
+    def fits(self, policy: DraftPolicy) -> bool:
+        """Whether the steps are this policy's."""
+        return self._graphs_captured and policy_shape(policy) == self.shape
+
+    def replay(self, num_rows: int, exits: int, offset: int, exit_index: int) -> bool:
+        """Run a step; False if it is not captured."""
+        desc = self._descriptor(num_rows, exits, offset, exit_index)
+        if desc not in self.graphs:
+            return False
+        self.run_fullgraph(desc)
+        return True
