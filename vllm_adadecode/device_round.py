@@ -241,6 +241,7 @@ class DeviceRounds:
                 fits = graphs is not None and graphs.fits(policy)
                 self.loop.captured = graphs.replay if graphs is not None and fits else None
                 self.loop.draft(round_, policy, int(caps.max()), draws, fused)
+                self.loop.captured = None
             copy = RoundCopy.start(num_reqs, round_, num_sampled)
             # A copy: vLLM may write to it.
             drafts = round_.rows.tokens[:num_reqs, 1:].clone()

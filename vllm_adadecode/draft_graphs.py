@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm_adadecode.device_loop import DeviceLoop, Steps
 from vllm_adadecode.loop_buffers import LoopBuffers, padded_size
 from vllm_adadecode.policy import DraftPolicy
+from vllm_adadecode.step_guard import RunAlways
 
 # Larger batches draft without graphs, if at all: there the passes, not their launches, take time.
 MOST_ROWS = 32
@@ -108,7 +109,12 @@ class DraftGraphs(CudaGraphManager):
             steps = self.make_steps(round_)
             return lambda _: steps.run(desc.offset, desc.exit_index)
 
-        self.capture(create_forward, "Capturing draft steps")
+        # Inside of a step nobody can ask.
+        guard, self.loop.guard = self.loop.guard, RunAlways()
+        try:
+            self.capture(create_forward, "Capturing draft steps")
+        finally:
+            self.loop.guard = guard
 
     def fits(self, policy: DraftPolicy) -> bool:
         """Whether the steps are this policy's."""

@@ -4,6 +4,9 @@ Owns the mixin over vLLM's Model Runner V2 that (1) forgets windows of requests 
 placeholder drafts that async scheduling adds, (3) swaps the target's forward pass for the scorer's
 where a batch allows it, (4) tells the scheduler how many drafts there really are, and what was
 counted.
+
+vLLM's CUDA graphs are vanilla's: of all layers, for one token a request, and in pieces for batches
+with prefill. A batch that starts at a depth must not be replayed by them: the scorer has its own.
 """
 
 import dataclasses
@@ -15,6 +18,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.utils import record_function_or_nullcontext
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_adadecode.metrics import UnsentCounts, attach_counts
@@ -32,10 +36,12 @@ class AdaDecodeRunnerMixin(_Base):
     """Mixed in front of vLLM's runner class of the platform (see worker.py)."""
 
     speculator: AdaDecodeSpeculator
+    decode_query_len: int
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         self._plan: VerificationPlan | None = None
+        self._starts_at_depth = False
         self._placeholders: SchedulerOutput | None = None
         self._scheduled: SchedulerOutput | None = None
         self._unsent = UnsentCounts(self.speculator.counters)
@@ -48,13 +54,36 @@ class AdaDecodeRunnerMixin(_Base):
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
-        # A captured graph would replay the target's whole forward pass in place of the scorer's.
-        self.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        # Whatever is verified from a depth is ours, so that rounds without drafts are left to vLLM:
+        # one token a request.
+        decode_query_len, self.decode_query_len = self.decode_query_len, 1
+        try:
+            super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        finally:
+            self.decode_query_len = decode_query_len
+        assert self.cudagraph_manager is not None
+        self._keep_from_replay(self.cudagraph_manager)
         speculator = self.speculator
         self.scorer = Scorer(
-            speculator.model, speculator.spans, speculator.deferred, speculator.counters
+            speculator.model,
+            speculator.spans,
+            speculator.deferred,
+            speculator.counters,
+            graphs=lambda: speculator.verification_graphs,
         )
+
+    def _keep_from_replay(self, manager: CudaGraphManager) -> None:
+        """Have a manager's graphs left alone by batches that start at a depth."""
+        dispatch = manager.dispatch
+
+        def dispatch_unless_deferred(
+            num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any
+        ) -> BatchExecutionDescriptor:
+            if self._starts_at_depth:
+                return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
+            return dispatch(num_reqs, num_tokens, *args, **kwargs)
+
+        manager.dispatch = dispatch_unless_deferred
 
     def _forward(
         self,
@@ -94,10 +123,11 @@ class AdaDecodeRunnerMixin(_Base):
                 and params.temperature > 0.0
             }
             scheduler_output = self._cut_placeholders(scheduler_output)
+            self._starts_at_depth = windows.any_deferred(scheduler_output.num_scheduled_tokens)
         try:
             return super().execute_model(scheduler_output, *args, dummy_run=dummy_run, **kwargs)
         finally:
-            self._plan = None
+            self._plan, self._starts_at_depth = None, False
 
     def prepare_inputs(
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
@@ -110,6 +140,7 @@ class AdaDecodeRunnerMixin(_Base):
         }
         self.speculator.in_verification = windows
         self._plan = make_plan(input_batch, windows)
+        assert self._plan is None or self._starts_at_depth, "vLLM may replay a graph of all layers"
         counters = self.speculator.counters
         if self._plan is not None:
             counters.deferred_tokens += int((self._plan.depths > 0).sum())

@@ -7,6 +7,7 @@ sampler does the rest. Batches without any deferred state run all spans on all t
 are captured graphs (verification_graphs.py), they run the same passes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,11 +85,10 @@ def make_plan(
 class Scorer:
     """Runs planned verifications in place of the target's forward pass.
 
-    Attributes:
-        graphs: captured passes; None where there are none.
+    Args:
+        graphs: gives captured passes, None where there are none. Asked each time: vLLM's memory
+            profiling drops those that it had captured.
     """
-
-    graphs: "VerificationGraphs | None" = None
 
     def __init__(
         self,
@@ -96,7 +96,9 @@ class Scorer:
         spans: SpanRunner,
         deferred: DeferredStates,
         counters: Counters,
+        graphs: "Callable[[], VerificationGraphs | None]",
     ) -> None:
+        self.graphs = graphs
         self.staged = staged
         self.spans = spans
         self.deferred = deferred
@@ -115,10 +117,11 @@ class Scorer:
         Called inside the forward context of the whole batch, which is that of the spans that all
         tokens run together.
         """
-        if self.graphs is not None and (passes := self.graphs.descriptors(plan)) is not None:
+        graphs = self.graphs()
+        if graphs is not None and (passes := graphs.descriptors(plan)) is not None:
             for desc in passes:
                 self._count(plan, desc.span, plan.rows[plan.depths <= desc.span])
-            return self.graphs.run(plan, passes)
+            return graphs.run(plan, passes)
         find_moe_layers_by_name()
         hidden, residual = self._deferred_states(plan, positions.device)
         joined = int(plan.depths.max())

@@ -4,6 +4,7 @@ Owns the host's record of them, by request. The tokens themselves are in vLLM's 
 their states in `kernels.deferred`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,12 @@ class PendingWindows:
         """Drafts waiting for verification; 0 for a request that has no window."""
         window = self._windows.get(req_id)
         return window.num_drafts if window is not None else 0
+
+    def any_deferred(self, req_ids: Iterable[str]) -> bool:
+        """Whether some of these requests' tokens have been through a span."""
+        found = (self._windows.get(req_id) for req_id in req_ids)
+        # Depths never increase along a window.
+        return any(window is not None and window.depths[0] > 0 for window in found)
 
     def drop(self, req_ids: "set[str] | None") -> None:
         """Forget requests that finished, were aborted or preempted: their slots go to others."""
