@@ -115,8 +115,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"model": 7}, ["model must be a string", "7"]),
     ({"revision": 7}, ["revision must be a string", "7"]),
     # Who drives the draft loop.
-    ({"draft_loop": "gpu"}, ["draft_loop", "'host' or 'device'", "'gpu'"]),
-    ({"draft_loop": True}, ["draft_loop", "'host' or 'device'", "True"]),
+    ({"draft_loop": "gpu"}, ["draft_loop", "'host', 'device' or 'graph'", "'gpu'"]),
+    ({"draft_loop": True}, ["draft_loop", "'host', 'device' or 'graph'", "True"]),
+    # The PyTorch of the tests is for CPUs.
+    ({"draft_loop": "graph"}, ["conditional nodes"]),
     # Options that do not exist, or are other methods'.
     ({"confidence_treshold": 0.5}, ["unknown options", "confidence_treshold", "known:"]),
     ({"draft_tensor_parallel_size": 1, "prompt_lookup_max": 2}, ["unknown", "draft_tensor_par"]),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.test_device_loop import DeviceRuns
-from vllm_adadecode.conditional_graph import IfNode, capture_loop, check_conditional_nodes
+from vllm_adadecode.conditional_graph import IfNode, check_conditional_nodes
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.step_guard import RunAlways
 
@@ -32,19 +32,6 @@ class RecordingGraph:
         assert self.depth >= 0
 
 
-class CaptureOf:
-    """Stands for `torch.cuda.graph`."""
-
-    def __init__(self, graph: Any, pool: Any = None) -> None:
-        self.graph = graph
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *args: Any) -> None:
-        pass
-
-
 def capturing(graph: RecordingGraph) -> Any:
     """While this is entered, PyTorch captures ``graph``."""
     stand_in = type("CUDAGraph", (), {"get_currently_capturing_graph": staticmethod(lambda: graph)})
@@ -57,12 +44,12 @@ def test_a_captured_loop_guards_every_step() -> None:
     # No row drafts: on a device nothing would run, in a capture everything does.
     runs.draft(lambda *_: 0.9, [0, 0, 0], [1, 2, 3])
     round_ = runs.loop.buffers.first(4, 3)
-    with capturing(recording), patch.object(torch.cuda, "graph", CaptureOf):
-        capture_loop(runs.loop, round_, runs.policy, 5, None, None)
+    runs.loop.guard = IfNode()
+    with capturing(recording):
+        runs.loop.draft(round_, runs.policy, 5, None, None)
     # Five drafts, each with two promotions inside of one another.
     assert len(recording.conditions) == 5 * 3
     assert (recording.depth, recording.deepest) == (0, 3)
-    assert isinstance(runs.loop.guard, RunAlways)
 
 
 def test_a_step_that_fails_ends_its_node() -> None:

@@ -26,7 +26,7 @@ from tests.engines import (
     token_ids,
 )
 from tests.recorded_graphs import RecordedGraph, graphs_are_recorded
-from vllm_adadecode import proposer
+from vllm_adadecode import config, proposer
 from vllm_adadecode.verification_graphs import VerificationGraphs, graph_sizes
 
 SIZES = [1, 2, 4, 8, 16, 32]
@@ -38,8 +38,9 @@ def capture(worker: Any) -> None:
     """As vLLM does at its start where there is a GPU; its own graphs as well."""
     runner = worker.model_runner
     speculator = runner.speculator
-    config = runner.compilation_config
-    config.cudagraph_capture_sizes, config.max_cudagraph_capture_size = SIZES, SIZES[-1]
+    compilation = runner.compilation_config
+    compilation.cudagraph_capture_sizes = SIZES
+    compilation.max_cudagraph_capture_size = SIZES[-1]
     mode = CUDAGraphMode.FULL_DECODE_ONLY
     with graphs_are_recorded(), patch.object(proposer, "why_not_captured", lambda *_: None):
         manager = ModelCudaGraphManager(runner.vllm_config, runner.device, mode, decode_query_len=1)
@@ -108,7 +109,8 @@ def pause_now_and_then(worker: Any) -> None:
 def get_engine(engines: EnginePool, loop: str, **options: Any) -> LLM:
     """One with captured graphs."""
     spec = speculative(**SPEC, draft_loop=loop, **options.pop("spec", {}))
-    engine = engines.get(speculative_config=spec, **CROWDED, **options)
+    with patch.object(config, "check_conditional_nodes"):
+        engine = engines.get(speculative_config=spec, **CROWDED, **options)
     if not engine.collective_rpc(lambda worker: hasattr(worker.model_runner, "replays"))[0]:
         engine.collective_rpc(capture)
         engine.collective_rpc(pause_now_and_then)
@@ -118,7 +120,7 @@ def get_engine(engines: EnginePool, loop: str, **options: Any) -> LLM:
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("loop", ["host", "device"])
+@pytest.mark.parametrize("loop", ["host", "device", "graph"])
 def test_output_is_vanillas(
     engines: EnginePool, prompts: list[str], loop: str, async_scheduling: bool
 ) -> None:
@@ -132,13 +134,15 @@ def test_output_is_vanillas(
     assert counts["acceptance_rate"] > 0.5
     # Each round without a depth or prefill is vLLM's, each other one takes two passes or more.
     assert replayed["all layers"] == counts["plain_batches"] > 4
-    assert (
-        replayed["verification"] > 2 * (counts["deferred_batches"] - counts["mixed_batches"]) > 20
-    )
-    assert (replayed["draft"] > 100) == (loop == "device")
+    assert replayed["verification"] >= 2 * counts["deferred_batches"] > 20
+    rounds = counts["deferred_batches"]
+    assert replayed["draft"] == 0 if loop == "host" else replayed["draft"] >= rounds
+    if loop == "graph":
+        # A graph a round, whatever runs in it.
+        assert replayed["draft"] < 2 * rounds
 
 
-@pytest.mark.parametrize("loop", ["host", "device"])
+@pytest.mark.parametrize("loop", ["host", "device", "graph"])
 def test_sampling_is_the_same_as_without_graphs(
     engines: EnginePool, prompts: list[str], loop: str
 ) -> None:

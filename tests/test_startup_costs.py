@@ -77,10 +77,15 @@ def _make_drafts_dear(worker: Any) -> None:
 
 
 class TestEngine:
-    @pytest.fixture(params=[False, True], ids=["sync", "async"])
+    @pytest.fixture(
+        params=[("host", False), ("host", True), ("device", True)],
+        ids=["host-sync", "host-async", "device-async"],
+    )
     def engine(self, request: pytest.FixtureRequest, engines: EnginePool) -> Any:
+        loop, async_scheduling = request.param
         return engines.get(
-            speculative_config=speculative(cost_aware=True), async_scheduling=request.param
+            speculative_config=speculative(cost_aware=True, draft_loop=loop),
+            async_scheduling=async_scheduling,
         )
 
     def test_measured_before_the_first_request(self, engine: Any) -> None:

@@ -1,7 +1,8 @@
-"""The draft loop as one CUDA graph whose steps the device skips: IF nodes around them.
+"""IF nodes of CUDA graphs: in a captured draft loop, the device skips the steps that nobody needs.
 
-**This has not been run on a GPU, and nothing uses it yet**: see docs/gpu-loop.md for what is to be
-measured first. Owns the guard that makes an IF node of a step, and the capture of a loop with it.
+**This has not been run on a GPU**: see docs/gpu-loop.md for what is to be measured first. Owns the
+guard that makes an IF node of a step while a loop is captured (draft_graphs.py), and where there
+are such nodes.
 
 The nodes are PyTorch's (CUDA 12.4 and later, `torch.cond` is made of them): it also has the kernel
 that hands the condition to the node, and gives what is allocated in a body to the graph's memory.
@@ -12,12 +13,7 @@ from typing import Any
 
 import torch
 
-from vllm_adadecode.device_loop import DeviceLoop
-from vllm_adadecode.draws import Draws
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.fused_head import FusedHeads
-from vllm_adadecode.loop_buffers import LoopBuffers
-from vllm_adadecode.policy import DraftPolicy
 
 
 def check_conditional_nodes(num_ranks: int) -> None:
@@ -56,31 +52,3 @@ class IfNode:
             step()
         finally:
             graph.end_capture_to_conditional_node()
-
-
-def capture_loop(
-    loop: DeviceLoop,
-    round_: LoopBuffers,
-    policy: DraftPolicy,
-    max_drafts: int,
-    draws: Draws | None,
-    fused: FusedHeads | None,
-    pool: Any = None,
-) -> torch.cuda.CUDAGraph:
-    """Capture `DeviceLoop.draft` for a batch size; a replay drafts for what `begin` has loaded.
-
-    The graph keeps the addresses of the round's buffers, of the temperatures and seeds in
-    ``draws`` and of the weights, and the policy's thresholds. Every kernel must have run before:
-    call `DeviceLoop.draft` once with `RunAlways`.
-
-    Args:
-        pool: memory shared with other graphs that never run at the same time.
-    """
-    guard, loop.guard = loop.guard, IfNode()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            loop.draft(round_, policy, max_drafts, draws, fused)
-    finally:
-        loop.guard = guard
-    return graph

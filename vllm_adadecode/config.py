@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from vllm.utils.hashing import safe_hash
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
+from vllm_adadecode.conditional_graph import check_conditional_nodes
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import HeadsConfig, check_fits, check_weights, find_heads
 from vllm_adadecode.heads.sections import one_line
@@ -63,8 +64,8 @@ class AdaDecodeSpeculativeConfig(SpeculativeConfig):
     """Layers after which the heads sit, strictly increasing."""
     cost_aware: bool = True
     """Whether the number of drafts of a round follows what rounds cost, measured at start."""
-    draft_loop: Literal["host", "device"] = "host"
-    """Who drives the draft loop."""
+    draft_loop: Literal["auto", "host", "device", "graph"] = "auto"
+    """Who drives the draft loop; see `resolve_draft_loop`."""
     heads_path: str | None = None
     """Folder of the heads checkpoint; None for the training-free logit lens."""
 
@@ -253,16 +254,20 @@ def _num_speculative_tokens(value: Any, heads: HeadsConfig) -> int:
 
 
 def _draft_loop(value: Any, num_ranks: int) -> str:
-    if value is None or value == "host":
-        return "host"
-    if value != "device":
-        raise AdaDecodeError(f"draft_loop must be 'host' or 'device', not {value!r}")
+    if value is None or value in ("auto", "host"):
+        return value or "auto"
+    if value not in ("device", "graph"):
+        raise AdaDecodeError(
+            f"draft_loop must be 'auto', 'host', 'device' or 'graph', not {value!r}"
+        )
     if num_ranks > 1:
         raise AdaDecodeError(
-            "draft_loop 'device' does not support tensor parallelism yet: use draft_loop 'host', "
+            f"draft_loop {value!r} does not support tensor parallelism yet: use draft_loop 'host', "
             "or --tensor-parallel-size 1"
         )
-    return "device"
+    if value == "graph":
+        check_conditional_nodes(num_ranks)
+    return value
 
 
 def check_device_loop(vllm_config: VllmConfig) -> None:
@@ -272,15 +277,36 @@ def check_device_loop(vllm_config: VllmConfig) -> None:
         AdaDecodeError: one line with what would fit.
     """
     spec, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
-    if not isinstance(spec, AdaDecodeSpeculativeConfig) or spec.draft_loop != "device":
+    if not isinstance(spec, AdaDecodeSpeculativeConfig) or spec.draft_loop in ("auto", "host"):
         return
-    needed = scheduler.max_num_seqs * (1 + spec.num_speculative_tokens)
+    needed = _most_pass_tokens(vllm_config)
     if needed > scheduler.max_num_batched_tokens:
         raise AdaDecodeError(
-            f"draft_loop 'device' runs up to {needed} tokens at once (max_num_seqs x (1 + "
-            f"num_speculative_tokens)): raise --max-num-batched-tokens, which is "
+            f"draft_loop {spec.draft_loop!r} runs up to {needed} tokens at once (max_num_seqs x "
+            "(1 + num_speculative_tokens)): raise --max-num-batched-tokens, which is "
             f"{scheduler.max_num_batched_tokens}, or lower one of these"
         )
+
+
+def _most_pass_tokens(vllm_config: VllmConfig) -> int:
+    return vllm_config.scheduler_config.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
+
+
+def resolve_draft_loop(vllm_config: VllmConfig, device_type: str) -> str:
+    """Who drives the draft loop: "host", "device", or "graph" for one graph of the whole loop.
+
+    "auto" is the device where reading from it would hold a GPU up and the loop can be on it, the
+    host everywhere else.
+    """
+    spec = vllm_config.speculative_config
+    assert isinstance(spec, AdaDecodeSpeculativeConfig)
+    if spec.draft_loop != "auto":
+        return spec.draft_loop
+    fits = _most_pass_tokens(vllm_config) <= vllm_config.scheduler_config.max_num_batched_tokens
+    one_rank = vllm_config.parallel_config.tensor_parallel_size == 1
+    captured = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+    on_device = device_type == "cuda" and captured and one_rank and fits
+    return "device" if on_device else "host"
 
 
 def _check_copy(heads: HeadsConfig, parallel_config: ParallelConfig) -> None:

@@ -12,6 +12,7 @@ What lies between two guards is a step (`DeviceLoop.step`), which may be capture
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from vllm.v1.utils import record_function_or_nullcontext
@@ -28,6 +29,18 @@ from vllm_adadecode.static_spans import StaticSpans
 from vllm_adadecode.step_guard import StepGuard
 
 
+class Captured(Protocol):
+    """Graphs of a loop's rounds or steps, by what decides on their operations."""
+
+    def replay_round(self, num_rows: int, exits: int) -> bool:
+        """Run a round; False if there is no graph of it."""
+        ...
+
+    def replay_step(self, num_rows: int, exits: int, offset: int, exit_index: int) -> bool:
+        """Run a step; False if there is no graph of it."""
+        ...
+
+
 class DeviceLoop:
     """Drafts with buffers of its own; one round is `begin`, then `draft`.
 
@@ -39,11 +52,10 @@ class DeviceLoop:
         guard: which steps run.
 
     Attributes:
-        captured: runs a captured step in place of `step`; None, or False from it, where there is
-            none for these rows, exits, window offset and exit.
+        captured: graphs that run in place of a round or a step where they have it.
     """
 
-    captured: Callable[[int, int, int, int], bool] | None = None
+    captured: "Captured | None" = None
 
     def __init__(
         self,
@@ -138,7 +150,18 @@ class DeviceLoop:
             draws: as for `draft_loop.DraftLoop`; None: the most likely token.
             fused: heads by the fused kernels; None: from stored logits.
         """
-        step = Steps(self, round_, policy, draws, fused).run
+        num_rows, num_exits = len(round_.rows.slots), len(round_.waiting)
+        if self.captured is None or not self.captured.replay_round(num_rows, num_exits):
+            self.run_steps(round_, max_drafts, Steps(self, round_, policy, draws, fused).run)
+
+    def run_steps(
+        self, round_: LoopBuffers, max_drafts: int, step: Callable[[int, int], None]
+    ) -> None:
+        """All steps of a round, each where its guard lets it run.
+
+        Args:
+            step: `Steps.run`.
+        """
         for offset in range(max_drafts):
             self._attempt(round_, step, offset, 0)
 
@@ -149,7 +172,8 @@ class DeviceLoop:
         num_rows, num_exits = len(round_.rows.slots), len(round_.waiting)
 
         def go_through() -> None:
-            if self.captured is None or not self.captured(num_rows, num_exits, offset, exit_index):
+            place = num_rows, num_exits, offset, exit_index
+            if self.captured is None or not self.captured.replay_step(*place):
                 step(offset, exit_index)
             if exit_index + 1 < num_exits:
                 self._attempt(round_, step, offset, exit_index + 1)

@@ -23,7 +23,7 @@ from vllm_adadecode.fused_head import FusedHeads
 from vllm_adadecode.loop_buffers import LoopBuffers
 from vllm_adadecode.span_runner import CHECK_KV_BOUNDS
 from vllm_adadecode.static_spans import StaticSpans
-from vllm_adadecode.step_guard import make_guard
+from vllm_adadecode.step_guard import AskHost
 from vllm_adadecode.windows import PendingWindow
 
 if TYPE_CHECKING:
@@ -195,8 +195,7 @@ class DeviceRounds:
             states,
         )
         spans = StaticSpans(speculator.spans, speculator.max_model_len)
-        guard = make_guard(speculator.device)
-        loop = DeviceLoop(speculator.model, spans, speculator.deferred, buffers, guard)
+        loop = DeviceLoop(speculator.model, spans, speculator.deferred, buffers, AskHost())
         return cls(speculator, loop)
 
     def propose(
@@ -239,8 +238,9 @@ class DeviceRounds:
             with record_function_or_nullcontext("adadecode: draft loop"):
                 graphs = speculator.draft_graphs
                 fits = graphs is not None and graphs.fits(policy)
-                self.loop.captured = graphs.replay if graphs is not None and fits else None
+                self.loop.captured = graphs if fits else None
                 self.loop.draft(round_, policy, int(caps.max()), draws, fused)
+                # vLLM's memory profiling drops those that it had captured.
                 self.loop.captured = None
             copy = RoundCopy.start(num_reqs, round_, num_sampled)
             # A copy: vLLM may write to it.

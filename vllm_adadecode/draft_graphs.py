@@ -1,8 +1,9 @@
-"""The draft loop's steps as captured CUDA graphs, one for each number of rows, exits and place.
+"""The draft loop as captured CUDA graphs: of each step, or of a whole round with IF nodes in it.
 
-Owns which steps are captured and the replay of one in place of `device_loop.Steps.run`. vLLM's
-manager captures them: in its pool, counted by its memory profiling, before the first request. What
-lies between two steps stays as it was: the guard says whether the next one runs.
+Owns what is captured and its replay: a graph for each number of rows, exits and place of a step,
+between which the host asks whether the next one is to run; or one for each number of rows and
+exits, of a loop whose steps the device itself skips. vLLM's manager captures them: in its pool,
+counted by its memory profiling, before the first request.
 
 All that a step reads or leaves is in buffers that are made before (loop_buffers.py, deferred
 states, KV cache). Thresholds are among them, so that the policy's numbers are no constants of a
@@ -19,6 +20,7 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
+from vllm_adadecode.conditional_graph import IfNode
 from vllm_adadecode.device_loop import DeviceLoop, Steps
 from vllm_adadecode.loop_buffers import LoopBuffers, padded_size
 from vllm_adadecode.policy import DraftPolicy
@@ -37,16 +39,24 @@ class StepDescriptor(BatchExecutionDescriptor):
     exit_index: int = 0
 
 
+@dataclass(frozen=True)
+class RoundDescriptor(BatchExecutionDescriptor):
+    """A whole round: ``num_reqs`` rows with ``exits`` exits."""
+
+    exits: int = 1
+
+
 def policy_shape(policy: DraftPolicy) -> tuple[tuple[bool, bool], ...]:
     """What of a policy decides on the operations of a step: heads and gates, by exit."""
     return tuple((policy.uses(e), policy.uses_gate(e)) for e in range(policy.num_used_exits))
 
 
 class DraftGraphs(CudaGraphManager):
-    """Captured steps of one draft loop.
+    """Captured steps, or rounds, of one draft loop.
 
     Args:
-        loop: whose steps they are.
+        loop: whose they are.
+        whole: whether rounds are captured, with IF nodes, instead of steps.
         policy: with the exits and gates that are captured.
         max_drafts: K.
         fewer_exits: whether rounds may use fewer exits than the policy.
@@ -58,12 +68,14 @@ class DraftGraphs(CudaGraphManager):
         vllm_config: VllmConfig,
         device: torch.device,
         loop: DeviceLoop,
+        whole: bool,
         policy: DraftPolicy,
         max_drafts: int,
         fewer_exits: bool,
         make_steps: Callable[[LoopBuffers], Steps],
     ) -> None:
-        self.loop, self.policy, self.make_steps = loop, policy, make_steps
+        self.loop, self.whole = loop, whole
+        self.policy, self.make_steps = policy, make_steps
         self.max_drafts, self.fewer_exits = max_drafts, fewer_exits
         self.shape = policy_shape(policy)
         super().__init__(
@@ -74,19 +86,27 @@ class DraftGraphs(CudaGraphManager):
         most = self.loop.max_num_rows
         sizes = {padded_size(n, most) for n in range(1, 1 + min(most, MOST_ROWS))}
         num_exits = len(self.shape)
-        descs: list[BatchExecutionDescriptor] = [
-            self._descriptor(num_rows, exits, offset, exit_index)
-            # The largest first: the others fit into its memory.
-            for num_rows in sorted(sizes, reverse=True)
-            for exits in range(1 if self.fewer_exits else max(1, num_exits), 1 + num_exits)
-            for offset in range(self.max_drafts)
-            for exit_index in range(exits)
-        ]
+        descs: list[BatchExecutionDescriptor] = []
+        # The largest first: the others fit into its memory.
+        for num_rows in sorted(sizes, reverse=True):
+            for exits in range(1 if self.fewer_exits else max(1, num_exits), 1 + num_exits):
+                if self.whole:
+                    descs.append(self._round(num_rows, exits))
+                    continue
+                descs += [
+                    self._step(num_rows, exits, offset, exit_index)
+                    for offset in range(self.max_drafts)
+                    for exit_index in range(exits)
+                ]
         if descs:
             self._capture_descs[CUDAGraphMode.FULL] = descs
 
+    def _round(self, num_rows: int, exits: int) -> RoundDescriptor:
+        num_tokens = num_rows * self.max_drafts
+        return RoundDescriptor(CUDAGraphMode.FULL, num_tokens, num_rows, exits=exits)
+
     @staticmethod
-    def _descriptor(num_rows: int, exits: int, offset: int, exit_index: int) -> StepDescriptor:
+    def _step(num_rows: int, exits: int, offset: int, exit_index: int) -> StepDescriptor:
         num_tokens = num_rows if exit_index == 0 else num_rows * (1 + offset)
         return StepDescriptor(
             CUDAGraphMode.FULL,
@@ -97,22 +117,25 @@ class DraftGraphs(CudaGraphManager):
             exit_index=exit_index,
         )
 
-    def capture_steps(self) -> None:
+    def capture_loop(self) -> None:
         """Capture all of them; between rounds only."""
 
         def create_forward(
             desc: BatchExecutionDescriptor, warmup: bool
         ) -> Callable[[CUDAGraphMode], None]:
-            assert isinstance(desc, StepDescriptor)
+            assert isinstance(desc, StepDescriptor | RoundDescriptor)
             assert desc.num_reqs is not None
+            # Inside of a graph nobody can ask. Before it, everything runs once.
+            self.loop.guard = IfNode() if self.whole and not warmup else RunAlways()
             round_ = self.loop.idle(desc.num_reqs, desc.exits, self.policy)
             steps = self.make_steps(round_)
-            return lambda _: steps.run(desc.offset, desc.exit_index)
+            if isinstance(desc, StepDescriptor):
+                return lambda _: steps.run(desc.offset, desc.exit_index)
+            return lambda _: self.loop.run_steps(round_, self.max_drafts, steps.run)
 
-        # Inside of a step nobody can ask.
-        guard, self.loop.guard = self.loop.guard, RunAlways()
+        guard = self.loop.guard
         try:
-            self.capture(create_forward, "Capturing draft steps")
+            self.capture(create_forward, "Capturing drafting")
         finally:
             self.loop.guard = guard
 
@@ -120,9 +143,15 @@ class DraftGraphs(CudaGraphManager):
         """Whether the steps are this policy's."""
         return self._graphs_captured and policy_shape(policy) == self.shape
 
-    def replay(self, num_rows: int, exits: int, offset: int, exit_index: int) -> bool:
+    def replay_round(self, num_rows: int, exits: int) -> bool:
+        """Run all that the rows' limits allow; False if that is not captured."""
+        return self._replay(self._round(num_rows, exits))
+
+    def replay_step(self, num_rows: int, exits: int, offset: int, exit_index: int) -> bool:
         """Run a step; False if it is not captured."""
-        desc = self._descriptor(num_rows, exits, offset, exit_index)
+        return self._replay(self._step(num_rows, exits, offset, exit_index))
+
+    def _replay(self, desc: BatchExecutionDescriptor) -> bool:
         if desc not in self.graphs:
             return False
         self.run_fullgraph(desc)

@@ -24,12 +24,14 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_adadecode.budget import DraftBudget
+from vllm_adadecode.config import resolve_draft_loop
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.device_loop import Steps
 from vllm_adadecode.device_round import DeviceRounds
 from vllm_adadecode.draft_graphs import DraftGraphs
 from vllm_adadecode.draft_loop import DraftLoop, DraftState
 from vllm_adadecode.draws import Draws, draft_columns
+from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.fused_head import FusedHeads
 from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
 from vllm_adadecode.kernels.confidence import top1_confidence
@@ -76,7 +78,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         # Under these names vLLM's memory profiling finds them, and drops what it has captured.
         self.verification_graphs: VerificationGraphs | None = None
         self.draft_graphs: DraftGraphs | None = None
-        self.pass_states = pass_states(self.deferred) if config.draft_loop == "device" else None
+        self.draft_loop = resolve_draft_loop(vllm_config, device.type)
+        self.pass_states = pass_states(self.deferred) if self.draft_loop != "host" else None
         self.draft_columns = draft_columns(self.num_speculative_steps, device)
         self.windows = PendingWindows()
         # Windows that the current batch verifies; drafts of the last `propose`, by batch row.
@@ -133,7 +136,16 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.attn_groups,
         )
         if self.pass_states is not None:
-            self.device_rounds = DeviceRounds.make(self, self.pass_states)
+            self.device_rounds = self._make_device_rounds(self.pass_states)
+
+    def _make_device_rounds(self, states: tuple[torch.Tensor, torch.Tensor]) -> DeviceRounds | None:
+        try:
+            return DeviceRounds.make(self, states)
+        except AdaDecodeError as error:
+            if self.speculative_config.draft_loop != "auto":
+                raise
+            logger.warning("adadecode drafts with draft_loop host: %s", error)
+            return None
 
     def settle(self, wait: bool = True, everything: bool = False) -> None:
         """Book rounds before their windows, drafts or counts are used.
@@ -167,6 +179,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                 self.vllm_config,
                 self.device,
                 self.device_rounds.loop,
+                self.draft_loop == "graph",
                 self.policy,
                 self.num_speculative_steps,
                 fewer_exits=self.speculative_config.cost_aware,
@@ -183,7 +196,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         if self.verification_graphs is not None:
             self.verification_graphs.capture_passes()
         if self.draft_graphs is not None:
-            self.draft_graphs.capture_steps()
+            self.draft_graphs.capture_loop()
 
     # --- one round -----------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ class StepGuard(Protocol):
 
 
 class RunAlways:
-    """Every step runs, K times all spans: the host asks the device nothing."""
+    """Every step runs, K times all spans: before a capture, and inside of a captured step."""
 
     def when(self, condition: torch.Tensor, step: Callable[[], None]) -> None:
         step()
@@ -32,6 +32,8 @@ class RunAlways:
 
 class AskHost:
     """The host reads the condition: on a CPU for nothing, elsewhere it waits for the device.
+
+    A wait is short beside a pass that would run in vain.
 
     Attributes:
         synchronisations: how often it has asked.
@@ -44,8 +46,3 @@ class AskHost:
         self.synchronisations += 1
         if bool(condition):
             step()
-
-
-def make_guard(device: torch.device) -> StepGuard:
-    """The guard for a device: where reading is free, the host reads."""
-    return AskHost() if device.type == "cpu" else RunAlways()
