@@ -6,14 +6,11 @@ next one does not read, shows as other tokens.
 """
 
 import random
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-import torch
 from vllm import LLM
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
@@ -29,8 +26,7 @@ from tests.engines import (
     token_ids,
 )
 from tests.recorded_graphs import RecordedGraph, graphs_are_recorded
-from vllm_adadecode import config, proposer, staged
-from vllm_adadecode.staged import StagedTarget
+from vllm_adadecode import config, proposer
 from vllm_adadecode.verification_graphs import VerificationGraphs, graph_sizes
 
 SIZES = [1, 2, 4, 8, 16, 32]
@@ -210,47 +206,3 @@ def test_graph_sizes() -> None:
     assert graph_sizes(sizes, 48) == [1, 2, 4, 8, 16, 24, 32, 40]
     assert graph_sizes(sizes, 300)[-4:] == [120, 152, 192, 240]
     assert graph_sizes(sizes, 0) == graph_sizes([], 48) == []
-
-
-class Pieces(StagedTarget):
-    """Spans that add one, and note where their inputs are."""
-
-    def __init__(self) -> None:
-        torch.nn.Module.__init__(self)
-        self.spans = ((0, 1), (1, 2), (2, 3))
-        self._max_capture_size, self._inputs = 16, None
-        self.addresses: list[set[int]] = [set() for _ in self.spans]
-        self.kept: list[torch.Tensor] = []
-
-    def run_span(
-        self, span: int, positions: Any, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        given = [hidden] if residual is None else [hidden, residual]
-        self.addresses[span].update(t.data_ptr() for t in given)
-        out = hidden + 1, torch.zeros_like(hidden) if residual is None else residual + hidden
-        # What stays alive is not given to anything else.
-        self.kept += out
-        # Spans work in place.
-        hidden.zero_()
-        return out
-
-    def finish(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return hidden + 10 * residual
-
-
-def test_pieces_read_their_inputs_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's graphs of pieces read where they were captured, whatever made the inputs."""
-    results, addresses = [], []
-    for mode in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE):
-        context = SimpleNamespace(cudagraph_runtime_mode=mode)
-        monkeypatch.setattr(
-            staged, "get_forward_context", partial(SimpleNamespace, **vars(context))
-        )
-        pieces = Pieces()
-        inputs = [torch.full((n, 4), float(n)) for n in (7, 5)]
-        results.append([pieces.run_all(torch.arange(len(x)), x.clone()).tolist() for x in inputs])
-        addresses.append([len(found) for found in pieces.addresses])
-    assert results[0] == results[1]
-    assert addresses[1] == [1, 2, 2]
-    # The control: otherwise they are wherever the last span has left them.
-    assert addresses[0][1:] == [4, 4]

@@ -1,4 +1,4 @@
-"""What is changed in vLLM so that its `/metrics` and its log show our counts: rows for the table.
+"""What is changed in vLLM so that counts reach its `/metrics` and log, and drafts its scheduler.
 
 Each side of vLLM has its own rows, applied where its modules are needed anyway: they are heavy, and
 worker processes have no use for them.
@@ -17,15 +17,27 @@ ENGINE = "vllm.v1.engine.core"
 
 
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_adadecode.draft_ids import hand_over
     from vllm_adadecode.metrics import pass_on
 
     @functools.wraps(original)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = original(self, scheduler_output, model_runner_output)
         pass_on(model_runner_output, outputs.values(), self.num_spec_tokens)
+        hand_over(self, model_runner_output)
         return outputs
 
     return update_from_output
+
+
+def _post_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_adadecode.draft_ids import has_taken
+
+    @functools.wraps(original)
+    def post_step(self: Any, model_executed: bool) -> None:
+        original(self, model_executed and not has_taken(self.scheduler))
+
+    return post_step
 
 
 def _annotations(original: dict[str, Any]) -> dict[str, Any]:
@@ -60,9 +72,17 @@ SCHEDULER_PATCHES = (
     Patch(
         "scheduler-statistics",
         "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
-        "the statistics of a step are made from its outputs by the scheduler itself; a scheduler "
-        "class of our own would be announced as unsupported and take the place of the user's",
+        "the statistics of a step are made from its outputs by the scheduler itself, and drafts "
+        "may come with them; a scheduler class of our own would be announced as unsupported and "
+        "take the place of the user's",
         _update_from_output,
+    ),
+    Patch(
+        "draft-ids",
+        "vllm.v1.engine.core:EngineCore.post_step",
+        "without async scheduling the engine asks the worker for drafts after every step, a round "
+        "trip between processes, also where they have come with the step's output",
+        _post_step,
     ),
 )
 FRONT_END_PATCHES = (

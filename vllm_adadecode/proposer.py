@@ -430,26 +430,39 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                     exit_counters.rejected += i >= accepted
 
     def _dummy_run(self, num_reqs: int) -> None:
-        """The real work's shapes, for memory profiling: every span and head on every request."""
-        tokens = self.input_buffers.input_ids[:num_reqs].zero_()
-        positions = self.input_buffers.positions[:num_reqs].zero_()
+        """The real work's shapes, for memory profiling and so that every span is compiled.
+
+        Every span on every window, and every head on every request.
+        """
+        if self.policy.num_used_exits == 0:
+            return
+        # vLLM compiles a span for all sizes, with the first that it sees, which must not be 1.
+        num_tokens = min(num_reqs * (1 + self.num_speculative_steps), self.max_num_tokens)
+        tokens = self.input_buffers.input_ids[:num_tokens].zero_()
+        positions = self.input_buffers.positions[:num_tokens].zero_()
         hidden, residual = self.model.embed(tokens), None
-        draws, fused = self._heads(self.temperature, self.seeds)
-        for exit_index in range(self.policy.num_used_exits):
+        for span in range(len(self.model.spans)):
             hidden, residual = run_span(
-                self.vllm_config, self.model, exit_index, positions, hidden, residual
+                self.vllm_config, self.model, span, positions, hidden, residual
             )
-            if fused is not None:
-                fused.rehearse(exit_index, hidden, residual, gate_at(self.policy, exit_index))
-                continue
-            if self.policy.uses_gate(exit_index):
-                self.model.gate_probability(exit_index, hidden, residual)
-            if draws is None:
-                self.model.head_top1(exit_index, hidden, residual)
-            else:
-                logits, other = self.model.head_logits(exit_index, hidden, residual)
-                top1_confidence(logits, other)
-                self.model.projection.over_all_tokens(logits)
+            if span < self.policy.num_used_exits:
+                self._rehearse_head(span, hidden[:num_reqs], residual[:num_reqs])
+        assert residual is not None
+        self.model.finish(hidden, residual)
+
+    def _rehearse_head(self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor) -> None:
+        draws, fused = self._heads(self.temperature, self.seeds)
+        if fused is not None:
+            fused.rehearse(exit_index, hidden, residual, gate_at(self.policy, exit_index))
+            return
+        if self.policy.uses_gate(exit_index):
+            self.model.gate_probability(exit_index, hidden, residual)
+        if draws is None:
+            self.model.head_top1(exit_index, hidden, residual)
+        else:
+            logits, other = self.model.head_logits(exit_index, hidden, residual)
+            top1_confidence(logits, other)
+            self.model.projection.over_all_tokens(logits)
 
     def register_warmup(self) -> None:
         """Have our kernels compiled at start, inside an active warm-up registry."""

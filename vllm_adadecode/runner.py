@@ -21,10 +21,10 @@ from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_adadecode.draft_ids import attach_drafts
 from vllm_adadecode.metrics import UnsentCounts, attach_counts
 from vllm_adadecode.proposer import AdaDecodeSpeculator
 from vllm_adadecode.scorer import Scorer, VerificationPlan, make_plan
-from vllm_adadecode.span_runner import find_moe_layers_by_name
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
@@ -45,8 +45,9 @@ class AdaDecodeRunnerMixin(_Base):
         self._placeholders: SchedulerOutput | None = None
         self._scheduled: SchedulerOutput | None = None
         self._unsent = UnsentCounts(self.speculator.counters)
-        # vLLM calls the model it loaded: its layers from now on run as spans, from the deferred
-        # states in batches that have a plan. One way for all batches: the same compiled code.
+        # vLLM calls the model it loaded. Batches that start at a depth run as spans from now on;
+        # all others, prefill among them, are vanilla's: the same compiled code, the same graphs.
+        self._all_layers = self.model.forward
         self.model.forward = self._forward
         with self.jit_warmup_registry.activate():
             self.speculator.register_warmup()
@@ -96,13 +97,8 @@ class AdaDecodeRunnerMixin(_Base):
             assert input_ids is not None
             with record_function_or_nullcontext("adadecode: verification"):
                 return self.scorer.forward(self._plan, input_ids, positions)
-        staged = self.speculator.model
-        find_moe_layers_by_name()
         with record_function_or_nullcontext("adadecode: all layers"):
-            if inputs_embeds is None:
-                assert input_ids is not None
-                inputs_embeds = staged.embed(input_ids)
-            return staged.run_all(positions, inputs_embeds)
+            return self._all_layers(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     @torch.inference_mode()
     def execute_model(
@@ -193,6 +189,8 @@ class AdaDecodeRunnerMixin(_Base):
             self.speculator.settle(wait=False)
             # Of the ranks, only the first one's output, and so its counts, reach the scheduler.
             attach_counts(output.model_runner_output, self._unsent.take())
+            if not self.vllm_config.scheduler_config.async_scheduling:
+                attach_drafts(output.model_runner_output, self.take_draft_token_ids())
         return output
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
@@ -223,7 +221,7 @@ class AdaDecodeRunnerMixin(_Base):
         vars(counters).update(vars(counters - counters))
         self._unsent = UnsentCounts(counters)
 
-    def take_draft_token_ids(self) -> DraftTokenIds | None:
+    def take_draft_token_ids(self) -> DraftTokenIds:
         speculator = self.speculator
         speculator.settle()
         # The scheduler may edit the lists.

@@ -12,8 +12,6 @@ from typing import cast
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import get_forward_context
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import EarlyHead
@@ -72,9 +70,6 @@ class StagedTarget(nn.Module):
         self.__dict__["target"] = target
         self.__dict__["inner"] = inner
         self.num_layers = num_layers
-        self._max_capture_size = vllm_config.compilation_config.max_cudagraph_capture_size
-        # Made when vLLM captures in pieces, which its memory profiling sees.
-        self._inputs: torch.Tensor | None = None
         self.exit_layers = tuple(exit_layers)
         self.heads = nn.ModuleList(heads[e] for e in exit_layers)
         self.projection = projection
@@ -120,40 +115,6 @@ class StagedTarget(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one span inside vLLM's forward context; writes the span's KV. Inputs are consumed."""
         return self.span_modules[span](positions, hidden, residual)
-
-    def run_all(
-        self,
-        # [num_tokens] int64
-        positions: torch.Tensor,
-        # [num_tokens, hidden_size] embeddings
-        hidden: torch.Tensor,
-    ) -> torch.Tensor:
-        """The whole model in one forward context, ``[num_tokens, hidden_size]``."""
-        residual: torch.Tensor | None = None
-        in_pieces = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
-        for span in range(len(self.spans)):
-            if in_pieces:
-                hidden, residual = self._in_place(hidden, residual)
-            hidden, residual = self.run_span(span, positions, hidden, residual)
-        assert residual is not None
-        return self.finish(hidden, residual)
-
-    def _in_place(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A span's inputs at addresses that are always the same.
-
-        Each span is a compiled model of its own to vLLM: its graphs read their inputs where they
-        were captured, and what the last of them leaves is in memory that the next span's may take.
-        """
-        if self._inputs is None:
-            most = self._max_capture_size or len(hidden)
-            self._inputs = hidden.new_empty(2, most, hidden.shape[1])
-        places = self._inputs[:, : len(hidden)]
-        places[0].copy_(hidden)
-        if residual is not None:
-            places[1].copy_(residual)
-        return places[0], None if residual is None else places[1]
 
     def finish(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Final norm after the last span, ``[num_tokens, hidden_size]``. Inputs are consumed."""
