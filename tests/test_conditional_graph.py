@@ -47,8 +47,8 @@ def test_a_captured_loop_guards_every_step() -> None:
     runs.loop.guard = IfNode()
     with capturing(recording):
         runs.loop.draft(round_, runs.policy, 5, None, None)
-    # Five drafts, each with two promotions inside of one another.
-    assert len(recording.conditions) == 5 * 3
+    # Five drafts, each with two promotions inside of one another; the first needs no question.
+    assert len(recording.conditions) == 5 * 3 - 1
     assert (recording.depth, recording.deepest) == (0, 3)
 
 
@@ -91,6 +91,17 @@ def test_where_there_are_none(graph: type, cuda: str | None, ranks: int, words: 
     ):
         check_conditional_nodes(ranks)
     assert "\n" not in str(error.value)
+
+
+def test_those_of_an_earlier_pytorch_are_not_used() -> None:
+    """They fail after some ten bodies."""
+    with (
+        patch.object(torch.cuda, "CUDAGraph", RecordingGraph),
+        patch.object(torch.version, "cuda", "13.0"),
+        patch.object(torch, "__version__", "2.12.1+cu130"),
+        pytest.raises(AdaDecodeError, match=r"2\.12\.1.*2\.13 has them"),
+    ):
+        check_conditional_nodes(1)
 
 
 def test_where_there_are_some() -> None:

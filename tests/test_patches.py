@@ -345,6 +345,7 @@ OURS = "vllm_adadecode.proposer:AdaDecodeSpeculator"
 SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 WORKER = "vllm.v1.worker.gpu_worker:Worker"
 STATISTICS = "vllm.v1.spec_decode.metrics"
+GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 
 # (ours, vLLM's): vLLM calls ours as it calls its own.
@@ -360,6 +361,7 @@ OVERRIDES = [
             "sample",
             "take_draft_token_ids",
             "reload_weights",
+            "shutdown",
         )
     ),
     *(
@@ -419,7 +421,7 @@ CALLS: list[tuple[str, int, str]] = [
     (
         "vllm.forward_context:set_forward_context",
         2,
-        "num_tokens cudagraph_runtime_mode batch_descriptor slot_mapping",
+        "num_tokens cudagraph_runtime_mode batch_descriptor slot_mapping is_padding",
     ),
     ("vllm.forward_context:BatchDescriptor", 0, "num_tokens"),
     ("vllm.forward_context:get_forward_context", 0, ""),
@@ -436,6 +438,14 @@ CALLS: list[tuple[str, int, str]] = [
     ("vllm.v1.spec_decode.dynamic.utils:validate_and_normalize_dynamic_sd_schedule", 1, ""),
     ("vllm.triton_utils.dispatcher:register_kernels", 1, ""),
     (f"{SCHEDULER}.update_from_output", 3, ""),
+    (f"{SCHEDULER}.update_draft_token_ids", 2, ""),
+    ("vllm.v1.engine.core:EngineCore.post_step", 2, ""),
+    (f"{GRAPHS}:BatchExecutionDescriptor", 3, ""),
+    (f"{GRAPHS}:CudaGraphManager.__init__", 4, "decode_query_len"),
+    (f"{GRAPHS}:CudaGraphManager.capture", 3, ""),
+    (f"{GRAPHS}:CudaGraphManager.run_fullgraph", 2, ""),
+    (f"{GRAPHS}:CudaGraphManager.dispatch", 4, "num_active_loras max_query_len"),
+    ("vllm.v1.worker.gpu.attn_utils:get_varlen_cudagraph_unsupported_backend", 3, ""),
     (f"{STATISTICS}:SpecDecodingStats.new", 1, ""),
     ("vllm.v1.metrics.utils:create_metric_per_engine", 2, ""),
     ("vllm.v1.utils:record_function_or_nullcontext", 1, ""),
@@ -461,6 +471,8 @@ POSITIONS = [
     ),
     ("vllm.v1.worker.gpu.block_table:BlockTables.gather_block_tables", "self idx_mapping"),
     ("vllm.v1.outputs:DraftTokenIds", "req_ids draft_token_ids"),
+    (f"{GRAPHS}:BatchExecutionDescriptor", "cg_mode num_tokens num_reqs"),
+    (f"{GRAPHS}:CudaGraphManager.dispatch", "self num_reqs num_tokens"),
     ("vllm.forward_context:set_forward_context", "attn_metadata vllm_config"),
     (f"{RUNNER}.execute_model", "self scheduler_output"),
     (f"{RUNNER}.prepare_inputs", "self scheduler_output"),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from vllm_adadecode.errors import AdaDecodeError
 
@@ -27,7 +28,9 @@ def check_conditional_nodes(num_ranks: int) -> None:
     Raises:
         AdaDecodeError: one line that says what is missing.
     """
-    if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
+    # Those of 2.12 end after some ten bodies (pytorch/pytorch#187893).
+    has_nodes = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node")
+    if not has_nodes or Version(torch.__version__).release < (2, 13):
         raise AdaDecodeError(f"PyTorch {torch.__version__} has no conditional nodes, 2.13 has them")
     if torch.version.cuda is None or tuple(map(int, torch.version.cuda.split("."))) < (12, 4):
         raise AdaDecodeError(

@@ -88,7 +88,9 @@ class AdaDecodeSpeculativeConfig(SpeculativeConfig):
     __str__ = __repr__
 
     def compute_hash(self) -> str:
+        # Also what decides on memory beside the KV cache: vLLM keeps its size under this hash.
         factors = [super().compute_hash(), self.method, self.exit_layers]
+        factors += [self.num_speculative_tokens, self.draft_loop, self.heads_path]
         return safe_hash(str(factors).encode(), usedforsecurity=False).hexdigest()
 
 

@@ -32,11 +32,11 @@ from vllm_adadecode.step_guard import StepGuard
 class Captured(Protocol):
     """Graphs of a loop's rounds or steps, by what decides on their operations."""
 
-    def replay_round(self, num_rows: int, exits: int) -> bool:
+    def replay_round(self, num_rows: int) -> bool:
         """Run a round; False if there is no graph of it."""
         ...
 
-    def replay_step(self, num_rows: int, exits: int, offset: int, exit_index: int) -> bool:
+    def replay_step(self, num_rows: int, offset: int, exit_index: int) -> bool:
         """Run a step; False if there is no graph of it."""
         ...
 
@@ -87,10 +87,11 @@ class DeviceLoop:
         """Load a round's requests, all of these on the device; the buffers of their batch size.
 
         Args:
-            num_exits: as many of the policy's exits are used.
+            num_exits: as many of the policy's exits are used. A row that waits for another has
+                stopped.
         """
-        self._load_policy(policy)
-        round_ = self.buffers.first(padded_size(len(slots), self.max_num_rows), num_exits)
+        num_rows = padded_size(len(slots), self.max_num_rows)
+        round_ = self._first(num_rows, policy, num_exits)
         round_.rows.load(slots, first_pos, limits, last_sampled)
         round_.checked.zero_()
         round_.asked.zero_()
@@ -99,13 +100,18 @@ class DeviceLoop:
         self.spans.begin(slots, len(round_.rows.slots))
         return round_
 
-    def idle(self, num_rows: int, num_exits: int, policy: DraftPolicy) -> LoopBuffers:
+    def idle(self, num_rows: int, policy: DraftPolicy) -> LoopBuffers:
         """The buffers of a round without requests: steps on them change nothing that is kept."""
-        self._load_policy(policy)
-        round_ = self.buffers.first(num_rows, num_exits)
+        round_ = self._first(num_rows, policy, policy.num_used_exits)
         nothing = round_.rows.first_pos[:0]
         round_.rows.load(nothing, nothing, nothing, nothing)
         self.note_waiting(round_)
+        return round_
+
+    def _first(self, num_rows: int, policy: DraftPolicy, num_exits: int) -> LoopBuffers:
+        self._load_policy(policy)
+        round_ = self.buffers.first(num_rows, policy.num_used_exits)
+        round_.allowed.fill_(num_exits)
         return round_
 
     def _load_policy(self, policy: DraftPolicy) -> None:
@@ -122,9 +128,10 @@ class DeviceLoop:
             buffer[:used] = torch.tensor(values[:used])
 
     def note_waiting(self, round_: LoopBuffers) -> None:
-        """Which spans some row waits for, into ``waiting``."""
+        """Which allowed spans some row waits for, into ``waiting``."""
         spans = self._spans[: len(round_.waiting)]
-        torch.any(round_.rows.next_span == spans, dim=1, out=round_.waiting)
+        waits = (round_.rows.next_span == spans) & (spans < round_.allowed)
+        torch.any(waits, dim=1, out=round_.waiting)
 
     def rehearse(self) -> None:
         """Compile the kernel between passes for every batch size; between rounds only."""
@@ -150,8 +157,7 @@ class DeviceLoop:
             draws: as for `draft_loop.DraftLoop`; None: the most likely token.
             fused: heads by the fused kernels; None: from stored logits.
         """
-        num_rows, num_exits = len(round_.rows.slots), len(round_.waiting)
-        if self.captured is None or not self.captured.replay_round(num_rows, num_exits):
+        if self.captured is None or not self.captured.replay_round(len(round_.rows.slots)):
             self.run_steps(round_, max_drafts, Steps(self, round_, policy, draws, fused).run)
 
     def run_steps(
@@ -172,13 +178,17 @@ class DeviceLoop:
         num_rows, num_exits = len(round_.rows.slots), len(round_.waiting)
 
         def go_through() -> None:
-            place = num_rows, num_exits, offset, exit_index
+            place = num_rows, offset, exit_index
             if self.captured is None or not self.captured.replay_step(*place):
                 step(offset, exit_index)
             if exit_index + 1 < num_exits:
                 self._attempt(round_, step, offset, exit_index + 1)
 
-        self.guard.when(round_.waiting[exit_index], go_through)
+        if offset == exit_index == 0:
+            # Whoever begins a round knows of a request that may draft.
+            go_through()
+        else:
+            self.guard.when(round_.waiting[exit_index], go_through)
 
 
 @dataclass(frozen=True)

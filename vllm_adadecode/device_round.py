@@ -310,7 +310,7 @@ class DeviceRounds:
         if CHECK_KV_BOUNDS:
             lengths = result.first_pos + (result.state.depths > 0).sum(axis=1)
             speculator.spans.check_kv_bounds(input_batch.idx_mapping_np, lengths)
-        self._count(result)
+        self._count(result, unsettled.used_exits)
         used_exits = np.full_like(result.limits, unsettled.used_exits)
         if speculator.budget is not None:
             statistics = speculator.budget.statistics
@@ -323,11 +323,11 @@ class DeviceRounds:
             input_batch, result.num_sampled, result.limits, used_exits, result.state
         )
 
-    def _count(self, result: RoundResult) -> None:
-        """What draft_loop.py counts as it goes."""
+    def _count(self, result: RoundResult, num_exits: int) -> None:
+        """What draft_loop.py counts as it goes, of a round that might use so many exits."""
         assert result.state is not None
         counters, staged = self.speculator.counters, self.speculator.model
-        policy, num_exits = self.speculator.policy, len(result.visited)
+        policy = self.speculator.policy
         for e in range(num_exits):
             start, stop = staged.spans[e]
             counters.draft_layer_passes += (stop - start) * int(result.passes[e])

@@ -1,9 +1,9 @@
 """The draft loop as captured CUDA graphs: of each step, or of a whole round with IF nodes in it.
 
-Owns what is captured and its replay: a graph for each number of rows, exits and place of a step,
-between which the host asks whether the next one is to run; or one for each number of rows and
-exits, of a loop whose steps the device itself skips. vLLM's manager captures them: in its pool,
-counted by its memory profiling, before the first request.
+Owns what is captured and its replay: a graph for each number of rows and place of a step, between
+which the host asks whether the next one is to run; or one for each number of rows, of a loop whose
+steps the device itself skips. vLLM's manager captures them: in its pool, counted by its memory
+profiling, before the first request.
 
 All that a step reads or leaves is in buffers that are made before (loop_buffers.py, deferred
 states, KV cache). Thresholds are among them, so that the policy's numbers are no constants of a
@@ -28,22 +28,21 @@ from vllm_adadecode.step_guard import RunAlways
 
 # Larger batches draft without graphs, if at all: there the passes, not their launches, take time.
 MOST_ROWS = 32
+# Bodies of IF nodes have memory of their own each, and a round has many.
+MOST_ROWS_WHOLE = 8
 
 
 @dataclass(frozen=True)
 class StepDescriptor(BatchExecutionDescriptor):
-    """A step: ``num_reqs`` rows with ``exits`` exits, at this exit, from this window offset."""
+    """A step: ``num_reqs`` rows, at this exit, from this window offset."""
 
-    exits: int = 1
     offset: int = 0
     exit_index: int = 0
 
 
 @dataclass(frozen=True)
 class RoundDescriptor(BatchExecutionDescriptor):
-    """A whole round: ``num_reqs`` rows with ``exits`` exits."""
-
-    exits: int = 1
+    """A whole round of ``num_reqs`` rows."""
 
 
 def policy_shape(policy: DraftPolicy) -> tuple[tuple[bool, bool], ...]:
@@ -59,7 +58,6 @@ class DraftGraphs(CudaGraphManager):
         whole: whether rounds are captured, with IF nodes, instead of steps.
         policy: with the exits and gates that are captured.
         max_drafts: K.
-        fewer_exits: whether rounds may use fewer exits than the policy.
         make_steps: the steps of a round on these buffers.
     """
 
@@ -71,12 +69,11 @@ class DraftGraphs(CudaGraphManager):
         whole: bool,
         policy: DraftPolicy,
         max_drafts: int,
-        fewer_exits: bool,
         make_steps: Callable[[LoopBuffers], Steps],
     ) -> None:
         self.loop, self.whole = loop, whole
         self.policy, self.make_steps = policy, make_steps
-        self.max_drafts, self.fewer_exits = max_drafts, fewer_exits
+        self.max_drafts = max_drafts
         self.shape = policy_shape(policy)
         super().__init__(
             vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1 + max_drafts
@@ -84,35 +81,32 @@ class DraftGraphs(CudaGraphManager):
 
     def _init_candidates(self) -> None:
         most = self.loop.max_num_rows
-        sizes = {padded_size(n, most) for n in range(1, 1 + min(most, MOST_ROWS))}
-        num_exits = len(self.shape)
+        captured = min(most, MOST_ROWS_WHOLE if self.whole else MOST_ROWS)
+        sizes = {padded_size(n, most) for n in range(1, 1 + captured)}
         descs: list[BatchExecutionDescriptor] = []
         # The largest first: the others fit into its memory.
-        for num_rows in sorted(sizes, reverse=True):
-            for exits in range(1 if self.fewer_exits else max(1, num_exits), 1 + num_exits):
-                if self.whole:
-                    descs.append(self._round(num_rows, exits))
-                    continue
-                descs += [
-                    self._step(num_rows, exits, offset, exit_index)
-                    for offset in range(self.max_drafts)
-                    for exit_index in range(exits)
-                ]
+        for num_rows in sorted(sizes, reverse=True) if self.shape else ():
+            if self.whole:
+                descs.append(self._round(num_rows))
+                continue
+            descs += [
+                self._step(num_rows, offset, exit_index)
+                for offset in range(self.max_drafts)
+                for exit_index in range(len(self.shape))
+            ]
         if descs:
             self._capture_descs[CUDAGraphMode.FULL] = descs
 
-    def _round(self, num_rows: int, exits: int) -> RoundDescriptor:
-        num_tokens = num_rows * self.max_drafts
-        return RoundDescriptor(CUDAGraphMode.FULL, num_tokens, num_rows, exits=exits)
+    def _round(self, num_rows: int) -> RoundDescriptor:
+        return RoundDescriptor(CUDAGraphMode.FULL, num_rows * self.max_drafts, num_rows)
 
     @staticmethod
-    def _step(num_rows: int, exits: int, offset: int, exit_index: int) -> StepDescriptor:
+    def _step(num_rows: int, offset: int, exit_index: int) -> StepDescriptor:
         num_tokens = num_rows if exit_index == 0 else num_rows * (1 + offset)
         return StepDescriptor(
             CUDAGraphMode.FULL,
             num_tokens,
             num_rows,
-            exits=exits,
             offset=offset,
             exit_index=exit_index,
         )
@@ -127,7 +121,7 @@ class DraftGraphs(CudaGraphManager):
             assert desc.num_reqs is not None
             # Inside of a graph nobody can ask. Before it, everything runs once.
             self.loop.guard = IfNode() if self.whole and not warmup else RunAlways()
-            round_ = self.loop.idle(desc.num_reqs, desc.exits, self.policy)
+            round_ = self.loop.idle(desc.num_reqs, self.policy)
             steps = self.make_steps(round_)
             if isinstance(desc, StepDescriptor):
                 return lambda _: steps.run(desc.offset, desc.exit_index)
@@ -143,13 +137,13 @@ class DraftGraphs(CudaGraphManager):
         """Whether the steps are this policy's."""
         return self._graphs_captured and policy_shape(policy) == self.shape
 
-    def replay_round(self, num_rows: int, exits: int) -> bool:
+    def replay_round(self, num_rows: int) -> bool:
         """Run all that the rows' limits allow; False if that is not captured."""
-        return self._replay(self._round(num_rows, exits))
+        return self._replay(self._round(num_rows))
 
-    def replay_step(self, num_rows: int, exits: int, offset: int, exit_index: int) -> bool:
+    def replay_step(self, num_rows: int, offset: int, exit_index: int) -> bool:
         """Run a step; False if it is not captured."""
-        return self._replay(self._step(num_rows, exits, offset, exit_index))
+        return self._replay(self._step(num_rows, offset, exit_index))
 
     def _replay(self, desc: BatchExecutionDescriptor) -> bool:
         if desc not in self.graphs:

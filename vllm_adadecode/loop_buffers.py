@@ -12,13 +12,13 @@ from vllm.utils.math_utils import cdiv, next_power_of_2
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import DraftRows, PassInputs
 
-# Batches above this are padded to a multiple of it, smaller ones to a power of two.
-SIZE_STEP = 8
+# Batches above the first are padded to a multiple of the second, smaller ones to a power of two.
+POWERS_UP_TO, SIZE_STEP = 32, 8
 
 
 def padded_size(num_reqs: int, max_num_reqs: int) -> int:
     """Rows that a round of ``num_reqs`` requests has."""
-    if num_reqs <= SIZE_STEP:
+    if num_reqs <= POWERS_UP_TO:
         return min(int(next_power_of_2(num_reqs)), max_num_reqs)
     return min(cdiv(num_reqs, SIZE_STEP) * SIZE_STEP, max_num_reqs)
 
@@ -47,7 +47,8 @@ class LoopBuffers:
         checked: int64 ``[num_exits]``, heads asked, by rows; of the round.
         asked: int64 ``[num_exits]``, head passes, each of all rows that had their head asked.
         passes: int64 ``[num_exits]``, passes of each span; of the round.
-        waiting: bool ``[num_exits]``, whether some row waits for each span.
+        allowed: int64 ``[1]``, exits that the round may use.
+        waiting: bool ``[num_exits]``, whether some row waits for each span that is allowed.
         follow, gate: float32 ``[num_exits]``, the policy's `Cutoffs`.
     """
 
@@ -60,6 +61,7 @@ class LoopBuffers:
     checked: torch.Tensor
     asked: torch.Tensor
     passes: torch.Tensor
+    allowed: torch.Tensor
     waiting: torch.Tensor
     follow: torch.Tensor
     gate: torch.Tensor
@@ -90,6 +92,7 @@ class LoopBuffers:
             checked=counts,
             asked=torch.zeros_like(counts),
             passes=torch.zeros_like(counts),
+            allowed=counts.new_zeros(1),
             waiting=torch.zeros_like(counts, dtype=torch.bool),
             follow=torch.zeros_like(counts, dtype=torch.float32),
             gate=torch.zeros_like(counts, dtype=torch.float32),
@@ -108,6 +111,7 @@ class LoopBuffers:
             checked=self.checked[:num_exits],
             asked=self.asked[:num_exits],
             passes=self.passes[:num_exits],
+            allowed=self.allowed,
             waiting=self.waiting[:num_exits],
             follow=self.follow[:num_exits],
             gate=self.gate[:num_exits],

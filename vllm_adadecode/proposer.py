@@ -182,7 +182,6 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                 self.draft_loop == "graph",
                 self.policy,
                 self.num_speculative_steps,
-                fewer_exits=self.speculative_config.cost_aware,
                 make_steps=self._steps,
             )
 

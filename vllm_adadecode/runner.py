@@ -214,6 +214,14 @@ class AdaDecodeRunnerMixin(_Base):
             grammar_output, grammar_bitmask=grammar_output.grammar_bitmask[keep_rows]
         )
 
+    def shutdown(self) -> None:
+        # Each of these keeps the weights, or captured graphs.
+        speculator = self.speculator
+        speculator.verification_graphs = speculator.draft_graphs = None
+        for name in ("scorer", "_all_layers"):
+            self.__dict__.pop(name, None)
+        super().shutdown()
+
     def start_counting(self) -> None:
         """From nothing: what has run until now was nobody's request."""
         self.speculator.settle(everything=True)

@@ -39,8 +39,13 @@ def run_span(
     residual: torch.Tensor | None,
     attn_metadata: dict[str, Any] | None = None,
     slot_mappings: dict[str, torch.Tensor] | None = None,
+    # [num_tokens] bool, None: no token is
+    is_padding: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One span in a forward context of its own; without metadata, no attention and no KV."""
+    """One span in a forward context of its own; without metadata, no attention and no KV.
+
+    Experts are not asked about padding.
+    """
     num_tokens = len(positions)
     with (
         record_function_or_nullcontext(f"adadecode: span {span}"),
@@ -51,6 +56,7 @@ def run_span(
             cudagraph_runtime_mode=CUDAGraphMode.NONE,
             batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
             slot_mapping=slot_mappings,
+            is_padding=is_padding,
         ),
     ):
         find_moe_layers_by_name()

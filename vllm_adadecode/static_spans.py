@@ -109,6 +109,7 @@ class StaticSpans:
             seq_lens=inputs.seq_lens,
             block_tables=[table[:num_rows] for table in self.spans.input_block_tables],
             row_tokens=row_tokens,
+            is_padding=inputs.token_slots[:num_tokens] < 0,
             hidden=hidden,
             residual=residual,
         )
@@ -129,6 +130,8 @@ class StaticSpans:
         block_tables: Sequence[torch.Tensor],
         # most tokens of a row
         row_tokens: int,
+        # [num_tokens] bool
+        is_padding: torch.Tensor,
         # [num_tokens, hidden_size]
         hidden: torch.Tensor,
         # [num_tokens, hidden_size], None for span 0
@@ -170,6 +173,7 @@ class StaticSpans:
             residual,
             metadata,
             build_slot_mappings_by_layer(slot_mappings, spans.kv_cache_config),
+            is_padding,
         )
 
     def _host_shapes(

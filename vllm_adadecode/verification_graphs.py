@@ -64,10 +64,11 @@ class _Layout:
 
 
 def graph_sizes(capture_sizes: Sequence[int], most_tokens: int) -> list[int]:
-    """Numbers of tokens that get a graph: of vLLM's, those that are well apart, and the most."""
+    """Numbers of tokens that get a graph: of vLLM's, those that are well apart, and the largest."""
+    fitting = sorted({size for size in capture_sizes if size <= most_tokens})
     found: list[int] = []
-    for size in sorted(set(capture_sizes)):
-        if size <= most_tokens and (not found or size >= STEP * found[-1]):
+    for size in fitting:
+        if not found or size >= STEP * found[-1] or size == fitting[-1]:
             found.append(size)
     return found
 
@@ -209,6 +210,7 @@ class VerificationGraphs(CudaGraphManager):
             seq_lens=torch.where(starts[1:] > starts[:-1], lengths, 0),
             block_tables=[t[: desc.num_reqs] for t in self.block_tables.input_block_tables],
             row_tokens=min(self.window, n),
+            is_padding=~there,
             hidden=hidden,
             residual=residual,
         )
