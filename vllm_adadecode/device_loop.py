@@ -181,6 +181,7 @@ class DeviceLoop:
             place = num_rows, offset, exit_index
             if self.captured is None or not self.captured.replay_step(*place):
                 step(offset, exit_index)
+            self.guard.stepped()
             if exit_index + 1 < num_exits:
                 self._attempt(round_, step, offset, exit_index + 1)
 
@@ -188,7 +189,7 @@ class DeviceLoop:
             # Whoever begins a round knows of a request that may draft.
             go_through()
         else:
-            self.guard.when(round_.waiting[exit_index], go_through)
+            self.guard.when_waiting(round_.waiting, exit_index, go_through)
 
 
 @dataclass(frozen=True)
