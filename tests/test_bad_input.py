@@ -205,7 +205,7 @@ def test_copies_of_the_lm_head_and_tensor_parallelism(
 
 
 def test_where_the_draft_loop_can_be_on_the_device(target: Path) -> None:
-    spec = {"draft_loop": "device", "num_speculative_tokens": 7}
+    spec = {"draft_loop": "device", "num_speculative_tokens": 7, "cost_aware": True}
     fits: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 128}
     config = create(target, spec, **fits).speculative_config
     assert (config.draft_loop, config.cost_aware) == ("device", True)
