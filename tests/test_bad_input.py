@@ -20,6 +20,7 @@ from safetensors.torch import load, save_file
 from transformers import GPT2Config, PreTrainedConfig, WhisperConfig
 from vllm import LLM, EngineArgs, envs
 from vllm.config import ModelConfig, SpeculativeConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import registry
 
@@ -216,6 +217,25 @@ def test_where_the_draft_loop_can_be_on_the_device(target: Path) -> None:
     message = refused(target, spec, tensor_parallel_size=2)
     for word in ("draft_loop 'device'", "tensor parallelism", "draft_loop 'host'"):
         assert word in message
+
+
+def test_who_drives_the_draft_loop_by_itself(target: Path) -> None:
+    """The device, where a GPU would wait for the host and all that it takes is there."""
+
+    def driver(device: str, graphs: bool = True, **options: Any) -> str:
+        made = create(target, {"num_speculative_tokens": 7}, max_num_seqs=16, **options)
+        mode = CUDAGraphMode.FULL_AND_PIECEWISE if graphs else CUDAGraphMode.NONE
+        made.compilation_config.cudagraph_mode = mode
+        return config.resolve_draft_loop(made, device)
+
+    assert driver("cuda") == "device"
+    assert driver("cpu") == "host"
+    assert driver("cuda", graphs=False) == "host"
+    assert driver("cuda", max_num_batched_tokens=127) == "host"
+    assert driver("cuda", tensor_parallel_size=2) == "host"
+    for loop in ("host", "device"):
+        made = create(target, {"draft_loop": loop}, max_num_seqs=2)
+        assert [config.resolve_draft_loop(made, d) for d in ("cuda", "cpu")] == [loop, loop]
 
 
 @pytest.mark.parametrize(
