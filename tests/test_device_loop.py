@@ -209,11 +209,16 @@ class DeviceRuns:
         gate: Any = lambda *_: 1.0,
         fused: bool = False,
         sample: Any = None,
+        shift: int = 0,
     ) -> Run:
-        """One round; see `tests.test_draft_loop.draft`."""
+        """One round; see `tests.test_draft_loop.draft`.
+
+        Args:
+            shift: of all positions.
+        """
         target = self.target
         target.confidence, target.gate = confidence, gate
-        target.first_pos = {slot: 7 + 13 * slot for slot in slots}
+        target.first_pos = {slot: 7 + 13 * slot + shift for slot in slots}
         target.calls, target.checks, target.gate_checks = [], [], []
         round_ = self.loop.begin(
             torch.tensor(slots),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from benchmarks.gpu_suite.ideal import Reading
 from benchmarks.gpu_suite.result import DONE
 from benchmarks.gpu_suite.speed import Decoding
 from benchmarks.gpu_suite.suite import CONTROLLED, PLAIN
-from benchmarks.gpu_suite.worker import CoveragePolicy
+from benchmarks.gpu_suite.worker import CoveragePolicy, follow_noise
 from tests.engines import DEMO_MODEL
 from tests.suite_fakes import (
     COSTS,
@@ -28,8 +29,11 @@ from tests.suite_fakes import (
     make_suite,
     snapshot,
 )
+from tests.test_device_loop import MAX_SLOTS, DeviceRuns
 from vllm_adadecode.counters import Counters, ExitCounters
+from vllm_adadecode.device_loop import Steps
 from vllm_adadecode.policy import Action, ThresholdPolicy
+from vllm_adadecode.step_guard import AskHost
 
 
 def test_bytes_of_a_trace() -> None:
@@ -165,3 +169,22 @@ def test_coverage_policy() -> None:
     assert set(actions.tolist()) == {Action.EXTEND, Action.PROMOTE}
     assert set(policy.decide(2, confidence).tolist()) == {Action.EXTEND, Action.STOP}
     assert (CoveragePolicy(real, 1.0).decide(0, confidence) == Action.EXTEND).all()
+
+
+def test_controlled_coverage_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise by place is as good as drawn: half of the heads are followed, at each exit."""
+    monkeypatch.setattr(Steps, "_follow", Steps._follow)
+    follow_noise()
+    runs = DeviceRuns(AskHost())
+    runs.policy = CoveragePolicy(ThresholdPolicy((0.9, 1.0, 0.9)), 0.5)  # type: ignore[assignment]
+    checked, drafted = np.zeros(3), np.zeros(3)
+    for first in range(60):
+        slots = [(first + i) % MAX_SLOTS for i in range(4)]
+        # Confidences, which are never enough, are not looked at.
+        counters = runs.draft(lambda *_: 0.1, [5] * 4, slots, shift=first).counters
+        exits = list(counters.exits.values())
+        checked += [e.checked for e in exits]
+        drafted += [e.drafted for e in exits]
+    assert checked[1] == drafted[1] == 0
+    assert drafted[[0, 2]] / checked[[0, 2]] == pytest.approx([0.5, 0.5], abs=0.06)
+    assert checked[2] > 200

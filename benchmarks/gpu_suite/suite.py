@@ -151,6 +151,8 @@ def controlled(settings: Settings, ours: dict[str, Any], target: Path) -> dict[s
     return ours | {
         "speculative_config": method
         | {
+            # Coverage is what is set, not what would pay.
+            "cost_aware": False,
             "rejection_sample_method": "synthetic",
             "synthetic_acceptance_rates": [
                 settings.precisions[0] ** (i + 1) for i in range(drafts)

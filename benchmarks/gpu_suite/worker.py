@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_suite.syncs import RoundCounter
-from vllm_adadecode.policy import Action, DraftPolicy
+from vllm_adadecode.device_loop import Steps
+from vllm_adadecode.kernels.draft_state import DraftRows
+from vllm_adadecode.policy import Action, Cutoffs, DraftPolicy
 
 
 class SuiteWorker:
@@ -45,9 +47,16 @@ class SuiteWorker:
         and the output is no model's.
         """
         runner = self.model_runner
-        policy = runner.speculator.policy
-        real = policy.real if isinstance(policy, CoveragePolicy) else policy
-        runner.speculator.policy = CoveragePolicy(real, coverage)
+        speculator = runner.speculator
+        speculator.settle(everything=True)
+        real = policy.real if isinstance(policy := speculator.policy, CoveragePolicy) else policy
+        speculator.policy = CoveragePolicy(real, coverage)
+        if policy is real and speculator.device_rounds is not None:
+            follow_noise()
+            if speculator.draft_graphs is not None:
+                # They hold the real policy's gates and confidences.
+                speculator.init_cudagraph_manager(runner.compilation_config.cudagraph_mode)
+                speculator.capture()
         # Of a draft whose predecessors were accepted; see vLLM's rejection sampler.
         runner.rejection_sampler.synthetic_conditional_rates.fill_(precision)
 
@@ -80,3 +89,34 @@ class CoveragePolicy:
         actions = torch.full_like(confidence, int(otherwise), dtype=torch.int8)
         follow = torch.rand_like(confidence, dtype=torch.float32) < self.coverage
         return actions.masked_fill_(follow, int(Action.EXTEND))
+
+    def cutoffs(self) -> Cutoffs:
+        # Of `noise`, with the draft loop on the device.
+        exits = range(self.num_used_exits)
+        return Cutoffs(tuple(1.0 - self.coverage for _ in exits), tuple(0.0 for _ in exits))
+
+
+def noise(rows: DraftRows, exit_index: int) -> torch.Tensor:
+    """Float32 ``[num_rows]`` in [0, 1), by request, position and exit: no generator is asked.
+
+    PyTorch's can't be in bodies of IF nodes.
+    """
+    x = (rows.first_pos + rows.num_drafts) * 0x9E3779B1 + rows.slots * 0x85EBCA6B
+    x = x + (exit_index + 1) * 0xC2B2AE35
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        x = x & 0xFFFFFFFF
+        x = (x ^ (x >> 16)) * multiplier
+    x = x & 0xFFFFFFFF
+    return ((x ^ (x >> 16)) & 0xFFFFFF).to(torch.float32) / 2**24
+
+
+def follow_noise() -> None:
+    """From now on, have the draft loop on the device follow `noise`, not confidences."""
+    follow = Steps._follow
+
+    def follow_noise_instead(
+        self: Steps, exit_index: int, token: torch.Tensor, p: torch.Tensor, live: Any
+    ) -> None:
+        follow(self, exit_index, token, noise(self.round_.rows, exit_index), live)
+
+    Steps._follow = follow_noise_instead  # type: ignore[method-assign]
