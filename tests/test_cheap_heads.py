@@ -21,6 +21,7 @@ from tests.engines import (
     token_ids,
 )
 from tests.heads_samples import demo_heads
+from vllm_adadecode.rehearsal import launch_kernels
 
 VOCAB, HIDDEN = 2048, 256
 NUM_PROMPTS = 12
@@ -293,7 +294,7 @@ def test_kernels_in_place_of_logits(
         projection.logits = no_logits
         # Warming up changes nothing that a request has.
         cache = None if speculator.draft_logits is None else speculator.draft_logits.clone()
-        speculator._launch_kernels(16)
+        launch_kernels(speculator, 16)
         assert cache is None or torch.equal(cache, speculator.draft_logits)
         return projection.kernel_weight(torch.float32) is not None
 

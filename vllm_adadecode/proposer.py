@@ -10,6 +10,7 @@ then head by head, deeper spans only for those that are not yet confident.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,13 +35,13 @@ from vllm_adadecode.draws import Draws, draft_columns
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.fused_head import FusedHeads
 from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
-from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.warmup import register_warmup
 from vllm_adadecode.lm_head import HeadProjection
 from vllm_adadecode.loop_buffers import LoopBuffers, pass_states
-from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy, gate_at
-from vllm_adadecode.span_runner import SpanRunner, run_span
+from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy
+from vllm_adadecode.rehearsal import launch_kernels, run_everything
+from vllm_adadecode.span_runner import SpanRunner
 from vllm_adadecode.staged import StagedTarget
 from vllm_adadecode.static_spans import StaticSpans, why_not_captured
 from vllm_adadecode.verification_graphs import VerificationGraphs
@@ -187,7 +188,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
 
     def _steps(self, round_: LoopBuffers) -> Steps:
         assert self.device_rounds is not None
-        heads = self._heads(self.temperature, self.seeds)
+        heads = self.heads(self.temperature, self.seeds)
         return Steps(self.device_rounds.loop, round_, self.policy, *heads)
 
     def capture(self) -> None:
@@ -236,13 +237,13 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             num_reqs, self.num_speculative_steps, dtype=torch.int64, device=self.device
         )
         if dummy_run:
-            self._dummy_run(num_reqs)
+            run_everything(self, num_reqs)
             return drafts
         if self.device_rounds is not None:
             # vLLM's lie elsewhere in every other step: the loop's addresses must not change.
             self.temperature.copy_(temperature)
             self.seeds.copy_(seeds)
-            heads = self._heads(self.temperature, self.seeds)
+            heads = self.heads(self.temperature, self.seeds)
             return self.device_rounds.propose(
                 input_batch, num_sampled, last_sampled, *heads, num_speculative_tokens
             )
@@ -262,7 +263,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.end_round(input_batch)
             return drafts
 
-        draws, fused = self._heads(temperature, seeds)
+        draws, fused = self.heads(temperature, seeds)
         loop = DraftLoop(
             staged=self.model,
             spans=self.spans,
@@ -385,7 +386,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             used_exits[free] = choice.exits
         return caps, used_exits
 
-    def _heads(
+    def heads(
         self, temperature: torch.Tensor, seeds: torch.Tensor
     ) -> tuple[Draws | None, FusedHeads | None]:
         """How drafts are drawn (None for `greedy`, the argmax), and heads by the fused kernels."""
@@ -428,56 +429,6 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                     exit_counters.accepted += i < accepted
                     exit_counters.rejected += i >= accepted
 
-    def _dummy_run(self, num_reqs: int) -> None:
-        """The real work's shapes, for memory profiling and so that every span is compiled.
-
-        Every span on every window, and every head on every request.
-        """
-        if self.policy.num_used_exits == 0:
-            return
-        # vLLM compiles a span for all sizes, with the first that it sees, which must not be 1.
-        num_tokens = min(num_reqs * (1 + self.num_speculative_steps), self.max_num_tokens)
-        tokens = self.input_buffers.input_ids[:num_tokens].zero_()
-        positions = self.input_buffers.positions[:num_tokens].zero_()
-        hidden, residual = self.model.embed(tokens), None
-        for span in range(len(self.model.spans)):
-            hidden, residual = run_span(
-                self.vllm_config, self.model, span, positions, hidden, residual
-            )
-            if span < self.policy.num_used_exits:
-                self._rehearse_head(span, hidden[:num_reqs], residual[:num_reqs])
-        assert residual is not None
-        self.model.finish(hidden, residual)
-
-    def _rehearse_head(self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor) -> None:
-        draws, fused = self._heads(self.temperature, self.seeds)
-        if fused is not None:
-            fused.rehearse(exit_index, hidden, residual, gate_at(self.policy, exit_index))
-            return
-        if self.policy.uses_gate(exit_index):
-            self.model.gate_probability(exit_index, hidden, residual)
-        if draws is None:
-            self.model.head_top1(exit_index, hidden, residual)
-        else:
-            logits, other = self.model.head_logits(exit_index, hidden, residual)
-            top1_confidence(logits, other)
-            self.model.projection.over_all_tokens(logits)
-
     def register_warmup(self) -> None:
         """Have our kernels compiled at start, inside an active warm-up registry."""
-        register_warmup(self._launch_kernels, self.max_num_reqs)
-
-    @torch.inference_mode()
-    def _launch_kernels(self, num_rows: int) -> None:
-        """Every kernel of ours that a round with that many rows launches, changing nothing."""
-        shape = (num_rows, self.hidden_size)
-        zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        _, fused = self._heads(self.temperature, self.seeds)
-        if fused is not None:
-            for exit_index in range(self.policy.num_used_exits):
-                fused.rehearse(exit_index, zeros, zeros, gate_at(self.policy, exit_index))
-        padding = torch.full((num_rows,), -1, dtype=torch.int64, device=self.device)
-        self.deferred.store(padding, padding, zeros, zeros)
-        self.deferred.gather(padding, padding)
-        if self.device_rounds is not None:
-            self.device_rounds.loop.rehearse()
+        register_warmup(partial(launch_kernels, self), self.max_num_reqs)

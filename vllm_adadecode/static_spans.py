@@ -38,7 +38,7 @@ def why_not_captured(
 
 
 class StaticSpans:
-    """Runs spans below the last one for the device's draft loop.
+    """Runs spans for the draft loop on the device, and for captured verifications.
 
     Args:
         spans: the ragged runner; its block tables and metadata builders are used, never at a time

@@ -1,0 +1,75 @@
+"""What runs before the first request: every shape and kernel of a round, changing nothing.
+
+Owns the draft model's part of vLLM's profiling run, which measures memory and has spans compiled,
+and the launches by which vLLM's warm-up has kernels compiled.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_adadecode.kernels.confidence import top1_confidence
+from vllm_adadecode.policy import gate_at
+from vllm_adadecode.span_runner import run_span
+
+if TYPE_CHECKING:
+    from vllm_adadecode.proposer import AdaDecodeSpeculator
+
+
+def run_everything(speculator: "AdaDecodeSpeculator", num_reqs: int) -> None:
+    """Every span on every window, and every head on every request."""
+    model, used = speculator.model, speculator.policy.num_used_exits
+    if used == 0:
+        return
+    # vLLM compiles a span for all sizes, with the first that it sees, which must not be 1.
+    num_tokens = min(num_reqs * (1 + speculator.num_speculative_steps), speculator.max_num_tokens)
+    tokens = speculator.input_buffers.input_ids[:num_tokens].zero_()
+    positions = speculator.input_buffers.positions[:num_tokens].zero_()
+    hidden, residual = model.embed(tokens), None
+    for span in range(len(model.spans)):
+        hidden, residual = run_span(
+            speculator.vllm_config, model, span, positions, hidden, residual
+        )
+        if span < used:
+            _check_head(speculator, span, hidden[:num_reqs], residual[:num_reqs])
+    assert residual is not None
+    model.finish(hidden, residual)
+
+
+def _check_head(
+    speculator: "AdaDecodeSpeculator",
+    exit_index: int,
+    # [num_reqs, hidden_size]
+    hidden: torch.Tensor,
+    # [num_reqs, hidden_size]
+    residual: torch.Tensor,
+) -> None:
+    model, policy = speculator.model, speculator.policy
+    draws, fused = speculator.heads(speculator.temperature, speculator.seeds)
+    if fused is not None:
+        fused.rehearse(exit_index, hidden, residual, gate_at(policy, exit_index))
+        return
+    if policy.uses_gate(exit_index):
+        model.gate_probability(exit_index, hidden, residual)
+    if draws is None:
+        model.head_top1(exit_index, hidden, residual)
+    else:
+        logits, other = model.head_logits(exit_index, hidden, residual)
+        top1_confidence(logits, other)
+        model.projection.over_all_tokens(logits)
+
+
+@torch.inference_mode()
+def launch_kernels(speculator: "AdaDecodeSpeculator", num_rows: int) -> None:
+    """Every kernel of ours that a round with that many rows launches."""
+    shape = (num_rows, speculator.hidden_size)
+    zeros = torch.zeros(shape, dtype=speculator.dtype, device=speculator.device)
+    _, fused = speculator.heads(speculator.temperature, speculator.seeds)
+    if fused is not None:
+        for exit_index in range(speculator.policy.num_used_exits):
+            fused.rehearse(exit_index, zeros, zeros, gate_at(speculator.policy, exit_index))
+    padding = torch.full((num_rows,), -1, dtype=torch.int64, device=speculator.device)
+    speculator.deferred.store(padding, padding, zeros, zeros)
+    speculator.deferred.gather(padding, padding)
+    if speculator.device_rounds is not None:
+        speculator.device_rounds.loop.rehearse()
