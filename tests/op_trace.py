@@ -69,14 +69,14 @@ class OpTrace:
     def operation(self, name: str, run: Callable[[], Any], args: Any) -> Any:
         """Run and record one operation."""
         given = self._describe(args)
-        before = {_address(t) for t in _tensors(args)}
+        before = {address_of(t) for t in tensors_in(args)}
         paused, self._paused = self._paused, True
         try:
             result = run()
         finally:
             self._paused = paused
-        for tensor in _tensors(result):
-            address = _address(tensor)
+        for tensor in tensors_in(result):
+            address = address_of(tensor)
             if address not in before and address not in self._made:
                 is_plan = name in PLANS
                 self._made[address] = None if is_plan else len(self.allocated)
@@ -88,7 +88,7 @@ class OpTrace:
 
     def _describe(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            address = _address(value)
+            address = address_of(value)
             place = self._made.get(address, hex(address))
             if place is None:
                 return "plan"
@@ -114,7 +114,7 @@ class _Dispatched(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func._schema.name.split("::")[-1]
         by_mask = name.startswith(("index", "_index")) and any(
-            t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1:2])
+            t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1:2])
         )
         if name in SYNCHRONISING or by_mask:
             self.trace.synchronisations.append(name)
@@ -165,16 +165,16 @@ def first_difference(one: list[Any], other: list[Any]) -> str:
     return "" if len(one) == len(other) else f"{len(one)} != {len(other)} operations"
 
 
-def _address(tensor: torch.Tensor) -> int:
+def address_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for v in value:
-            yield from _tensors(v)
+            yield from tensors_in(v)
     elif isinstance(value, dict):
         for v in value.values():
-            yield from _tensors(v)
+            yield from tensors_in(v)

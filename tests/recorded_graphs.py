@@ -29,7 +29,7 @@ from vllm.platforms import current_platform
 from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.v1.worker.gpu import cudagraph_utils
 
-from tests.op_trace import PLANS, READS, SYNCHRONISING
+from tests.op_trace import PLANS, READS, SYNCHRONISING, address_of, tensors_in
 
 Operation = Callable[[dict[int, torch.Tensor]], None]
 
@@ -78,11 +78,11 @@ class RecordedGraph:
 
     def run(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Do it, and keep how to do it again."""
-        results = list(_tensors(made := function(*args, **kwargs)))
+        results = list(tensors_in(made := function(*args, **kwargs)))
         context = get_forward_context() if is_forward_context_available() else None
         metadata = context.attn_metadata if context is not None else None
         planned = {
-            layer: _address(data.scheduler_metadata)
+            layer: address_of(data.scheduler_metadata)
             for layer, data in (metadata or {}).items()
             if data.scheduler_metadata is not None
         }
@@ -92,7 +92,7 @@ class RecordedGraph:
         def again(plans: dict[int, torch.Tensor]) -> None:
             def now(value: Any) -> Any:
                 if isinstance(value, torch.Tensor):
-                    return plans.get(_address(value), value)
+                    return plans.get(address_of(value), value)
                 return value
 
             if of_vllm and metadata:
@@ -104,9 +104,9 @@ class RecordedGraph:
                         metadata[layer].scheduler_metadata = outer[layer].scheduler_metadata
             with override_forward_context(context) if of_vllm else nullcontext():
                 found = function(*tree_map(now, args), **tree_map(now, kwargs))
-            for before, after in zip(results, _tensors(found), strict=True):
+            for before, after in zip(results, tensors_in(found), strict=True):
                 if name.split("::")[-1].split(".")[0] in PLANS:
-                    plans[_address(before)] = after
+                    plans[address_of(before)] = after
                 elif before.data_ptr() != after.data_ptr():
                     before.copy_(after)
 
@@ -132,7 +132,7 @@ class _Record(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
         by_mask = "index" in name and any(
-            t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1:2])
+            t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1:2])
         )
         waits = name.split("::")[-1] in SYNCHRONISING or by_mask
         assert self.paused or not waits, f"{name} waits for the device"
@@ -182,15 +182,3 @@ def graphs_are_recorded() -> Iterator[None]:
         ):
             stack.enter_context(patch.object(holder, name, value))
         yield
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for v in value:
-            yield from _tensors(v)
