@@ -182,18 +182,22 @@ def test_what_does_not_fit_runs_without_graphs(engines: EnginePool, prompts: lis
     """Another policy's exits, and more tokens than any graph has."""
     engine = get_engine(engines, "device", async_scheduling=False)
 
-    def forget_large(worker: Any) -> None:
-        graphs = worker.model_runner.speculator.verification_graphs
-        graphs.sizes = graphs.sizes[graphs.sizes <= 4]
-
-    def other_policy(worker: Any) -> None:
+    def fit_less(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        policy = speculator.policy
+        graphs, policy = speculator.verification_graphs, speculator.policy
+        speculator.fitting = graphs.sizes, policy
+        graphs.sizes = graphs.sizes[graphs.sizes <= 4]
         speculator.policy = type(policy)((1.0, *policy.thresholds[1:]), policy.gate_thresholds)
 
-    engine.collective_rpc(forget_large)
-    engine.collective_rpc(other_policy)
-    outputs = generate(engine, prompts[:6], greedy(24))
+    def fit_again(worker: Any) -> None:
+        speculator = worker.model_runner.speculator
+        speculator.verification_graphs.sizes, speculator.policy = speculator.fitting
+
+    engine.collective_rpc(fit_less)
+    try:
+        outputs = generate(engine, prompts[:6], greedy(24))
+    finally:
+        engine.collective_rpc(fit_again)
     vanilla = engines.get()
     assert_same(vanilla, outputs, generate(vanilla, prompts[:6], greedy(24)))
     assert stats(engine)["drafted"] > 20

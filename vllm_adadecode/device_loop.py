@@ -6,13 +6,13 @@ waiting for the device, or captured in a graph. A row that has no part in a pass
 
 Requests go in step as in draft_loop.py, and every pass is guarded (step_guard.py): by "some row
 waits for span 0" for each draft, and inside of it by "some row waits for the next span".
-What lies between two guards is a step (`DeviceLoop.step`), which may be captured by itself.
+What lies between two guards is a step (`Steps.run`), which may be captured by itself.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.v1.utils import record_function_or_nullcontext
@@ -28,17 +28,8 @@ from vllm_adadecode.staged import StagedTarget
 from vllm_adadecode.static_spans import StaticSpans
 from vllm_adadecode.step_guard import StepGuard
 
-
-class Captured(Protocol):
-    """Graphs of a loop's rounds or steps, by what decides on their operations."""
-
-    def replay_round(self, num_rows: int) -> bool:
-        """Run a round; False if there is no graph of it."""
-        ...
-
-    def replay_step(self, num_rows: int, offset: int, exit_index: int) -> bool:
-        """Run a step; False if there is no graph of it."""
-        ...
+if TYPE_CHECKING:
+    from vllm_adadecode.draft_graphs import DraftGraphs
 
 
 class DeviceLoop:
@@ -55,7 +46,7 @@ class DeviceLoop:
         captured: graphs that run in place of a round or a step where they have it.
     """
 
-    captured: "Captured | None" = None
+    captured: "DraftGraphs | None" = None
 
     def __init__(
         self,

@@ -18,8 +18,6 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_adadecode.device_loop import DeviceLoop
 from vllm_adadecode.draft_loop import DraftState
-from vllm_adadecode.draws import Draws
-from vllm_adadecode.fused_head import FusedHeads
 from vllm_adadecode.loop_buffers import LoopBuffers
 from vllm_adadecode.span_runner import CHECK_KV_BOUNDS
 from vllm_adadecode.static_spans import StaticSpans
@@ -205,8 +203,10 @@ class DeviceRounds:
         num_sampled: torch.Tensor,
         # [max_num_reqs, 1]
         last_sampled: torch.Tensor,
-        draws: Draws | None,
-        fused: FusedHeads | None,
+        # [max_num_reqs]
+        temperature: torch.Tensor,
+        # [max_num_reqs]
+        seeds: torch.Tensor,
         num_speculative_tokens: int | None,
     ) -> torch.Tensor:
         """Draft for every request that sampled a token; the host waits for nothing.
@@ -226,20 +226,22 @@ class DeviceRounds:
             copy = RoundCopy.start(num_reqs, None, num_sampled)
             speculator.last_req_ids = list(input_batch.req_ids)
             speculator.last_drafts = [[]] * num_reqs
-            drafts = torch.zeros(
-                num_reqs, speculator.num_speculative_steps, dtype=torch.int64, device=self.device
-            )
+            drafts = speculator.no_drafts(num_reqs)
         else:
             slots = input_batch.idx_mapping.to(torch.int64)
             first_pos = speculator.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
             limits = self._limits(input_batch, num_sampled[:num_reqs], first_pos, caps)
             last = last_sampled[slots].view(-1)
+            # vLLM's lie elsewhere in every other step: the loop's addresses must not change.
+            speculator.temperature.copy_(temperature)
+            speculator.seeds.copy_(seeds)
+            heads = speculator.heads(speculator.temperature, speculator.seeds)
             round_ = self.loop.begin(slots, first_pos, limits, last, policy, exits)
             with record_function_or_nullcontext("adadecode: draft loop"):
                 graphs = speculator.draft_graphs
                 fits = graphs is not None and graphs.fits(policy)
                 self.loop.captured = graphs if fits else None
-                self.loop.draft(round_, policy, int(caps.max()), draws, fused)
+                self.loop.draft(round_, policy, int(caps.max()), *heads)
                 # vLLM's memory profiling drops those that it had captured.
                 self.loop.captured = None
             copy = RoundCopy.start(num_reqs, round_, num_sampled)
@@ -248,10 +250,6 @@ class DeviceRounds:
         self._unsettled.append(_Unsettled(input_batch, windows, exits, copy))
         speculator.end_round(input_batch, timed=is_even)
         return drafts
-
-    @property
-    def device(self) -> torch.device:
-        return self.speculator.device
 
     def _allowed(self, input_batch: InputBatch, max_drafts: int) -> tuple[np.ndarray, int, bool]:
         """Most drafts of each request, and the exits that all use.

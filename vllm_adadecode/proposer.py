@@ -146,6 +146,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             if self.speculative_config.draft_loop != "auto":
                 raise
             logger.warning("adadecode drafts with draft_loop host: %s", error)
+            self.pass_states = None
             return None
 
     def settle(self, wait: bool = True, everything: bool = False) -> None:
@@ -233,19 +234,12 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             are 0, a valid id, because vLLM copies them to the embedding's input.
         """
         num_reqs = input_batch.num_reqs
-        drafts = torch.zeros(
-            num_reqs, self.num_speculative_steps, dtype=torch.int64, device=self.device
-        )
         if dummy_run:
             run_everything(self, num_reqs)
-            return drafts
+            return self.no_drafts(num_reqs)
         if self.device_rounds is not None:
-            # vLLM's lie elsewhere in every other step: the loop's addresses must not change.
-            self.temperature.copy_(temperature)
-            self.seeds.copy_(seeds)
-            heads = self.heads(self.temperature, self.seeds)
             return self.device_rounds.propose(
-                input_batch, num_sampled, last_sampled, *heads, num_speculative_tokens
+                input_batch, num_sampled, last_sampled, temperature, seeds, num_speculative_tokens
             )
         slots = input_batch.idx_mapping
         sampled_np = num_sampled[:num_reqs].cpu().numpy()
@@ -261,7 +255,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             # As quick as can be: this is every round where drafting does not pay.
             self.last_req_ids, self.last_drafts = list(input_batch.req_ids), [[]] * num_reqs
             self.end_round(input_batch)
-            return drafts
+            return self.no_drafts(num_reqs)
 
         draws, fused = self.heads(temperature, seeds)
         loop = DraftLoop(
@@ -290,10 +284,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.budget.statistics.add_round(
                 limits, used_exits, state.num_drafts, state.exits, checked
             )
-        drafts[:, :] = state.tokens[:, 1:]
         self.keep_windows(input_batch, sampled_np, limits, used_exits, state)
         self.end_round(input_batch)
-        return drafts
+        # A copy: vLLM may write to it.
+        return state.tokens[:, 1:].clone()
+
+    def no_drafts(self, num_reqs: int) -> torch.Tensor:
+        """What `propose` gives vLLM in a round without drafts."""
+        shape = num_reqs, self.num_speculative_steps
+        return torch.zeros(shape, dtype=torch.int64, device=self.device)
 
     def keep_windows(
         self,

@@ -103,11 +103,8 @@ class VerificationGraphs(CudaGraphManager):
         self.sizes = np.array(sizes, dtype=np.int64)
         most_tokens, most_rows = max(sizes, default=0), scheduler.max_num_seqs
         self.layout = _Layout.of(most_tokens, most_rows)
-        # [spans, ...] int64; see `_Layout`. Padding: no token runs.
-        self.plan = torch.zeros(
-            len(staged.spans), self.layout.starts.stop, dtype=torch.int64, device=device
-        )
-        self.plan[:, : self.layout.slots.stop] = -1
+        # [spans, ...] int64; see `_Layout`.
+        self.plan = torch.from_numpy(self._empty_plan(len(staged.spans))).to(device)
         self.output = deferred.hidden.new_zeros(most_tokens, deferred.hidden.shape[2])
         super().__init__(
             vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=window
@@ -135,8 +132,8 @@ class VerificationGraphs(CudaGraphManager):
             assert isinstance(desc, PassDescriptor)
             return lambda _: self._pass(desc)
 
-        self.plan[:, : self.layout.slots.stop] = -1
-        self.plan[:, self.layout.offsets.start :] = 0
+        # No token runs.
+        self.plan.copy_(torch.from_numpy(self._empty_plan(len(self.plan))))
         self.capture(create_forward, "Capturing verification")
 
     def descriptors(self, plan: VerificationPlan) -> list[PassDescriptor] | None:
@@ -166,10 +163,15 @@ class VerificationGraphs(CudaGraphManager):
             self.run_fullgraph(desc)
         return self.output[: len(plan.depths)]
 
+    def _empty_plan(self, num_spans: int) -> np.ndarray:
+        """Passes without tokens."""
+        rows = np.zeros((num_spans, self.layout.starts.stop), dtype=np.int64)
+        rows[:, : self.layout.slots.stop] = -1
+        return rows
+
     def _lay_out(self, plan: VerificationPlan, passes: Sequence[PassDescriptor]) -> np.ndarray:
         layout = self.layout
-        rows = np.zeros(tuple(self.plan.shape), dtype=np.int64)
-        rows[:, : layout.slots.stop] = -1
+        rows = self._empty_plan(len(self.plan))
         slots = plan.slots[plan.rows]
         for desc in passes:
             row = rows[desc.span]
