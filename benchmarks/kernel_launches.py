@@ -113,12 +113,13 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
     """(name, architectures, call of a wrapper)."""
     from vllm_adadecode.kernels.confidence import head_confidence
     from vllm_adadecode.kernels.deferred import DeferredStates
-    from vllm_adadecode.kernels.draft_state import DraftRows, KVBlocks, PassInputs
+    from vllm_adadecode.kernels.draft_state import DraftRows, KVBlocks, PassInputs, RoundStatus
     from vllm_adadecode.kernels.draft_step import draft_step
     from vllm_adadecode.kernels.gate import head_input, live_first
     from vllm_adadecode.kernels.head_weight import HeadWeight
     from vllm_adadecode.kernels.merge import merge_partials
     from vllm_adadecode.kernels.sampling import head_sample
+    from vllm_adadecode.kernels.verification_plan import PassPlans, plan_verification
 
     everywhere = tuple(ARCHITECTURES)
     bf16, fp16 = torch.bfloat16, torch.float16
@@ -191,10 +192,26 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
             DraftRows.begin(slots, slots, slots, slots, WINDOW - 1, NUM_EXITS),
             PassInputs.empty(MAX_REQS, WINDOW, 1, torch.device("meta")),
             blocks,
+            RoundStatus.empty(NUM_EXITS, torch.device("meta")),
             exit_index=1,
             next_span=2,
             token=slots,
             confident=_meta(MAX_REQS, dtype=torch.bool),
+        ),
+    )
+    places = MAX_REQS * WINDOW
+    yield (
+        "256 requests",
+        everywhere,
+        lambda: plan_verification(
+            PassPlans.empty(1 + NUM_EXITS, places, MAX_REQS, torch.device("meta")),
+            DraftRows.begin(slots, slots, slots, slots, WINDOW - 1, NUM_EXITS),
+            row_of=_meta(MAX_REQS, dtype=torch.int32),
+            query_start_loc=_meta(MAX_REQS + 1, dtype=torch.int32),
+            input_ids=_meta(places, dtype=torch.int32),
+            seq_lens=_meta(MAX_REQS, dtype=torch.int32),
+            vacant=_meta(places, dtype=torch.bool),
+            num_places=places,
         ),
     )
 

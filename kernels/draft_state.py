@@ -165,6 +165,31 @@ class PassInputs:
 
 
 @dataclass(frozen=True)
+class RoundStatus:
+    """What is left to do in a round: all that a host would ask for, side by side in memory.
+
+    Attributes:
+        flags: bool ``[2 * early_spans]``; the next two are parts of it.
+        waiting: bool ``[early_spans]``, whether some row waits for each span that is allowed.
+        missing: bool ``[early_spans]``, whether some pending token has not been through each span:
+            those that a verification must run besides the last one.
+        allowed: int64 ``[1]``, exits that the round may use.
+    """
+
+    flags: torch.Tensor
+    waiting: torch.Tensor
+    missing: torch.Tensor
+    allowed: torch.Tensor
+
+    @staticmethod
+    def empty(num_early_spans: int, device: torch.device) -> "RoundStatus":
+        """Nothing left to do; all spans but the target's last are early ones."""
+        flags = torch.zeros(2 * num_early_spans, dtype=torch.bool, device=device)
+        allowed = torch.full((1,), num_early_spans, dtype=torch.int64, device=device)
+        return RoundStatus(flags, flags[:num_early_spans], flags[num_early_spans:], allowed)
+
+
+@dataclass(frozen=True)
 class KVBlocks:
     """vLLM's block tables as kernels read them (attributes of its ``BlockTables``).
 

@@ -1,9 +1,10 @@
 """Bookkeeping between two passes of the draft loop, on the device, in one launch.
 
 Owns the step from a head's answers to the next pass: windows grow by a draft, are promoted or
-stop; depths follow the pass that just ran; and the inputs of the next pass (token ids, positions,
-lengths, KV slots) are laid out. The host reads nothing, so the passes of a whole round can be
-queued, or captured, one after the other: a pass without a token to run has empty inputs.
+stop; depths follow the pass that just ran; the inputs of the next pass (token ids, positions,
+lengths, KV slots) are laid out; and a few bytes say what there is left to do. The host reads
+nothing, so the passes of a whole round can be queued, or captured, one after the other: a pass
+without a token to run has empty inputs.
 
 Batch rows stay where they are during a round. A row that has no part in a pass has no token in it.
 """
@@ -12,7 +13,7 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import next_power_of_2
 
-from vllm_adadecode.kernels.draft_state import DraftRows, KVBlocks, PassInputs
+from vllm_adadecode.kernels.draft_state import DraftRows, KVBlocks, PassInputs, RoundStatus
 from vllm_adadecode.kernels.draft_step_twin import draft_step_twin
 from vllm_adadecode.kernels.launch import register_twins
 
@@ -22,7 +23,16 @@ NO_EXIT = -2
 # --- kernel --------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["exit_index", "next_span", "num_exits", "num_rows", "capacity"])
+@triton.jit(
+    do_not_specialize=[
+        "exit_index",
+        "next_span",
+        "num_exits",
+        "num_rows",
+        "capacity",
+        "num_early_spans",
+    ]
+)
 def _draft_step_kernel(  # type: ignore[no-untyped-def]
     # DraftRows
     slots_ptr,
@@ -51,13 +61,20 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
     table_strides_ptr,
     block_sizes_ptr,
     enabled_ptr,
+    # RoundStatus
+    waiting_ptr,
+    missing_ptr,
+    # [1] int64
+    allowed_ptr,
     exit_index,
     next_span,
     num_exits,
     num_rows,
     capacity,
+    num_early_spans,
     WINDOW: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -67,6 +84,9 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
     num_tokens = 0
     num_checked = 0
     num_extended = 0
+    early_span = tl.arange(0, BLOCK_E)
+    num_waiting = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    num_missing = tl.zeros((BLOCK_E,), dtype=tl.int32)
     for start in range(0, num_rows, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
         inside = row < num_rows
@@ -102,6 +122,14 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
         tl.store(next_span_ptr + row, waits_for, mask=inside)
         num_checked += tl.sum(checked.to(tl.int32), axis=0)
         num_extended += tl.sum(extended.to(tl.int32), axis=0)
+        waits = waits_for[:, None] == early_span[None, :]
+        num_waiting += tl.sum(waits.to(tl.int32), axis=0)
+        # Depths never increase along a window: the last token's is the least. A row's slot is
+        # loaded here, where padding is told from a window of one token.
+        slot = tl.load(slots_ptr + row, mask=inside, other=-1)
+        depth = tl.min(tl.where(w <= num_drafts[:, None], depths, 1 << 30), axis=1)
+        is_missing = (slot >= 0)[:, None] & (depth[:, None] <= early_span[None, :])
+        num_missing += tl.sum(is_missing.to(tl.int32), axis=0)
 
         # The next pass: each row's tokens that have not been through its span.
         runs = inside & (waits_for == next_span)
@@ -110,7 +138,6 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
         end = num_tokens + tl.cumsum(count, 0)
         # Depths never increase along a window, so these tokens are its end.
         place = (end - 1 - num_drafts)[:, None] + w
-        slot = tl.load(slots_ptr + row, mask=inside, other=-1)
         first_pos = tl.load(first_pos_ptr + row, mask=inside, other=0)
         position = first_pos[:, None] + w
         if next_span == 0:
@@ -136,6 +163,10 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
         num_tokens += tl.sum(count, axis=0)
 
     tl.store(query_start_loc_ptr + num_rows, num_tokens)
+    is_early = early_span < num_early_spans
+    waits = (num_waiting > 0) & (early_span < tl.load(allowed_ptr))
+    tl.store(waiting_ptr + early_span, waits, mask=is_early)
+    tl.store(missing_ptr + early_span, num_missing > 0, mask=is_early)
     if exit_index >= 0:
         count_ptr = counts_ptr + exit_index * 2
         tl.store(count_ptr, tl.load(count_ptr) + num_checked)
@@ -155,6 +186,7 @@ def draft_step(
     rows: DraftRows,
     inputs: PassInputs,
     blocks: KVBlocks,
+    status: RoundStatus,
     *,
     exit_index: int | None,
     next_span: int,
@@ -172,6 +204,7 @@ def draft_step(
         inputs: the next pass's inputs; written. Entries past its tokens keep ids and positions and
             get slot -1.
         blocks: where the requests' KV lies.
+        status: what is left to do after this; written.
         exit_index: head that was evaluated; None at the start of a round.
         next_span: span that runs next; rows that wait for another are not in it.
         token: int64 ``[num_rows]`` by batch row; None at the start.
@@ -208,13 +241,18 @@ def draft_step(
         blocks.table_strides,
         blocks.block_sizes,
         blocks.enabled,
+        status.waiting,
+        status.missing,
+        status.allowed,
         NO_EXIT if exit_index is None else exit_index,
         next_span,
         len(rows.counts),
         num_rows,
         num_rows * window,
+        len(status.waiting),
         WINDOW=window,
         NUM_GROUPS=len(blocks.block_sizes),
+        BLOCK_E=next_power_of_2(len(status.waiting)),
         BLOCK_W=block_w,
         BLOCK_R=min(next_power_of_2(num_rows), max(16, 2048 // block_w)),
         BLOCK_T=1024,

@@ -35,11 +35,15 @@ def draft_step_twin(
     table_strides: torch.Tensor,
     block_sizes: torch.Tensor,
     enabled: torch.Tensor,
+    waiting: torch.Tensor,
+    missing: torch.Tensor,
+    allowed: torch.Tensor,
     exit_index: int,
     next_span: int,
     num_exits: int,
     num_rows: int,
     capacity: int,
+    num_early_spans: int,
     **options: Any,
 ) -> None:
     if exit_index >= 0:
@@ -47,6 +51,12 @@ def draft_step_twin(
             limits, tokens, num_drafts, depths, exits, waits_for, counts,
             token, confident, exit_index, num_exits,
         )  # fmt: skip
+    spans = torch.arange(num_early_spans, device=tokens.device)
+    waits = (waits_for[:, None] == spans).any(dim=0)
+    waiting.copy_(waits & (spans < allowed))
+    # Depths never increase along a window.
+    depth = depths.gather(1, num_drafts[:, None].long())
+    missing.copy_(((slots >= 0)[:, None] & (depth <= spans)).any(dim=0))
     w = torch.arange(tokens.shape[1], device=tokens.device)
     runs = waits_for == next_span
     in_pass = runs[:, None] & (w <= num_drafts[:, None]) & (depths <= next_span)

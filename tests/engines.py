@@ -136,7 +136,7 @@ def guard_with(guard: Any) -> Callable[[Any], None]:
     def change(worker: Any) -> None:
         speculator = worker.model_runner.speculator
         rounds = vars(speculator).get("device_rounds_kept") or speculator.device_rounds
-        rounds.loop.guard = guard
+        rounds.loop.leader = guard
 
     return change
 

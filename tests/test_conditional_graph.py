@@ -9,6 +9,7 @@ import torch
 
 from tests.test_device_loop import DeviceRuns
 from vllm_adadecode.conditional_graph import IfNode, check_conditional_nodes
+from vllm_adadecode.device_loop import Steps
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.step_guard import RunAlways
 
@@ -44,9 +45,9 @@ def test_a_captured_loop_guards_every_step() -> None:
     # No row drafts: on a device nothing would run, in a capture everything does.
     runs.draft(lambda *_: 0.9, [0, 0, 0], [1, 2, 3])
     round_ = runs.loop.buffers.first(4, 3)
-    runs.loop.guard = IfNode()
+    runs.loop.capturing = IfNode()
     with capturing(recording):
-        runs.loop.draft(round_, runs.policy, 5, None, None)
+        runs.loop.run_steps(round_, 5, Steps(runs.loop, round_, runs.policy, None, None).run)
     # Five drafts, each with two promotions inside of one another; the first needs no question.
     assert len(recording.conditions) == 5 * 3 - 1
     assert (recording.depth, recording.deepest) == (0, 3)

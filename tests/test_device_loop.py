@@ -47,11 +47,11 @@ from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
 from vllm_adadecode.loop_buffers import LoopBuffers, padded_size, pass_states
 from vllm_adadecode.policy import ThresholdPolicy
 from vllm_adadecode.static_spans import StaticSpans
-from vllm_adadecode.step_guard import AskHost, RunAlways, StepGuard
+from vllm_adadecode.step_guard import AskHost, LeadingGuard, RunAlways
 
 MAX_DRAFTS = 5
 BLOCK = 16
-GUARDS: list[Callable[[], StepGuard]] = [AskHost, RunAlways]
+GUARDS: list[Callable[[], LeadingGuard]] = [AskHost, RunAlways]
 
 
 # --- without an engine -------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class FakeStaticSpans:
 class DeviceRuns:
     """Rounds of one device loop, with what it keeps from one to the next."""
 
-    guard: StepGuard
+    guard: LeadingGuard
     thresholds: tuple[float, ...] = (0.5, 0.5, 0.5)
     gate_thresholds: tuple[float, ...] | None = None
 
@@ -228,13 +228,13 @@ class DeviceRuns:
             self.policy,
             self.policy.num_used_exits,
         )
-        self.loop.draft(
+        self.loop.start(
             round_,
             self.policy,
             MAX_DRAFTS,
             None if sample is None else SimpleNamespace(sample=sample),  # type: ignore[arg-type]
             PaddedFusedHeads(target) if fused else None,  # type: ignore[arg-type]
-        )
+        ).finish()
         num_sampled = torch.arange(MAX_SLOTS, dtype=torch.int32)
         result = RoundCopy.start(len(slots), round_, num_sampled).wait()
         assert result.num_sampled.tolist() == list(range(len(slots)))
@@ -266,7 +266,7 @@ def assert_equal_rounds(device: Run, host: Run, all_passes: bool) -> None:
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_rounds_equal_the_hosts(seed: int, fused: bool, guard: Callable[[], StepGuard]) -> None:
+def test_rounds_equal_the_hosts(seed: int, fused: bool, guard: Callable[[], LeadingGuard]) -> None:
     """Eight rounds on the same buffers, of random batches, limits, confidences and gates."""
     rng = np.random.default_rng(seed)
     thresholds = tuple(rng.choice([0.3, 0.5, 0.8, 1.0], size=3, p=[0.3, 0.3, 0.3, 0.1]).tolist())
@@ -317,7 +317,7 @@ def test_a_host_that_asks_skips_what_no_row_waits_for() -> None:
 
 
 @pytest.mark.parametrize("guard", GUARDS)
-def test_only_rows_in_the_pass_are_drawn_for(guard: Callable[[], StepGuard]) -> None:
+def test_only_rows_in_the_pass_are_drawn_for(guard: Callable[[], LeadingGuard]) -> None:
     """A draw caches the logits that verification divides by: of a row that waits, the earlier."""
     drawn: list[tuple[int, int]] = []
 

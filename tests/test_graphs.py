@@ -9,7 +9,6 @@ import random
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 from vllm import LLM
 from vllm.config.compilation import CUDAGraphMode
@@ -28,6 +27,7 @@ from tests.engines import (
 from tests.recorded_graphs import RecordedGraph, graphs_are_recorded
 from vllm_adadecode import config, proposer
 from vllm_adadecode.verification_graphs import VerificationGraphs, graph_sizes
+from vllm_adadecode.verification_passes import VerificationPasses
 
 SIZES = [1, 2, 4, 8, 16, 32]
 SPEC: dict[str, Any] = {"num_speculative_tokens": 5}
@@ -132,14 +132,22 @@ def test_output_is_vanillas(
     assert_same(vanilla, outputs, generate(vanilla, prompts[:12], params))
     counts, replayed = stats(engine), replays(engine)
     assert counts["acceptance_rate"] > 0.5
-    # Each round without a depth or prefill is vLLM's, each other one takes two passes or more.
-    assert replayed["all layers"] == counts["plain_batches"] > 4
-    assert replayed["verification"] >= 2 * counts["deferred_batches"] > 20
     rounds = counts["deferred_batches"]
+    assert rounds > 10
+    # Each round without a depth or prefill is vLLM's; but one that nobody knew to have no drafts.
+    unseen = counts["plain_batches"] - replayed["all layers"]
+    assert unseen in (range(3) if async_scheduling and loop != "host" else [0])
+    assert replayed["all layers"] > 4
     assert replayed["draft"] == 0 if loop == "host" else replayed["draft"] >= rounds
     if loop == "graph":
         # A graph a round, whatever runs in it.
         assert replayed["draft"] < 2 * rounds
+    if loop == "graph" and async_scheduling:
+        # And most often another one for its verification.
+        assert rounds <= replayed["verification"] < 2 * rounds
+    else:
+        # Each other one takes the last span, and most take others.
+        assert replayed["verification"] > 1.5 * rounds
 
 
 @pytest.mark.parametrize("loop", ["host", "device", "graph"])
@@ -157,20 +165,24 @@ def test_sampling_is_the_same_as_without_graphs(
     assert outputs == token_ids(generate(plain, prompts[:8], params))
 
 
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 def test_a_stale_plan_shows(
-    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+    engines: EnginePool,
+    prompts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    async_scheduling: bool,
 ) -> None:
     """The control: replays that read what they were captured with give other tokens."""
-    engine = get_engine(engines, "device", async_scheduling=False)
-    lay_out = VerificationGraphs._lay_out
+    engine = get_engine(engines, "device", async_scheduling=async_scheduling)
+    # Of open rounds the device makes the plan.
+    name = "load_open" if async_scheduling else "load"
+    load = getattr(VerificationPasses, name)
 
-    def one_off(self: VerificationGraphs, *args: Any) -> np.ndarray:
-        rows = lay_out(self, *args)
-        offsets = rows[:, self.layout.offsets]
-        offsets[:] = np.maximum(offsets - 1, 0)
-        return rows
+    def one_off(self: VerificationPasses, *args: Any) -> None:
+        load(self, *args)
+        self.plans.offsets.copy_((self.plans.offsets - 1).clamp(min=0))
 
-    monkeypatch.setattr(VerificationGraphs, "_lay_out", one_off)
+    monkeypatch.setattr(VerificationPasses, name, one_off)
     vanilla = engines.get()
     params = [greedy(32)] * 6
     reference = generate(vanilla, prompts[:6], params)
@@ -178,8 +190,19 @@ def test_a_stale_plan_shows(
     assert any(d.gap > 1e-3 for d in found)
 
 
-def test_what_does_not_fit_runs_without_graphs(engines: EnginePool, prompts: list[str]) -> None:
+def test_what_does_not_fit_runs_without_graphs(
+    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another policy's exits, and more tokens than any graph has."""
+    fitting: list[bool] = []
+    descriptors = VerificationGraphs.descriptors
+
+    def noted(self: VerificationGraphs, plan: Any) -> Any:
+        found = descriptors(self, plan)
+        fitting.append(found is not None)
+        return found
+
+    monkeypatch.setattr(VerificationGraphs, "descriptors", noted)
     engine = get_engine(engines, "device", async_scheduling=False)
 
     def fit_less(worker: Any) -> None:
@@ -202,7 +225,8 @@ def test_what_does_not_fit_runs_without_graphs(engines: EnginePool, prompts: lis
     assert_same(vanilla, outputs, generate(vanilla, prompts[:6], greedy(24)))
     assert stats(engine)["drafted"] > 20
     assert replays(engine)["draft"] == 0
-    assert 0 < replays(engine)["verification"] < stats(engine)["deferred_batches"]
+    assert {True, False} == set(fitting)
+    assert replays(engine)["verification"] >= sum(fitting)
 
 
 def test_graph_sizes() -> None:

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from tests.cpu_kernels.running import compare_apart
 from tests.gpu.device import on_device
 from tests.kernels.registry import CASES, floats
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.kernels import confidence, draft_step, gate, merge, sampling
+from vllm_adadecode.kernels import (
+    confidence,
+    draft_step,
+    gate,
+    merge,
+    sampling,
+    verification_plan,
+)
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import DraftRows
 from vllm_adadecode.kernels.head_weight import HeadWeight
@@ -30,7 +38,7 @@ from vllm_adadecode.kernels.launch import TWINS
 from vllm_adadecode.kernels.projection import head_partials
 
 assert loop_cases, "imported for its cases"
-assert draft_step, "imported for its twin"
+assert all((draft_step, verification_plan)), "imported for their twins"
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vllm_adadecode.kernels."
@@ -243,8 +251,17 @@ def test_bad_input_is_refused(call: Callable[[HeadWeight], object], message: str
 # --- bookkeeping against a plain account of the rules ---------------------------------------------
 
 
-def account(rows: DraftRows, rng: torch.Generator) -> list[list[int]]:
-    """The rules of the draft loop for single rows: [tokens of pass 0, of pass 1, ...] by row.
+@dataclass
+class Expected:
+    """Before a pass: tokens of each row in it, and what there is left to do."""
+
+    counts: list[int]
+    waiting: list[bool]
+    missing: list[bool]
+
+
+def account(rows: DraftRows, rng: torch.Generator) -> list[Expected]:
+    """The rules of the draft loop for single rows, pass by pass.
 
     Draws the same answers from ``rng`` as `round_of_steps`.
     """
@@ -254,13 +271,18 @@ def account(rows: DraftRows, rng: torch.Generator) -> list[list[int]]:
     waits = [w if slot >= 0 else -1 for w, slot in zip(waits, rows.slots.tolist(), strict=True)]
     depths = [[0] * window for _ in range(num_rows)]
 
-    def tokens_in_pass(span: int) -> list[int]:
-        return [
-            sum(d <= span for d in depths[r][: drafts[r] + 1]) if waits[r] == span else 0
-            for r in range(num_rows)
-        ]
+    def expected(span: int) -> Expected:
+        pending = [depths[r][: drafts[r] + 1] for r in range(num_rows)]
+        there = [r for r in range(num_rows) if rows.slots[r] >= 0]
+        spans = range(num_exits + 1)
+        return Expected(
+            [sum(d <= span for d in pending[r]) * (waits[r] == span) for r in range(num_rows)],
+            # The last exit is not allowed (see `round_of_steps`); there are no rows at the others.
+            [s in waits and s < num_exits - 1 for s in spans],
+            [any(d <= s for r in there for d in pending[r]) for s in spans],
+        )
 
-    passes = [tokens_in_pass(0)]
+    passes = [expected(0)]
     for _ in range(window - 1):
         for exit_index in range(num_exits):
             torch.randint(100, 999, (num_rows,), generator=rng)
@@ -275,7 +297,7 @@ def account(rows: DraftRows, rng: torch.Generator) -> list[list[int]]:
                     waits[r] = 0 if drafts[r] < rows.limits[r] else -1
                 else:
                     waits[r] = exit_index + 1 if exit_index + 1 < num_exits else -1
-            passes.append(tokens_in_pass((exit_index + 1) % num_exits))
+            passes.append(expected((exit_index + 1) % num_exits))
     assert rows.num_drafts.tolist() == drafts
     assert rows.depths.tolist() == depths
     return passes
@@ -294,8 +316,10 @@ def test_draft_steps_follow_the_rules(seed: int) -> None:
     torch.randint(0, 600, (12,), generator=again)
     torch.randint(0, 99, (12,), generator=again)
     tables = loop_cases.block_tables(again, 1)[1]
-    for inputs, counts in zip(passes, account(rows, again), strict=True):
-        starts = inputs["query_start_loc"]
+    for inputs, expected in zip(passes, account(rows, again), strict=True):
+        starts, counts = inputs["query_start_loc"], expected.counts
+        assert inputs["waiting"].tolist() == expected.waiting
+        assert inputs["missing"].tolist() == expected.missing
         assert starts.diff().tolist() == counts
         total = int(starts[-1])
         assert (inputs["token_slots"][total:] == -1).all()
@@ -312,3 +336,45 @@ def test_draft_steps_follow_the_rules(seed: int) -> None:
             else:
                 assert (inputs["newest"][r], inputs["seq_lens"][r]) == (-1, 0)
     assert rows.counts[:, 1].sum() == rows.num_drafts.sum()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_verification_is_planned_token_by_token(seed: int) -> None:
+    sizes = {"num_rows": 12, "max_drafts": 4, "num_exits": 3}
+    rows, _, _ = loop_cases.round_of_steps(
+        torch.Generator("cpu").manual_seed(seed), **sizes, num_groups=1
+    )
+    rng = torch.Generator("cpu").manual_seed(seed)
+    found = loop_cases.verification_plan(rng, num_reqs=8, **sizes)
+    starts = found["query_start_loc"].tolist()
+    passes: list[list[tuple[int, int, int]]] = [[] for _ in range(4)]
+    bounds: list[list[int]] = [[0] for _ in range(4)]
+    vacant = drafted = 0
+    for request, row in enumerate(found["row_of"].tolist()):
+        first, scheduled = starts[request], starts[request + 1] - starts[request]
+        length = min(1 + int(rows.num_drafts[row]), scheduled)
+        for span in range(4):
+            passes[span] += [
+                (first + w, int(rows.slots[row]), w)
+                for w in range(length)
+                if rows.depths[row, w] <= span
+            ]
+            bounds[span].append(len(passes[span]))
+        ids = found["input_ids"][first : first + scheduled].tolist()
+        assert ids == rows.tokens[row, :length].tolist() + [0] * (scheduled - length)
+        flags = found["vacant"][first : first + scheduled].tolist()
+        assert flags == [w >= length for w in range(scheduled)]
+        assert found["seq_lens"][request] == rows.first_pos[row] + length
+        vacant, drafted = vacant + sum(flags), drafted + length - 1
+    assert min(vacant, drafted) > 0
+    # Padding as far as passes go, and nothing written past it.
+    num_places, most = starts[len(found["row_of"])] + 3, 16 * 5
+    for span, plan in enumerate(found["plans"].tolist()):
+        tokens, slots, offsets = (plan[i * most : (i + 1) * most] for i in range(3))
+        n, rest = len(passes[span]), num_places - len(passes[span])
+        found_tokens = list(zip(tokens[:n], slots[:n], offsets[:n], strict=True))
+        assert found_tokens == passes[span]
+        assert tokens[n:num_places] == slots[n:num_places] == [-1] * rest
+        assert offsets[n:num_places] == [0] * rest
+        assert set(tokens[num_places:] + slots[num_places:] + offsets[num_places:]) == {-7}
+        assert plan[3 * most :] == bounds[span] + [n] * (17 - len(bounds[span]))

@@ -55,9 +55,3 @@ class IfNode:
             step()
         finally:
             graph.end_capture_to_conditional_node()
-
-    def when_waiting(self, waiting: torch.Tensor, span: int, step: Callable[[], None]) -> None:
-        self.when(waiting[span], step)
-
-    def stepped(self) -> None:
-        pass

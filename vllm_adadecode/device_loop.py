@@ -6,7 +6,8 @@ waiting for the device, or captured in a graph. A row that has no part in a pass
 
 Requests go in step as in draft_loop.py, and every pass is guarded (step_guard.py): by "some row
 waits for span 0" for each draft, and inside of it by "some row waits for the next span".
-What lies between two guards is a step (`Steps.run`), which may be captured by itself.
+What lies between two guards is a step (`Steps.run`), which may be captured by itself. Where the
+host leads (`Drafting`), it may do something else between the first step and the others.
 """
 
 from collections.abc import Callable
@@ -26,27 +27,27 @@ from vllm_adadecode.loop_buffers import LoopBuffers, padded_size
 from vllm_adadecode.policy import DraftPolicy, PassesGate
 from vllm_adadecode.staged import StagedTarget
 from vllm_adadecode.static_spans import StaticSpans
-from vllm_adadecode.step_guard import StepGuard
+from vllm_adadecode.step_guard import LeadingGuard, StepGuard
 
 if TYPE_CHECKING:
     from vllm_adadecode.draft_graphs import DraftGraphs
 
 
 class DeviceLoop:
-    """Drafts with buffers of its own; one round is `begin`, then `draft`.
+    """Drafts with buffers of its own; one round is `begin`, `start`, and `Drafting.finish`.
 
     Follows policies that stop at the last exit only: whether an earlier head was in doubt or meant
     to stop is not told apart. Their decisions are held on the device as numbers (`Cutoffs`).
 
     Args:
         buffers: for the largest batch.
-        guard: which steps run.
+        leader: which steps run where the host leads.
 
     Attributes:
-        captured: graphs that run in place of a round or a step where they have it.
+        capturing: the guard in place of the leader while something is captured.
     """
 
-    captured: "DraftGraphs | None" = None
+    capturing: StepGuard | None = None
 
     def __init__(
         self,
@@ -54,13 +55,17 @@ class DeviceLoop:
         spans: StaticSpans,
         deferred: DeferredStates,
         buffers: LoopBuffers,
-        guard: StepGuard,
+        leader: LeadingGuard,
     ) -> None:
         self.staged, self.spans, self.deferred = staged, spans, deferred
-        self.buffers, self.guard = buffers, guard
+        self.buffers, self.leader = buffers, leader
         self.max_num_rows = len(buffers.rows.slots)
-        self._spans = torch.arange(len(buffers.waiting), device=buffers.waiting.device)[:, None]
         self._loaded: DraftPolicy | None = None
+
+    @property
+    def guard(self) -> StepGuard:
+        """Of conditions inside of a step, and of steps where the device skips them."""
+        return self.leader if self.capturing is None else self.capturing
 
     def begin(
         self,
@@ -87,7 +92,6 @@ class DeviceLoop:
         round_.checked.zero_()
         round_.asked.zero_()
         round_.passes.zero_()
-        self.note_waiting(round_)
         self.spans.begin(slots, len(round_.rows.slots))
         return round_
 
@@ -96,13 +100,12 @@ class DeviceLoop:
         round_ = self._first(num_rows, policy, policy.num_used_exits)
         nothing = round_.rows.first_pos[:0]
         round_.rows.load(nothing, nothing, nothing, nothing)
-        self.note_waiting(round_)
         return round_
 
     def _first(self, num_rows: int, policy: DraftPolicy, num_exits: int) -> LoopBuffers:
         self._load_policy(policy)
         round_ = self.buffers.first(num_rows, policy.num_used_exits)
-        round_.allowed.fill_(num_exits)
+        round_.status.allowed.fill_(num_exits)
         return round_
 
     def _load_policy(self, policy: DraftPolicy) -> None:
@@ -118,28 +121,42 @@ class DeviceLoop:
         ):
             buffer[:used] = torch.tensor(values[:used])
 
-    def note_waiting(self, round_: LoopBuffers) -> None:
-        """Which allowed spans some row waits for, into ``waiting``."""
-        spans = self._spans[: len(round_.waiting)]
-        waits = (round_.rows.next_span == spans) & (spans < round_.allowed)
-        torch.any(waits, dim=1, out=round_.waiting)
-
     def rehearse(self) -> None:
         """Compile the kernel between passes for every batch size; between rounds only."""
         sizes = {padded_size(n, self.max_num_rows) for n in range(1, 1 + self.max_num_rows)}
         for num_rows in sorted(sizes):
             round_ = self.buffers.first(num_rows, 1)
-            draft_step(round_.rows, round_.inputs, self.spans.blocks, exit_index=None, next_span=0)
+            self.step(round_, exit_index=None, next_span=0)
 
-    def draft(
+    def step(
+        self,
+        round_: LoopBuffers,
+        *,
+        exit_index: int | None,
+        next_span: int,
+        **answers: torch.Tensor,
+    ) -> None:
+        """The kernel between two passes: see `draft_step`."""
+        draft_step(
+            round_.rows,
+            round_.inputs,
+            self.spans.blocks,
+            round_.status,
+            exit_index=exit_index,
+            next_span=next_span,
+            **answers,
+        )
+
+    def start(
         self,
         round_: LoopBuffers,
         policy: DraftPolicy,
         max_drafts: int,
         draws: Draws | None,
         fused: FusedHeads | None,
-    ) -> None:
-        """Draft until every request has stopped or reached its limit: what may be captured.
+        captured: "DraftGraphs | None" = None,
+    ) -> "Drafting":
+        """Queue the first step of a round, or all of them where they are one graph.
 
         Args:
             round_: from `begin`; updated.
@@ -147,14 +164,15 @@ class DeviceLoop:
             max_drafts: no limit is above it.
             draws: as for `draft_loop.DraftLoop`; None: the most likely token.
             fused: heads by the fused kernels; None: from stored logits.
+            captured: graphs that run in place of a round or a step where they have it.
         """
-        if self.captured is None or not self.captured.replay_round(len(round_.rows.slots)):
-            self.run_steps(round_, max_drafts, Steps(self, round_, policy, draws, fused).run)
+        steps = Steps(self, round_, policy, draws, fused)
+        return Drafting(self, round_, max_drafts, steps, captured)
 
     def run_steps(
         self, round_: LoopBuffers, max_drafts: int, step: Callable[[int, int], None]
     ) -> None:
-        """All steps of a round, each where its guard lets it run.
+        """All steps of a round, each guarded by the device: what may be captured.
 
         Args:
             step: `Steps.run`.
@@ -166,21 +184,75 @@ class DeviceLoop:
         self, round_: LoopBuffers, step: Callable[[int, int], None], offset: int, exit_index: int
     ) -> None:
         """Try to predict the token after window offset ``offset``, from this exit on."""
-        num_rows, num_exits = len(round_.rows.slots), len(round_.waiting)
 
         def go_through() -> None:
-            place = num_rows, offset, exit_index
-            if self.captured is None or not self.captured.replay_step(*place):
-                step(offset, exit_index)
-            self.guard.stepped()
-            if exit_index + 1 < num_exits:
+            step(offset, exit_index)
+            if exit_index + 1 < len(round_.rows.counts):
                 self._attempt(round_, step, offset, exit_index + 1)
 
         if offset == exit_index == 0:
             # Whoever begins a round knows of a request that may draft.
             go_through()
         else:
-            self.guard.when_waiting(round_.waiting, exit_index, go_through)
+            self.guard.when(round_.status.waiting[exit_index], go_through)
+
+
+class Drafting:
+    """A round that has been started: by `DeviceLoop.start`, which says what the arguments are.
+
+    Attributes:
+        led: whether the host leads, step by step; else all is queued, and it knows of nothing.
+    """
+
+    def __init__(
+        self,
+        loop: DeviceLoop,
+        round_: LoopBuffers,
+        max_drafts: int,
+        steps: "Steps",
+        captured: "DraftGraphs | None",
+    ) -> None:
+        self.round_ = round_
+        self._loop, self._max_drafts, self._captured = loop, max_drafts, captured
+        self._num_exits = len(round_.rows.counts)
+        self.led = captured is None or not captured.replay_round(len(round_.rows.slots))
+        self._steps: Steps | None = steps
+        # Of the last step: window offset and exit.
+        self._at = 0, 0
+        if self.led:
+            # Whoever begins a round knows of a request that may draft.
+            self._run(0, 0)
+
+    def finish(self) -> None:
+        """Queue all other steps, as many as are needed; to be called once."""
+        while self.led and (following := self._next()) is not None:
+            self._run(*following)
+        self._steps = None
+
+    def missing(self) -> list[bool] | None:
+        """Whether a verification needs each early span, after `finish`; None: see `ask_missing`."""
+        return self._loop.leader.missing() if self.led else None
+
+    def ask_missing(self) -> list[bool]:
+        """The same, of a round that the host has not led: waits for its end."""
+        self._loop.leader.stepped(self.round_.status)
+        return self._loop.leader.missing()
+
+    def _next(self) -> tuple[int, int] | None:
+        (offset, exit_index), waits = self._at, self._loop.leader.waits
+        if exit_index + 1 < self._num_exits and waits(exit_index + 1):
+            return offset, exit_index + 1
+        if offset + 1 < self._max_drafts and waits(0):
+            return offset + 1, 0
+        return None
+
+    def _run(self, offset: int, exit_index: int) -> None:
+        assert self._steps is not None
+        place = len(self.round_.rows.slots), offset, exit_index
+        if self._captured is None or not self._captured.replay_step(*place):
+            self._steps.run(offset, exit_index)
+        self._at = offset, exit_index
+        self._loop.leader.stepped(self.round_.status)
 
 
 @dataclass(frozen=True)
@@ -198,24 +270,20 @@ class Steps:
         round_ = self.round_
         if exit_index == 0:
             # The last step that ran laid out another span's pass, or none.
-            blocks = self.loop.spans.blocks
-            draft_step(round_.rows, round_.inputs, blocks, exit_index=None, next_span=0)
+            self.loop.step(round_, exit_index=None, next_span=0)
         hidden, residual = self._run_span(offset, exit_index)
         round_.confident.zero_()
         if self.policy.uses(exit_index):
             with record_function_or_nullcontext(f"adadecode: head {exit_index + 1}"):
                 self._ask(offset, exit_index, hidden, residual)
         is_last = exit_index + 1 == len(round_.rows.counts)
-        draft_step(
-            round_.rows,
-            round_.inputs,
-            self.loop.spans.blocks,
+        self.loop.step(
+            round_,
             exit_index=exit_index,
             next_span=0 if is_last else exit_index + 1,
             token=round_.token,
             confident=round_.confident,
         )
-        self.loop.note_waiting(round_)
 
     def _run_span(self, offset: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Take each waiting row's tokens at depth ``span`` one span deeper.

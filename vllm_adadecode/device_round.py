@@ -4,6 +4,11 @@ Owns the device's half of `propose` (limits, one copy of all that the host needs
 half, `settle`, which waits for that copy and books it: windows, drafts, counters. Whoever is about
 to use these settles first; until then the host has nothing to wait for. A round that drafts nothing
 leaves nothing to wait for at all: it is booked whenever its copy has come.
+
+With async scheduling a round stays open when `propose` returns: its first step is queued, and the
+host prepares the next batch while that runs. If that batch goes on with the same requests
+(open_round.py), the other steps are queued just before its forward pass, and the host never waits
+for the windows that it verifies. Otherwise the round is settled before the batch is prepared.
 """
 
 from collections import deque
@@ -13,12 +18,15 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.workspace import use_workspace_lane
 
-from vllm_adadecode.device_loop import DeviceLoop
+from vllm_adadecode.device_loop import DeviceLoop, Drafting
 from vllm_adadecode.draft_loop import DraftState
 from vllm_adadecode.loop_buffers import LoopBuffers
+from vllm_adadecode.open_round import OpenPlan, continues
 from vllm_adadecode.span_runner import CHECK_KV_BOUNDS
 from vllm_adadecode.static_spans import StaticSpans
 from vllm_adadecode.step_guard import AskHost
@@ -148,21 +156,37 @@ class RoundResult:
     passes: np.ndarray = field(default_factory=_nothing)
 
 
-@dataclass(frozen=True)
-class _Unsettled:
+@dataclass
+class _Round:
     """A round that is not booked yet.
 
     Attributes:
         input_batch: that was verified before it.
-        windows: that this verified, by request.
-        used_exits: that it might use.
-        copy: of what came of it.
+        verified: windows that this verified, by request.
+        num_sampled: ``[>= num_reqs]`` that it sampled.
+        used_exits: that the round might use.
+        timed: whether its requests did as the budget said.
+        samples_all: whether each of its requests has a window: none is in the middle of its prompt.
+        drafting: its steps; None: it drafted nothing.
+        caps: most drafts of each request.
+        copy: of what came of it; None as long as not all of its steps are queued.
+        verifies: the round that its batch verified, if that was open.
+        verified_as: how the next batch verified it, if that did so while it was open.
+        windows: its own, once it is booked, if it was verified while it was open.
     """
 
     input_batch: InputBatch
-    windows: dict[str, PendingWindow]
+    verified: dict[str, PendingWindow]
+    num_sampled: torch.Tensor
     used_exits: int
-    copy: RoundCopy
+    timed: bool
+    samples_all: bool
+    drafting: Drafting | None = None
+    caps: dict[str, int] = field(default_factory=dict)
+    copy: RoundCopy | None = None
+    verifies: "_Round | None" = None
+    verified_as: OpenPlan | None = None
+    windows: dict[str, PendingWindow] = field(default_factory=dict)
 
 
 class DeviceRounds:
@@ -170,11 +194,18 @@ class DeviceRounds:
 
     Args:
         speculator: its deferred states, policy, heads and records are used.
+        keeps_open: whether rounds may stay open; drafts are then not known when `propose` returns.
     """
 
-    def __init__(self, speculator: "AdaDecodeSpeculator", loop: DeviceLoop) -> None:
-        self.speculator, self.loop = speculator, loop
-        self._unsettled: deque[_Unsettled] = deque()
+    def __init__(
+        self, speculator: "AdaDecodeSpeculator", loop: DeviceLoop, keeps_open: bool = False
+    ) -> None:
+        self.speculator, self.loop, self.keeps_open = speculator, loop, keeps_open
+        self._unsettled: deque[_Round] = deque()
+        # The last round, as long as nothing says how it will be verified.
+        self._open: _Round | None = None
+        # The open round that the batch under way verifies.
+        self._verifying: _Round | None = None
 
     @classmethod
     def make(
@@ -194,7 +225,8 @@ class DeviceRounds:
         )
         spans = StaticSpans(speculator.spans, speculator.max_model_len)
         loop = DeviceLoop(speculator.model, spans, speculator.deferred, buffers, AskHost())
-        return cls(speculator, loop)
+        scheduler = speculator.vllm_config.scheduler_config
+        return cls(speculator, loop, keeps_open=bool(scheduler.async_scheduling))
 
     def propose(
         self,
@@ -212,54 +244,129 @@ class DeviceRounds:
         """Draft for every request that sampled a token; the host waits for nothing.
 
         Returns:
-            int64 ``[num_reqs, num_speculative_steps]``, as `AdaDecodeSpeculator.propose`.
+            int64 ``[num_reqs, num_speculative_steps]``, as `AdaDecodeSpeculator.propose`; zeros
+            for a round that stays open.
         """
-        self.settle()
+        self.settle(wait=not self.keeps_open)
         speculator, num_reqs = self.speculator, input_batch.num_reqs
         policy, max_drafts = speculator.policy, speculator.num_speculative_steps
         if num_speculative_tokens is not None:
             max_drafts = min(max_drafts, num_speculative_tokens)
-        caps, exits, is_even = self._allowed(input_batch, max_drafts)
-        windows, speculator.in_verification = speculator.in_verification, {}
+        prefilled = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
+        samples = prefilled >= input_batch.prefill_len_np
+        caps, exits, is_even = self._allowed(input_batch, samples, max_drafts)
+        verified, speculator.in_verification = speculator.in_verification, {}
+        this = _Round(
+            input_batch,
+            verified,
+            num_sampled,
+            exits,
+            timed=is_even,
+            samples_all=bool(samples.all()),
+        )
+        this.verifies, self._verifying = self._verifying, None
+        self._unsettled.append(this)
         if not caps.any():
             # As quick as can be: this is every round where drafting does not pay.
-            copy = RoundCopy.start(num_reqs, None, num_sampled)
             speculator.last_req_ids = list(input_batch.req_ids)
             speculator.last_drafts = [[]] * num_reqs
-            drafts = speculator.no_drafts(num_reqs)
-        else:
-            slots = input_batch.idx_mapping.to(torch.int64)
-            first_pos = speculator.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
-            limits = self._limits(input_batch, num_sampled[:num_reqs], first_pos, caps)
-            last = last_sampled[slots].view(-1)
-            # vLLM's lie elsewhere in every other step: the loop's addresses must not change.
-            speculator.temperature.copy_(temperature)
-            speculator.seeds.copy_(seeds)
-            heads = speculator.heads(speculator.temperature, speculator.seeds)
-            round_ = self.loop.begin(slots, first_pos, limits, last, policy, exits)
-            with record_function_or_nullcontext("adadecode: draft loop"):
-                graphs = speculator.draft_graphs
-                fits = graphs is not None and graphs.fits(policy)
-                self.loop.captured = graphs if fits else None
-                self.loop.draft(round_, policy, int(caps.max()), *heads)
-                # vLLM's memory profiling drops those that it had captured.
-                self.loop.captured = None
-            copy = RoundCopy.start(num_reqs, round_, num_sampled)
-            # A copy: vLLM may write to it.
-            drafts = round_.rows.tokens[:num_reqs, 1:].clone()
-        self._unsettled.append(_Unsettled(input_batch, windows, exits, copy))
-        speculator.end_round(input_batch, timed=is_even)
-        return drafts
+            self._end(this)
+            return speculator.no_drafts(num_reqs)
+        slots = input_batch.idx_mapping.to(torch.int64)
+        first_pos = speculator.req_states.num_computed_tokens.gpu[slots].to(torch.int64)
+        limits = self._limits(input_batch, num_sampled[:num_reqs], first_pos, caps)
+        last = last_sampled[slots].view(-1)
+        # vLLM's lie elsewhere in every other step: the loop's addresses must not change.
+        speculator.temperature.copy_(temperature)
+        speculator.seeds.copy_(seeds)
+        heads = speculator.heads(speculator.temperature, speculator.seeds)
+        round_ = self.loop.begin(slots, first_pos, limits, last, policy, exits)
+        graphs = speculator.draft_graphs
+        captured = graphs if graphs is not None and graphs.fits(policy) else None
+        with record_function_or_nullcontext("adadecode: draft loop"):
+            this.drafting = self.loop.start(round_, policy, int(caps.max()), *heads, captured)
+        this.caps = dict(zip(input_batch.req_ids, caps.tolist(), strict=True))
+        if self.keeps_open:
+            self._open = this
+            if this.drafting.led:
+                return speculator.no_drafts(num_reqs)
+        self._end(this)
+        # A copy: vLLM may write to it.
+        return round_.rows.tokens[:num_reqs, 1:].clone()
 
-    def _allowed(self, input_batch: InputBatch, max_drafts: int) -> tuple[np.ndarray, int, bool]:
+    def _end(self, this: _Round) -> None:
+        """Queue what is left of a round, and the copy of what comes of it."""
+        speculator, drafting = self.speculator, this.drafting
+        if drafting is not None:
+            with (
+                record_function_or_nullcontext("adadecode: draft loop"),
+                use_workspace_lane(speculator.workspace_lane),
+            ):
+                drafting.finish()
+        round_ = drafting.round_ if drafting is not None else None
+        this.copy = RoundCopy.start(this.input_batch.num_reqs, round_, this.num_sampled)
+        speculator.end_round(this.input_batch, this.timed)
+
+    # --- a round that is open while the next batch is prepared ---------------------------------
+
+    def verify_open(self, scheduler_output: SchedulerOutput) -> bool:
+        """Whether the next batch verifies the last round unseen; else that has been settled."""
+        this = self._open
+        if (
+            this is None
+            or not this.samples_all
+            or not continues(scheduler_output, this.input_batch.req_ids)
+        ):
+            self.settle()
+            return False
+        self._open, self._verifying = None, this
+        return True
+
+    def most_drafts(self, req_id: str) -> int:
+        """Of a request whose open round is being verified."""
+        assert self._verifying is not None
+        return self._verifying.caps[req_id]
+
+    def plan_open(self, input_batch: InputBatch) -> OpenPlan:
+        """How a batch, now prepared, verifies the open round."""
+        this = self._verifying
+        assert this is not None
+        assert this.drafting is not None
+        rows = {req_id: row for row, req_id in enumerate(this.input_batch.req_ids)}
+        this.verified_as = OpenPlan.of(input_batch, this.drafting, rows)
+        return this.verified_as
+
+    def end_open(self) -> None:
+        """Queue what is left of the round that is being verified; before the batch runs."""
+        assert self._verifying is not None
+        if self._verifying.copy is None:
+            self._end(self._verifying)
+
+    def _close(self) -> None:
+        """The last round will be verified as the host knows it: end it, and hand on its drafts."""
+        this, self._open = self._open, None
+        if this is None or this.copy is not None:
+            return
+        self._end(this)
+        assert this.drafting is not None
+        batch, drafts = this.input_batch, this.drafting.round_.rows.tokens
+        self.speculator.req_states.draft_tokens[batch.idx_mapping] = drafts[: batch.num_reqs, 1:]
+
+    # -------------------------------------------------------------------------------------------
+
+    def _allowed(
+        self,
+        input_batch: InputBatch,
+        # [num_reqs] bool
+        samples: np.ndarray,
+        max_drafts: int,
+    ) -> tuple[np.ndarray, int, bool]:
         """Most drafts of each request, and the exits that all use.
 
         Also whether all requests do as the budget says: one with a seed of its own has the others
         use all exits with it.
         """
         speculator = self.speculator
-        prefilled = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
-        samples = prefilled >= input_batch.prefill_len_np
         caps, exits = speculator.allowed(input_batch.req_ids, samples, max_drafts)
         caps[~samples] = 0
         drafting = exits[caps > 0]
@@ -290,26 +397,34 @@ class DeviceRounds:
         """Book rounds that have ended.
 
         Args:
-            wait: for rounds that drafted, and those before them.
+            wait: for rounds that drafted, and those before them; the last one does not stay open.
             everything: wait for all others as well, of which there is nothing to use but counts.
         """
+        if wait or everything:
+            self._close()
         while self._unsettled:
-            wanted = everything or (wait and any(u.copy.drafted for u in self._unsettled))
-            if not wanted and not self._unsettled[0].copy.has_arrived():
+            this = self._unsettled[0]
+            if this is self._open or this.copy is None:
                 return
-            self._book(self._unsettled.popleft())
+            wanted = everything or (wait and any(u.drafting is not None for u in self._unsettled))
+            if not wanted and not this.copy.has_arrived():
+                return
+            self._book(self._unsettled.popleft(), this.copy)
 
-    def _book(self, unsettled: _Unsettled) -> None:
-        input_batch, result = unsettled.input_batch, unsettled.copy.wait()
+    def _book(self, this: _Round, copy: RoundCopy) -> None:
+        input_batch, result = this.input_batch, copy.wait()
         speculator = self.speculator
-        speculator.count_verified(input_batch, result.num_sampled, unsettled.windows)
+        if this.verifies is not None:
+            # Booked before this one.
+            this.verified, this.verifies = this.verifies.windows, None
+        speculator.count_verified(input_batch, result.num_sampled, this.verified)
         if result.state is None:
             return
         if CHECK_KV_BOUNDS:
             lengths = result.first_pos + (result.state.depths > 0).sum(axis=1)
             speculator.spans.check_kv_bounds(input_batch.idx_mapping_np, lengths)
-        self._count(result, unsettled.used_exits)
-        used_exits = np.full_like(result.limits, unsettled.used_exits)
+        self._count(result, this.used_exits)
+        used_exits = np.full_like(result.limits, this.used_exits)
         if speculator.budget is not None:
             statistics = speculator.budget.statistics
             checked = np.zeros(statistics.num_exits, dtype=np.int64)
@@ -317,9 +432,13 @@ class DeviceRounds:
             statistics.add_round(
                 result.limits, used_exits, result.state.num_drafts, result.state.exits, checked
             )
-        speculator.keep_windows(
-            input_batch, result.num_sampled, result.limits, used_exits, result.state
-        )
+        found = input_batch, result.num_sampled, result.limits, used_exits, result.state
+        if this.verified_as is None:
+            speculator.keep_windows(*found)
+            return
+        # For the round that its verification comes before.
+        this.windows = speculator.windows_of(*found)
+        this.verified_as.count(this.windows, speculator.model, speculator.counters)
 
     def _count(self, result: RoundResult, num_exits: int) -> None:
         """What draft_loop.py counts as it goes, of a round that might use so many exits."""

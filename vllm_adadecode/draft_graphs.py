@@ -120,18 +120,17 @@ class DraftGraphs(CudaGraphManager):
             assert isinstance(desc, StepDescriptor | RoundDescriptor)
             assert desc.num_reqs is not None
             # Inside of a graph nobody can ask. Before it, everything runs once.
-            self.loop.guard = IfNode() if self.whole and not warmup else RunAlways()
+            self.loop.capturing = IfNode() if self.whole and not warmup else RunAlways()
             round_ = self.loop.idle(desc.num_reqs, self.policy)
             steps = self.make_steps(round_)
             if isinstance(desc, StepDescriptor):
                 return lambda _: steps.run(desc.offset, desc.exit_index)
             return lambda _: self.loop.run_steps(round_, self.max_drafts, steps.run)
 
-        guard = self.loop.guard
         try:
             self.capture(create_forward, "Capturing drafting")
         finally:
-            self.loop.guard = guard
+            self.loop.capturing = None
 
     def fits(self, policy: DraftPolicy) -> bool:
         """Whether the steps are this policy's."""

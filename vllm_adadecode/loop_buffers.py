@@ -10,7 +10,7 @@ import torch
 from vllm.utils.math_utils import cdiv, next_power_of_2
 
 from vllm_adadecode.kernels.deferred import DeferredStates
-from vllm_adadecode.kernels.draft_state import DraftRows, PassInputs
+from vllm_adadecode.kernels.draft_state import DraftRows, PassInputs, RoundStatus
 
 # Batches above the first are padded to a multiple of the second, smaller ones to a power of two.
 POWERS_UP_TO, SIZE_STEP = 32, 8
@@ -47,8 +47,7 @@ class LoopBuffers:
         checked: int64 ``[num_exits]``, heads asked, by rows; of the round.
         asked: int64 ``[num_exits]``, head passes, each of all rows that had their head asked.
         passes: int64 ``[num_exits]``, passes of each span; of the round.
-        allowed: int64 ``[1]``, exits that the round may use.
-        waiting: bool ``[num_exits]``, whether some row waits for each span that is allowed.
+        status: what is left to do.
         follow, gate: float32 ``[num_exits]``, the policy's `Cutoffs`.
     """
 
@@ -61,8 +60,7 @@ class LoopBuffers:
     checked: torch.Tensor
     asked: torch.Tensor
     passes: torch.Tensor
-    allowed: torch.Tensor
-    waiting: torch.Tensor
+    status: RoundStatus
     follow: torch.Tensor
     gate: torch.Tensor
 
@@ -92,8 +90,7 @@ class LoopBuffers:
             checked=counts,
             asked=torch.zeros_like(counts),
             passes=torch.zeros_like(counts),
-            allowed=counts.new_zeros(1),
-            waiting=torch.zeros_like(counts, dtype=torch.bool),
+            status=RoundStatus.empty(num_exits, device),
             follow=torch.zeros_like(counts, dtype=torch.float32),
             gate=torch.zeros_like(counts, dtype=torch.float32),
         )
@@ -111,8 +108,7 @@ class LoopBuffers:
             checked=self.checked[:num_exits],
             asked=self.asked[:num_exits],
             passes=self.passes[:num_exits],
-            allowed=self.allowed,
-            waiting=self.waiting[:num_exits],
+            status=self.status,
             follow=self.follow[:num_exits],
             gate=self.gate[:num_exits],
         )

@@ -29,7 +29,7 @@ from vllm_adadecode.config import resolve_draft_loop
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.device_loop import Steps
 from vllm_adadecode.device_round import DeviceRounds
-from vllm_adadecode.draft_graphs import DraftGraphs
+from vllm_adadecode.draft_graphs import MOST_ROWS_WHOLE, DraftGraphs
 from vllm_adadecode.draft_loop import DraftLoop, DraftState
 from vllm_adadecode.draws import Draws, draft_columns
 from vllm_adadecode.errors import AdaDecodeError
@@ -45,6 +45,7 @@ from vllm_adadecode.span_runner import SpanRunner
 from vllm_adadecode.staged import StagedTarget
 from vllm_adadecode.static_spans import StaticSpans, why_not_captured
 from vllm_adadecode.verification_graphs import VerificationGraphs
+from vllm_adadecode.verification_passes import VerificationPasses
 from vllm_adadecode.windows import PendingWindow, PendingWindows
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         )
         # The draft loop on the device, and its largest buffers; None: it is on the host.
         self.device_rounds: DeviceRounds | None = None
+        # Verifications on padded batches; None where nothing needs them.
+        self.verification_passes: VerificationPasses | None = None
+        # Of vLLM's workspace: that in which it has drafts proposed.
+        self.workspace_lane = 0
         # Under these names vLLM's memory profiling finds them, and drops what it has captured.
         self.verification_graphs: VerificationGraphs | None = None
         self.draft_graphs: DraftGraphs | None = None
@@ -136,8 +141,11 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.kv_cache_config,
             self.attn_groups,
         )
+        self.verification_passes = None
         if self.pass_states is not None:
             self.device_rounds = self._make_device_rounds(self.pass_states)
+            if self.device_rounds is not None and self.device_rounds.keeps_open:
+                self.verification_passes = self._make_verification_passes()
 
     def _make_device_rounds(self, states: tuple[torch.Tensor, torch.Tensor]) -> DeviceRounds | None:
         try:
@@ -148,6 +156,17 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             logger.warning("adadecode drafts with draft_loop host: %s", error)
             self.pass_states = None
             return None
+
+    def _make_verification_passes(self) -> VerificationPasses:
+        return VerificationPasses(
+            self.vllm_config,
+            self.model,
+            StaticSpans(self.spans, self.max_model_len),
+            self.deferred,
+            self.target_input_buffers,
+            self.block_tables,
+            window=1 + self.num_speculative_steps,
+        )
 
     def settle(self, wait: bool = True, everything: bool = False) -> None:
         """Book rounds before their windows, drafts or counts are used.
@@ -166,22 +185,23 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         if (reason := why_not_captured(self.attn_groups, self.vllm_config)) is not None:
             logger.warning("adadecode runs without CUDA graphs of its own: %s", reason)
             return
+        if self.verification_passes is None:
+            self.verification_passes = self._make_verification_passes()
+        rounds = self.device_rounds
+        whole = rounds is not None and self.draft_loop == "graph"
         self.verification_graphs = VerificationGraphs(
             self.vllm_config,
             self.device,
-            self.model,
-            StaticSpans(self.spans, self.max_model_len),
-            self.deferred,
-            self.target_input_buffers,
-            self.block_tables,
-            window=1 + self.num_speculative_steps,
+            self.verification_passes,
+            rounds.loop.buffers.status if rounds is not None and whole else None,
+            MOST_ROWS_WHOLE * (1 + self.num_speculative_steps),
         )
-        if self.device_rounds is not None:
+        if rounds is not None:
             self.draft_graphs = DraftGraphs(
                 self.vllm_config,
                 self.device,
-                self.device_rounds.loop,
-                self.draft_loop == "graph",
+                rounds.loop,
+                whole,
                 self.policy,
                 self.num_speculative_steps,
                 make_steps=self._steps,
@@ -305,24 +325,38 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         used_exits: np.ndarray,
         state: DraftState,
     ) -> None:
-        """Record what waits for verification: one window per request that sampled a token."""
+        """Record what waits for verification, and the drafts for the scheduler."""
         drafts = state.tokens[:, 1:].cpu().tolist()
         self.last_req_ids = list(input_batch.req_ids)
         self.last_drafts = [
             row[:count] for row, count in zip(drafts, state.num_drafts, strict=True)
         ]
-        for row, req_id in enumerate(input_batch.req_ids):
-            if num_sampled[row] > 0:
-                count = state.num_drafts[row]
-                self.windows.put(
-                    req_id,
-                    PendingWindow(
-                        depths=state.depths[row, : count + 1].copy(),
-                        exits=state.exits[row, :count].copy(),
-                        limit=int(limits[row]),
-                        used_exits=int(used_exits[row]),
-                    ),
-                )
+        found = self.windows_of(input_batch, num_sampled, limits, used_exits, state)
+        for req_id, window in found.items():
+            self.windows.put(req_id, window)
+
+    @staticmethod
+    def windows_of(
+        input_batch: InputBatch,
+        # [num_reqs]
+        num_sampled: np.ndarray,
+        # [num_reqs]
+        limits: np.ndarray,
+        # [num_reqs]
+        used_exits: np.ndarray,
+        state: DraftState,
+    ) -> dict[str, PendingWindow]:
+        """One window for each request that sampled a token."""
+        return {
+            req_id: PendingWindow(
+                depths=state.depths[row, : state.num_drafts[row] + 1].copy(),
+                exits=state.exits[row, : state.num_drafts[row]].copy(),
+                limit=int(limits[row]),
+                used_exits=int(used_exits[row]),
+            )
+            for row, req_id in enumerate(input_batch.req_ids)
+            if num_sampled[row] > 0
+        }
 
     def end_round(self, input_batch: InputBatch, timed: bool = True) -> None:
         """Tell the budget that drafting has ended.

@@ -1,9 +1,9 @@
 """The model runner's part: which batches are verified from deferred states, and with what drafts.
 
 Owns the mixin over vLLM's Model Runner V2 that (1) forgets windows of requests that left, (2) cuts
-placeholder drafts that async scheduling adds, (3) swaps the target's forward pass for the scorer's
-where a batch allows it, (4) tells the scheduler how many drafts there really are, and what was
-counted.
+placeholder drafts that async scheduling adds, or, of a round that is still open, tells the
+rejection sampler which they are, (3) swaps the target's forward pass for the scorer's where a batch
+allows it, (4) tells the scheduler how many drafts there really are, and what was counted.
 
 vLLM's CUDA graphs are vanilla's: of all layers, for one token a request, and in pieces for batches
 with prefill. A batch that starts at a depth must not be replayed by them: the scorer has its own.
@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_adadecode.draft_ids import attach_drafts
 from vllm_adadecode.metrics import UnsentCounts, attach_counts
+from vllm_adadecode.open_round import OpenPlan
 from vllm_adadecode.proposer import AdaDecodeSpeculator
 from vllm_adadecode.scorer import Scorer, VerificationPlan, make_plan
 
@@ -40,8 +41,9 @@ class AdaDecodeRunnerMixin(_Base):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        self._plan: VerificationPlan | None = None
-        self._starts_at_depth = False
+        self._plan: VerificationPlan | OpenPlan | None = None
+        self._starts_at_depth = self._verifies_open = False
+        self.speculator.workspace_lane = self._draft_workspace_lane
         self._placeholders: SchedulerOutput | None = None
         self._scheduled: SchedulerOutput | None = None
         self._unsent = UnsentCounts(self.speculator.counters)
@@ -71,6 +73,7 @@ class AdaDecodeRunnerMixin(_Base):
             speculator.deferred,
             speculator.counters,
             graphs=lambda: speculator.verification_graphs,
+            passes=speculator.verification_passes,
         )
 
     def _keep_from_replay(self, manager: CudaGraphManager) -> None:
@@ -95,7 +98,12 @@ class AdaDecodeRunnerMixin(_Base):
     ) -> torch.Tensor:
         if self._plan is not None:
             assert input_ids is not None
+            if isinstance(self._plan, OpenPlan):
+                assert self.speculator.device_rounds is not None
+                self.speculator.device_rounds.end_open()
             with record_function_or_nullcontext("adadecode: verification"):
+                if isinstance(self._plan, OpenPlan):
+                    return self.scorer.forward_open(self._plan)
                 return self.scorer.forward(self._plan, input_ids, positions)
         with record_function_or_nullcontext("adadecode: all layers"):
             return self._all_layers(input_ids, positions, intermediate_tensors, inputs_embeds)
@@ -105,7 +113,8 @@ class AdaDecodeRunnerMixin(_Base):
         self, scheduler_output: SchedulerOutput, *args: Any, dummy_run: bool = False, **kwargs: Any
     ) -> Any:
         if not dummy_run:
-            self.speculator.settle()
+            rounds = self.speculator.device_rounds
+            self._verifies_open = rounds is not None and rounds.verify_open(scheduler_output)
             windows = self.speculator.windows
             windows.drop(scheduler_output.finished_req_ids)
             windows.drop(scheduler_output.preempted_req_ids)
@@ -119,7 +128,9 @@ class AdaDecodeRunnerMixin(_Base):
                 and params.temperature > 0.0
             }
             scheduler_output = self._cut_placeholders(scheduler_output)
-            self._starts_at_depth = windows.any_deferred(scheduler_output.num_scheduled_tokens)
+            self._starts_at_depth = self._verifies_open or windows.any_deferred(
+                scheduler_output.num_scheduled_tokens
+            )
         try:
             return super().execute_model(scheduler_output, *args, dummy_run=dummy_run, **kwargs)
         finally:
@@ -129,6 +140,11 @@ class AdaDecodeRunnerMixin(_Base):
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
     ) -> InputBatch:
         input_batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
+        if self._verifies_open:
+            assert self.speculator.device_rounds is not None
+            # What it runs is counted when that is known.
+            self._plan = self.speculator.device_rounds.plan_open(input_batch)
+            return input_batch
         windows = {
             req_id: window
             for req_id in input_batch.req_ids
@@ -152,18 +168,22 @@ class AdaDecodeRunnerMixin(_Base):
         return input_batch
 
     def _cut_placeholders(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
-        """Schedule only drafts that exist.
+        """Schedule only drafts that exist, or of an open round those that may.
 
         Async scheduling schedules `num_speculative_tokens` placeholders for every request. Works
         on a copy: with an in-process engine the object is the scheduler's own. The same on every
         tensor-parallel rank, because all ranks draft the same tokens.
         """
         self._placeholders = self._scheduled = None
+        most = self.speculator.windows.num_drafts
+        if self._verifies_open:
+            assert self.speculator.device_rounds is not None
+            most = self.speculator.device_rounds.most_drafts
         num_tokens = dict(scheduler_output.num_scheduled_tokens)
         drafts: dict[str, list[int]] = {}
         cut = 0
         for req_id, tokens in scheduler_output.scheduled_spec_decode_tokens.items():
-            keep = min(len(tokens), self.speculator.windows.num_drafts(req_id))
+            keep = min(len(tokens), most(req_id))
             num_tokens[req_id] -= len(tokens) - keep
             cut += len(tokens) - keep
             if keep:
@@ -193,9 +213,16 @@ class AdaDecodeRunnerMixin(_Base):
                 attach_drafts(output.model_runner_output, self.take_draft_token_ids())
         return output
 
-    def sample(self, *args: Any, **kwargs: Any) -> Any:
+    def sample(self, hidden_states: torch.Tensor, input_batch: InputBatch, *args: Any) -> Any:
+        if self._verifies_open:
+            assert self.speculator.verification_passes is not None
+            ids = input_batch.input_ids
+            vacant = self.speculator.verification_passes.vacant[: len(ids)]
+            # As of placeholders that vLLM knows of: the sampler ends a window there. Only in its
+            # copy, since vLLM's buffer may be embedded as padding of the next batch.
+            input_batch = dataclasses.replace(input_batch, input_ids=ids.masked_fill(vacant, -1))
         with record_function_or_nullcontext("adadecode: LM head and rejection sampling"):
-            return super().sample(*args, **kwargs)
+            return super().sample(hidden_states, input_batch, *args)
 
     def _cut_grammar(self, grammar_output: GrammarOutput) -> GrammarOutput:
         """Drop the bitmask rows of placeholder drafts that were not scheduled."""
@@ -218,6 +245,7 @@ class AdaDecodeRunnerMixin(_Base):
         # Each of these keeps the weights, or captured graphs.
         speculator = self.speculator
         speculator.verification_graphs = speculator.draft_graphs = None
+        speculator.verification_passes = None
         for name in ("scorer", "_all_layers"):
             self.__dict__.pop(name, None)
         super().shutdown()

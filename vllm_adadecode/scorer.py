@@ -4,7 +4,8 @@ Owns the forward pass of a batch that has deferred states. A token joins at its 
 the deepest one runs for those tokens alone that have not been through it, among them whatever is
 prefilled in the same batch; from the deepest one on, all tokens run together. vLLM's rejection
 sampler does the rest. Batches without any deferred state run all spans on all tokens. Where there
-are captured graphs (verification_graphs.py), they run the same passes.
+are captured graphs (verification_graphs.py), they run the same passes. A round that is still open
+(open_round.py) is planned on the device.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from vllm_adadecode.staged import StagedTarget
 from vllm_adadecode.windows import PendingWindow
 
 if TYPE_CHECKING:
+    from vllm_adadecode.open_round import OpenPlan
     from vllm_adadecode.verification_graphs import VerificationGraphs
+    from vllm_adadecode.verification_passes import VerificationPasses
 
 
 @dataclass
@@ -88,6 +91,7 @@ class Scorer:
     Args:
         graphs: gives captured passes, None where there are none. Asked each time: vLLM's memory
             profiling drops those that it had captured.
+        passes: for open rounds; None: there are none.
     """
 
     def __init__(
@@ -97,8 +101,9 @@ class Scorer:
         deferred: DeferredStates,
         counters: Counters,
         graphs: "Callable[[], VerificationGraphs | None]",
+        passes: "VerificationPasses | None" = None,
     ) -> None:
-        self.graphs = graphs
+        self.graphs, self.passes = graphs, passes
         self.staged = staged
         self.spans = spans
         self.deferred = deferred
@@ -142,6 +147,32 @@ class Scorer:
             with record_function_or_nullcontext(f"adadecode: span {span}"):
                 hidden, residual = self.staged.run_span(span, positions, hidden, residual)
         return self.staged.finish(hidden, residual)
+
+    def forward_open(self, plan: "OpenPlan") -> torch.Tensor:
+        """Final hidden states of an open round's tokens, ``[num_tokens, hidden_size]``.
+
+        Those of vacant places are anything; `VerificationPasses.vacant` says which they are. The
+        round's loop must have been queued to its end.
+        """
+        passes, graphs = self.passes, self.graphs()
+        assert passes is not None
+        num_reqs, num_tokens = len(plan.req_ids), plan.num_tokens
+        size = graphs.size(num_tokens, num_reqs) if graphs is not None else None
+        passes.load_open(plan, size or num_tokens)
+        missing = plan.drafting.missing()
+        if missing is None:
+            if graphs is not None and size is not None and graphs.replay_all(size):
+                return graphs.output[:num_tokens]
+            missing = plan.drafting.ask_missing()
+        needed = [span for span, is_missing in enumerate([*missing, True]) if is_missing]
+        if graphs is not None and size is not None:
+            for span in needed:
+                graphs.replay(span, size)
+            return graphs.output[:num_tokens]
+        output = passes.new_output(num_tokens)
+        for span in needed:
+            passes.run(span, num_tokens, num_reqs, output)
+        return output[:num_tokens]
 
     def _deferred_states(
         self, plan: VerificationPlan, device: torch.device

@@ -9,6 +9,8 @@ from typing import Protocol
 
 import torch
 
+from vllm_adadecode.kernels.draft_state import RoundStatus
+
 
 class StepGuard(Protocol):
     """Runs a step where it is needed; may run it where it is not."""
@@ -22,18 +24,20 @@ class StepGuard(Protocol):
         """Run ``step`` if ``condition`` holds. Steps may guard steps of their own."""
         ...
 
-    def when_waiting(
-        self,
-        # [num_exits] bool, on the device
-        waiting: torch.Tensor,
-        span: int,
-        step: Callable[[], None],
-    ) -> None:
-        """Run ``step`` if some row waits for ``span``."""
+
+class LeadingGuard(StepGuard, Protocol):
+    """A guard for a host that leads a round, from one step to the next."""
+
+    def stepped(self, status: RoundStatus) -> None:
+        """A step was queued: ``status`` will be another once it has run."""
         ...
 
-    def stepped(self) -> None:
-        """A step has run: other rows may be waiting for other spans."""
+    def waits(self, span: int) -> bool:
+        """Whether some row waits for ``span`` after the last step."""
+        ...
+
+    def missing(self) -> list[bool]:
+        """Whether some pending token has not been through each early span after the last step."""
         ...
 
 
@@ -43,18 +47,22 @@ class RunAlways:
     def when(self, condition: torch.Tensor, step: Callable[[], None]) -> None:
         step()
 
-    def when_waiting(self, waiting: torch.Tensor, span: int, step: Callable[[], None]) -> None:
-        step()
+    def stepped(self, status: RoundStatus) -> None:
+        self._early_spans = len(status.missing)
 
-    def stepped(self) -> None:
-        pass
+    def waits(self, span: int) -> bool:
+        return True
+
+    def missing(self) -> list[bool]:
+        return [True] * self._early_spans
 
 
 class AskHost:
     """The host reads the condition: on a CPU for nothing, elsewhere it waits for the device.
 
     A wait is short beside a pass that would run in vain. There is one after a step: whether the
-    next span of the same draft or the first of the next one runs is in the same few bytes.
+    next span of the same draft or the first of the next one runs is in the same few bytes. They are
+    on their way as soon as the step has run, whatever the host does meanwhile.
 
     Attributes:
         synchronisations: how often it has asked.
@@ -62,19 +70,44 @@ class AskHost:
 
     def __init__(self) -> None:
         self.synchronisations = 0
-        self._waiting: list[bool] | None = None
+        self._status: RoundStatus | None = None
+        self._flags: list[bool] | None = None
+        # On a GPU: the flags' copy in pinned memory, and when it is there.
+        self._copy: torch.Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
 
     def when(self, condition: torch.Tensor, step: Callable[[], None]) -> None:
         self.synchronisations += 1
         if bool(condition):
             step()
 
-    def when_waiting(self, waiting: torch.Tensor, span: int, step: Callable[[], None]) -> None:
-        if self._waiting is None:
-            self.synchronisations += 1
-            self._waiting = waiting.tolist()
-        if self._waiting[span]:
-            step()
+    def stepped(self, status: RoundStatus) -> None:
+        self._status, self._flags = status, None
+        flags = status.flags
+        if not flags.is_cuda:
+            return
+        if self._copy is None:
+            self._copy = torch.empty(len(flags), dtype=torch.bool, pin_memory=True)
+            self._copied = torch.cuda.Event()
+        assert self._copied is not None
+        self._copy.copy_(flags, non_blocking=True)
+        self._copied.record()
 
-    def stepped(self) -> None:
-        self._waiting = None
+    def waits(self, span: int) -> bool:
+        return self._read()[span]
+
+    def missing(self) -> list[bool]:
+        flags = self._read()
+        return flags[len(flags) // 2 :]
+
+    def _read(self) -> list[bool]:
+        if self._flags is None:
+            assert self._status is not None
+            self.synchronisations += 1
+            flags = self._status.flags
+            if self._copied is not None:
+                assert self._copy is not None
+                self._copied.synchronize()
+                flags = self._copy
+            self._flags = flags.tolist()
+        return self._flags

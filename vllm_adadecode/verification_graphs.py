@@ -1,34 +1,28 @@
 """Verification from a depth as captured CUDA graphs, one for each span and number of tokens.
 
-Owns the passes of a planned verification as graphs: how a plan is laid out for them, in one copy to
-the device, and their replay in place of the scorer's own passes. vLLM's manager captures them: in
-its pool, counted by its memory profiling, before the first request.
-
-A pass reads the batch where vLLM's runner has prepared it (ids, positions, lengths, KV slots, block
-tables), all at addresses that stay, and the states of pending tokens where the draft loop left
-them; the plan says which tokens run. States of tokens on their way through the spans are kept there
-as well, so that nothing else goes from one graph to the next.
+Owns the capture and the replay of the passes of verification_passes.py. vLLM's manager captures
+them: in its pool, counted by its memory profiling, before the first request. Where drafting is
+captured whole, so is the verification of a round that nobody has asked about: all spans in one
+graph, in which the device skips those that it does not need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
-from vllm.v1.worker.gpu.input_batch import InputBuffers
 
-from vllm_adadecode.kernels.deferred import DeferredStates
+from vllm_adadecode.conditional_graph import IfNode
+from vllm_adadecode.kernels.draft_state import RoundStatus
 from vllm_adadecode.scorer import VerificationPlan
-from vllm_adadecode.staged import StagedTarget
-from vllm_adadecode.static_spans import StaticSpans
+from vllm_adadecode.step_guard import RunAlways, StepGuard
+from vllm_adadecode.verification_passes import VerificationPasses
 
 # From one number of tokens that has a graph to the next, at least.
 STEP = 1.25
@@ -42,25 +36,8 @@ class PassDescriptor(BatchExecutionDescriptor):
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where a span's pass is in the row of the plan that is its own.
-
-    Attributes:
-        tokens: ``[num_tokens]`` place in the batch; -1: padding.
-        slots: ``[num_tokens]`` request slot; -1: padding.
-        offsets: ``[num_tokens]`` window offset.
-        starts: ``[num_rows + 1]`` first token of each row of the batch, then the total.
-    """
-
-    tokens: slice
-    slots: slice
-    offsets: slice
-    starts: slice
-
-    @staticmethod
-    def of(most_tokens: int, most_rows: int) -> _Layout:
-        ends = np.cumsum([0, most_tokens, most_tokens, most_tokens, most_rows + 1]).tolist()
-        return _Layout(*(slice(a, b) for a, b in pairwise(ends)))
+class AllPassesDescriptor(BatchExecutionDescriptor):
+    """The passes of all spans over ``num_tokens`` tokens of at most ``num_reqs`` requests."""
 
 
 def graph_sizes(capture_sizes: Sequence[int], most_tokens: int) -> list[int]:
@@ -77,51 +54,45 @@ class VerificationGraphs(CudaGraphManager):
     """Captured passes of the scorer.
 
     Args:
-        staged: the target.
-        static: runs a span on a padded batch.
-        deferred: states of pending tokens.
-        buffers, block_tables: vLLM's, of the verification batch.
-        window: most tokens of a request, 1 + K.
+        passes: what is captured.
+        status: of the rounds that are verified; None: no verification is captured whole.
+        most_whole: most tokens of one that is.
     """
 
     def __init__(
         self,
         vllm_config: VllmConfig,
         device: torch.device,
-        staged: StagedTarget,
-        static: StaticSpans,
-        deferred: DeferredStates,
-        buffers: InputBuffers,
-        block_tables: BlockTables,
-        window: int,
+        passes: VerificationPasses,
+        status: RoundStatus | None = None,
+        most_whole: int = 0,
     ) -> None:
-        self.staged, self.static, self.deferred = staged, static, deferred
-        self.buffers, self.block_tables, self.window = buffers, block_tables, window
-        scheduler = vllm_config.scheduler_config
-        most = min(scheduler.max_num_seqs * window, scheduler.max_num_batched_tokens)
-        sizes = graph_sizes(vllm_config.compilation_config.cudagraph_capture_sizes or (), most)
+        self.passes, self.status, self.most_whole = passes, status, most_whole
+        captured = vllm_config.compilation_config.cudagraph_capture_sizes or ()
+        sizes = graph_sizes(captured, passes.most_tokens)
         self.sizes = np.array(sizes, dtype=np.int64)
-        most_tokens, most_rows = max(sizes, default=0), scheduler.max_num_seqs
-        self.layout = _Layout.of(most_tokens, most_rows)
-        # [spans, ...] int64; see `_Layout`.
-        self.plan = torch.from_numpy(self._empty_plan(len(staged.spans))).to(device)
-        self.output = deferred.hidden.new_zeros(most_tokens, deferred.hidden.shape[2])
+        self.output = passes.new_output(max(sizes, default=0))
         super().__init__(
-            vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=window
+            vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=passes.window
         )
 
     def _init_candidates(self) -> None:
-        descs: list[BatchExecutionDescriptor] = [
-            self._descriptor(span, int(size))
-            for size in reversed(self.sizes)
-            for span in range(len(self.staged.spans))
-        ]
+        descs: list[BatchExecutionDescriptor] = []
+        for size in reversed(self.sizes.tolist()):
+            if self.status is not None and size <= self.most_whole:
+                descs.append(self._all_passes(size))
+            descs += [self._pass(span, size) for span in range(self.passes.num_spans)]
         if descs:
             self._capture_descs[CUDAGraphMode.FULL] = descs
 
-    def _descriptor(self, span: int, num_tokens: int) -> PassDescriptor:
-        num_reqs = min(num_tokens, self.max_num_reqs)
-        return PassDescriptor(CUDAGraphMode.FULL, num_tokens, num_reqs, span=span)
+    def _rows(self, num_tokens: int) -> int:
+        return min(num_tokens, self.max_num_reqs)
+
+    def _pass(self, span: int, num_tokens: int) -> PassDescriptor:
+        return PassDescriptor(CUDAGraphMode.FULL, num_tokens, self._rows(num_tokens), span=span)
+
+    def _all_passes(self, num_tokens: int) -> AllPassesDescriptor:
+        return AllPassesDescriptor(CUDAGraphMode.FULL, num_tokens, self._rows(num_tokens))
 
     def capture_passes(self) -> None:
         """Capture all of them; between rounds only."""
@@ -129,26 +100,47 @@ class VerificationGraphs(CudaGraphManager):
         def create_forward(
             desc: BatchExecutionDescriptor, warmup: bool
         ) -> Callable[[CUDAGraphMode], None]:
+            assert desc.num_reqs is not None
+            shape = desc.num_tokens, desc.num_reqs
+            if isinstance(desc, AllPassesDescriptor):
+                guard: StepGuard = RunAlways() if warmup else IfNode()
+                return lambda _: self._run_all(guard, *shape)
             assert isinstance(desc, PassDescriptor)
-            return lambda _: self._pass(desc)
+            return lambda _: self.passes.run(desc.span, *shape, self.output)
 
         # No token runs.
-        self.plan.copy_(torch.from_numpy(self._empty_plan(len(self.plan))))
+        self.passes.plans.clear()
         self.capture(create_forward, "Capturing verification")
+
+    def _run_all(self, guard: StepGuard, num_tokens: int, num_reqs: int) -> None:
+        """What is captured whole: each early span if some token needs it, then the last one."""
+        assert self.status is not None
+        last = self.passes.num_spans - 1
+        for span in range(last):
+            step = partial(self.passes.run, span, num_tokens, num_reqs)
+            guard.when(self.status.missing[span], step)
+        self.passes.run(last, num_tokens, num_reqs, self.output)
+
+    def size(self, num_tokens: int, num_reqs: int) -> int | None:
+        """Tokens of the smallest captured pass for so many; None if there is none."""
+        index = np.searchsorted(self.sizes, max(num_tokens, num_reqs))
+        if not self._graphs_captured or index == len(self.sizes):
+            return None
+        return int(self.sizes[index])
 
     def descriptors(self, plan: VerificationPlan) -> list[PassDescriptor] | None:
         """The passes of a verification, shallow ones first; None if not all are captured."""
-        if not self._graphs_captured or plan.is_mixed:
+        if plan.is_mixed:
             return None
-        num_spans = len(self.staged.spans)
         # Tokens that have not been through each span; every row of the batch has a place.
-        counts = np.searchsorted(np.sort(plan.depths), np.arange(num_spans), side="right")
+        spans = np.arange(self.passes.num_spans)
+        counts = np.searchsorted(np.sort(plan.depths), spans, side="right")
         found = []
-        for span in np.flatnonzero(counts):
-            size = np.searchsorted(self.sizes, max(counts[span], len(plan.slots)))
-            if size == len(self.sizes):
+        for span in np.flatnonzero(counts).tolist():
+            size = self.size(int(counts[span]), len(plan.slots))
+            if size is None:
                 return None
-            found.append(self._descriptor(int(span), int(self.sizes[size])))
+            found.append(self._pass(span, size))
         return found
 
     def run(self, plan: VerificationPlan, passes: Sequence[PassDescriptor]) -> torch.Tensor:
@@ -157,66 +149,27 @@ class VerificationGraphs(CudaGraphManager):
         Args:
             passes: from `descriptors`.
         """
-        rows = self._lay_out(plan, passes)
-        self.plan.copy_(async_tensor_h2d(rows, device=self.plan.device))
+        self.passes.load(plan, [desc.span for desc in passes])
         for desc in passes:
             self.run_fullgraph(desc)
         return self.output[: len(plan.depths)]
 
-    def _empty_plan(self, num_spans: int) -> np.ndarray:
-        """Passes without tokens."""
-        rows = np.zeros((num_spans, self.layout.starts.stop), dtype=np.int64)
-        rows[:, : self.layout.slots.stop] = -1
-        return rows
+    def replay(self, span: int, size: int) -> None:
+        """One pass, as planned before.
 
-    def _lay_out(self, plan: VerificationPlan, passes: Sequence[PassDescriptor]) -> np.ndarray:
-        layout = self.layout
-        rows = self._empty_plan(len(self.plan))
-        slots = plan.slots[plan.rows]
-        for desc in passes:
-            row = rows[desc.span]
-            tokens = np.flatnonzero(plan.depths <= desc.span)
-            row[layout.tokens][: len(tokens)] = tokens
-            row[layout.slots][: len(tokens)] = slots[tokens]
-            row[layout.offsets][: len(tokens)] = plan.offsets[tokens]
-            counts = np.bincount(plan.rows[tokens], minlength=len(plan.slots))
-            starts = row[layout.starts]
-            starts[1:] = len(tokens)
-            np.cumsum(counts, out=starts[1 : 1 + len(counts)])
-        return rows
+        Args:
+            size: from `size`.
+        """
+        self.run_fullgraph(self._pass(span, size))
 
-    def _pass(self, desc: PassDescriptor) -> None:
-        """What is captured: a span for the tokens that the plan names."""
-        assert desc.num_reqs is not None
-        layout, plan, n = self.layout, self.plan[desc.span], desc.num_tokens
-        tokens, slots, offsets = (
-            plan[part][:n] for part in (layout.tokens, layout.slots, layout.offsets)
-        )
-        starts = plan[layout.starts][: desc.num_reqs + 1].to(torch.int32)
-        there = tokens >= 0
-        places = tokens.clamp(min=0)
-        if desc.span == 0:
-            hidden = self.staged.embed(self.buffers.input_ids[places])
-            residual = None
-        else:
-            # Of padding, zeros: a scale that is taken over all rows must not see anything else.
-            shape = n, self.deferred.hidden.shape[2]
-            states = self.deferred.hidden.new_zeros(shape), self.deferred.residual.new_zeros(shape)
-            hidden, residual = self.deferred.gather(slots, offsets, out=states)
-        lengths = self.buffers.seq_lens[: desc.num_reqs]
-        hidden, residual = self.static.run_rows(
-            desc.span,
-            positions=self.buffers.positions[places],
-            slot_mappings=torch.where(there, self.block_tables.slot_mappings[:, places], -1),
-            query_start_loc=starts,
-            seq_lens=torch.where(starts[1:] > starts[:-1], lengths, 0),
-            block_tables=[t[: desc.num_reqs] for t in self.block_tables.input_block_tables],
-            row_tokens=min(self.window, n),
-            is_padding=~there,
-            hidden=hidden,
-            residual=residual,
-        )
-        if desc.span + 1 < len(self.staged.spans):
-            self.deferred.store(slots, offsets, hidden, residual)
-        else:
-            self.output[:n] = self.staged.finish(hidden, residual)
+    def replay_all(self, size: int) -> bool:
+        """All passes that the device finds some token for; False if that is not captured.
+
+        Args:
+            size: from `size`.
+        """
+        desc = self._all_passes(size)
+        if desc not in self.graphs:
+            return False
+        self.run_fullgraph(desc)
+        return True

@@ -12,6 +12,7 @@ from tests.kernels.registry import BFLOAT16_STEP, EXACT, SUMS, Outputs, case, fl
 SAMPLE = ("sampling._sample_partials_kernel", "sampling._merge_samples_kernel")
 STORE, GATHER = "deferred._store_states_kernel", "deferred._gather_states_kernel"
 STEP = "draft_step._draft_step_kernel"
+PLAN = "verification_plan._verification_plan_kernel"
 
 
 def sampling_inputs(rng: torch.Generator, num_rows: int) -> dict[str, Any]:
@@ -185,7 +186,7 @@ def round_of_steps(
     rng: torch.Generator, num_rows: int, max_drafts: int, num_exits: int, num_groups: int
 ) -> tuple[Any, Any, list[Outputs]]:
     """A whole round with random answers: the windows, and the inputs of every pass."""
-    from vllm_adadecode.kernels.draft_state import DraftRows, PassInputs
+    from vllm_adadecode.kernels.draft_state import DraftRows, PassInputs, RoundStatus
     from vllm_adadecode.kernels.draft_step import draft_step
 
     slots = torch.randperm(16, generator=rng)[:num_rows]
@@ -204,12 +205,17 @@ def round_of_steps(
     blocks, tables = block_tables(rng, num_groups)
     inputs = PassInputs.empty(num_rows, 1 + max_drafts, num_groups, torch.get_default_device())
     inputs.slot_mapping.fill_(-7)
+    # One exit more than the rows use, and one less than there are in all.
+    status = RoundStatus.empty(num_exits + 1, torch.get_default_device())
+    status.allowed.fill_(max(1, num_exits - 1))
     passes: list[Outputs] = []
 
     def record() -> None:
-        passes.append({name: value.clone() for name, value in vars(inputs).items()})
+        passes.append(
+            {name: value.clone() for name, value in (vars(inputs) | vars(status)).items()}
+        )
 
-    draft_step(rows, inputs, blocks, exit_index=None, next_span=0)
+    draft_step(rows, inputs, blocks, status, exit_index=None, next_span=0)
     record()
     for _ in range(max_drafts):
         for exit_index in range(num_exits):
@@ -217,6 +223,7 @@ def round_of_steps(
                 rows,
                 inputs,
                 blocks,
+                status,
                 exit_index=exit_index,
                 next_span=(exit_index + 1) % num_exits,
                 token=torch.randint(100, 999, (num_rows,), generator=rng),
@@ -248,3 +255,48 @@ def draft_steps(
     for i, inputs in enumerate(passes):
         found.update({f"{name}_{i}": value for name, value in inputs.items()})
     return found
+
+
+@case(
+    PLAN,
+    tolerance=EXACT,
+    batch={},
+    one={"num_reqs": 1},
+    many={"num_rows": 15, "num_reqs": 15, "max_drafts": 6},
+    one_exit={"num_exits": 1},
+)
+def verification_plan(
+    rng: torch.Generator,
+    num_rows: int = 9,
+    num_reqs: int = 6,
+    max_drafts: int = 3,
+    num_exits: int = 3,
+) -> Outputs:
+    """The windows of a round, in another order, scheduled as far as may be or less."""
+    from vllm_adadecode.kernels.verification_plan import PassPlans, plan_verification
+
+    rows, _, _ = round_of_steps(rng, num_rows, max_drafts, num_exits, num_groups=1)
+    window = 1 + max_drafts
+    row_of = torch.randperm(num_rows, generator=rng)
+    row_of = row_of[rows.slots[row_of] >= 0][:num_reqs].to(torch.int32)
+    scheduled = torch.full((len(row_of),), window)
+    scheduled[::2] = torch.randint(1, 1 + window, scheduled[::2].shape, generator=rng)
+    query_start_loc = torch.full((20,), int(scheduled.sum()), dtype=torch.int32)
+    query_start_loc[: len(row_of) + 1] = torch.cat([torch.zeros(1), scheduled.cumsum(0)])
+    num_tokens = int(scheduled.sum())
+    plans = PassPlans.empty(1 + num_exits, 16 * window, 16, torch.get_default_device())
+    plans.data.fill_(-7)
+    found = {
+        "input_ids": torch.full((16 * window,), -7, dtype=torch.int32),
+        "seq_lens": torch.full((16,), -7, dtype=torch.int32),
+        "vacant": torch.zeros(16 * window, dtype=torch.bool),
+    }
+    plan_verification(
+        plans,
+        rows,
+        row_of=row_of,
+        query_start_loc=query_start_loc,
+        num_places=num_tokens + 3,
+        **found,
+    )
+    return found | {"plans": plans.data, "row_of": row_of, "query_start_loc": query_start_loc}

@@ -1,0 +1,153 @@
+"""The passes of a verification with fixed shapes: what each runs is in a plan on the device.
+
+Owns the plan's buffers, how a plan of the host's gets there, and one pass: a span over the tokens
+that the plan names. A pass reads the batch where vLLM's runner has prepared it (ids, positions,
+lengths, KV slots, block tables), all at addresses that stay, and the states of pending tokens where
+the draft loop left them. States of tokens on their way through the spans are kept there as well, so
+that nothing else goes from one pass to the next, and each may be a captured graph
+(verification_graphs.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBuffers
+
+from vllm_adadecode.kernels.deferred import DeferredStates
+from vllm_adadecode.kernels.verification_plan import PassPlans, plan_verification
+from vllm_adadecode.open_round import OpenPlan
+from vllm_adadecode.scorer import VerificationPlan
+from vllm_adadecode.staged import StagedTarget
+from vllm_adadecode.static_spans import StaticSpans
+
+
+class VerificationPasses:
+    """Runs spans of verifications on padded batches.
+
+    Args:
+        staged: the target.
+        static: runs a span on a padded batch.
+        deferred: states of pending tokens.
+        buffers, block_tables: vLLM's, of the verification batch.
+        window: most tokens of a request, 1 + K.
+
+    Attributes:
+        most_tokens, most_rows: of a pass.
+        vacant: bool ``[most_tokens]``, places of the last open verification that hold no token.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        staged: StagedTarget,
+        static: StaticSpans,
+        deferred: DeferredStates,
+        buffers: InputBuffers,
+        block_tables: BlockTables,
+        window: int,
+    ) -> None:
+        self.staged, self.static, self.deferred = staged, static, deferred
+        self.buffers, self.block_tables, self.window = buffers, block_tables, window
+        scheduler = vllm_config.scheduler_config
+        self.most_rows = scheduler.max_num_seqs
+        self.most_tokens = min(self.most_rows * window, scheduler.max_num_batched_tokens)
+        sizes = self.num_spans, self.most_tokens, self.most_rows
+        self.plans = PassPlans.empty(*sizes, deferred.hidden.device)
+        self._empty = PassPlans.empty(*sizes, torch.device("cpu"))
+        self.vacant = torch.zeros_like(self.plans.tokens[0], dtype=torch.bool)
+
+    @property
+    def num_spans(self) -> int:
+        return len(self.staged.spans)
+
+    def new_output(self, num_tokens: int) -> torch.Tensor:
+        """For `run`, with the places of a batch of so many tokens."""
+        hidden = self.deferred.hidden
+        return hidden.new_zeros(num_tokens + 1, hidden.shape[2])
+
+    def load(self, plan: VerificationPlan, spans: Iterable[int]) -> None:
+        """Plan these passes as the host says; the others have no tokens."""
+        data = self._empty.data.numpy().copy()
+        # The columns' places are the same in both.
+        rows = PassPlans.of(torch.from_numpy(data), self.most_tokens)
+        slots = plan.slots[plan.rows]
+        for span in spans:
+            tokens = np.flatnonzero(plan.depths <= span)
+            rows.tokens.numpy()[span, : len(tokens)] = tokens
+            rows.slots.numpy()[span, : len(tokens)] = slots[tokens]
+            rows.offsets.numpy()[span, : len(tokens)] = plan.offsets[tokens]
+            counts = np.bincount(plan.rows[tokens], minlength=len(plan.slots))
+            starts = rows.starts.numpy()[span]
+            starts[1:] = len(tokens)
+            np.cumsum(counts, out=starts[1 : 1 + len(counts)])
+        self.plans.data.copy_(async_tensor_h2d(data, device=self.plans.data.device))
+
+    def load_open(self, plan: OpenPlan, num_places: int) -> None:
+        """Plan all passes as the device knows, and put the batch right: drafts, lengths.
+
+        Args:
+            num_places: tokens of the largest pass, padding among them.
+        """
+        device = self.plans.data.device
+        plan_verification(
+            self.plans,
+            plan.drafting.round_.rows,
+            row_of=async_tensor_h2d(plan.row_of, device=device),
+            query_start_loc=self.buffers.query_start_loc,
+            input_ids=self.buffers.input_ids,
+            seq_lens=self.buffers.seq_lens,
+            vacant=self.vacant,
+            num_places=num_places,
+        )
+
+    def run(
+        self, span: int, num_tokens: int, num_reqs: int, output: torch.Tensor | None = None
+    ) -> None:
+        """A span for the tokens that the plan names: what may be captured.
+
+        Args:
+            num_tokens: of the pass, padding among them.
+            num_reqs: rows of the batch at least; each may have up to a window of tokens.
+            output: for the last span, ``[> tokens of the batch, hidden_size]``: final hidden states
+                are written to each token's place in the batch, and to the last row those of
+                padding. Vacant places are left as they are.
+        """
+        tokens, slots, offsets = (
+            part[span, :num_tokens]
+            for part in (self.plans.tokens, self.plans.slots, self.plans.offsets)
+        )
+        starts = self.plans.starts[span, : num_reqs + 1].to(torch.int32)
+        there = tokens >= 0
+        places = tokens.clamp(min=0)
+        if span == 0:
+            hidden = self.staged.embed(self.buffers.input_ids[places])
+            residual = None
+        else:
+            # Of padding, zeros: a scale that is taken over all rows must not see anything else.
+            shape = num_tokens, self.deferred.hidden.shape[2]
+            states = self.deferred.hidden.new_zeros(shape), self.deferred.residual.new_zeros(shape)
+            hidden, residual = self.deferred.gather(slots, offsets, out=states)
+        lengths = self.buffers.seq_lens[:num_reqs]
+        hidden, residual = self.static.run_rows(
+            span,
+            positions=self.buffers.positions[places],
+            slot_mappings=torch.where(there, self.block_tables.slot_mappings[:, places], -1),
+            query_start_loc=starts,
+            seq_lens=torch.where(starts[1:] > starts[:-1], lengths, 0),
+            block_tables=[t[:num_reqs] for t in self.block_tables.input_block_tables],
+            row_tokens=min(self.window, num_tokens),
+            is_padding=~there,
+            hidden=hidden,
+            residual=residual,
+        )
+        if span + 1 < self.num_spans:
+            self.deferred.store(slots, offsets, hidden, residual)
+            return
+        assert output is not None
+        output[torch.where(there, tokens, len(output) - 1)] = self.staged.finish(hidden, residual)
