@@ -5,6 +5,7 @@ before it goes on. Launches of kernels are one operation each: what their torch 
 place happens on the device where there are kernels.
 """
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.utils.torch_utils import LayerName
+
+from benchmarks.gpu_suite.syncs import place
 
 # Operations whose output has a shape that depends on data, or that is a number of Python's.
 SYNCHRONISING = {
@@ -55,12 +58,14 @@ class OpTrace:
     Attributes:
         operations: name, arguments and results; tensors as address or number, shape and strides.
         synchronisations: names.
+        places: of these, file and line that called.
         allocated: bytes of every new tensor, in order.
     """
 
     operations: list[tuple[Any, ...]] = field(default_factory=list)
     synchronisations: list[str] = field(default_factory=list)
     allocated: list[int] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
     _paused: bool = False
     # Memory made here, by address: its number, None for a plan. Kept, so that no address is reused.
     _made: dict[int, int | None] = field(default_factory=dict)
@@ -85,6 +90,12 @@ class OpTrace:
                     self.allocated.append(tensor.untyped_storage().nbytes())
         self.operations.append((name, given, self._describe(result)))
         return result
+
+    def waits(self, name: str) -> None:
+        """Note an operation that the host waits for."""
+        self.synchronisations.append(name)
+        here = [f for f in traceback.extract_stack() if f.filename != __file__]
+        self.places.append(place(traceback.StackSummary.from_list(here)))
 
     def _describe(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -117,7 +128,7 @@ class _Dispatched(TorchDispatchMode):
             t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1:2])
         )
         if name in SYNCHRONISING or by_mask:
-            self.trace.synchronisations.append(name)
+            self.trace.waits(name)
         return self.trace.operation(name, lambda: func(*args, **kwargs), (args, kwargs))
 
 
@@ -133,7 +144,7 @@ class _Called(TorchFunctionMode):
         if not self.trace._paused and (
             name in READS or (to_host and not kwargs.get("non_blocking"))
         ):
-            self.trace.synchronisations.append(name)
+            self.trace.waits(name)
         return func(*args, **kwargs)
 
 

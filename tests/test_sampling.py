@@ -131,6 +131,26 @@ SETTINGS: list[tuple[dict[str, Any], Filter]] = [
 ]
 
 
+def check_distribution(
+    engine: LLM,
+    exact: Any,
+    thresholds: tuple[float, ...],
+    options: dict[str, Any],
+    process: Filter,
+) -> dict[str, Any]:
+    """Sample, and hold it against the target; the engine's counts."""
+    set_thresholds(engine, *thresholds)
+    stats(engine, reset=True)
+    sequences = sample(engine, **options)
+    counts = stats(engine)
+    # Both outcomes must have been tried often, or the test would show nothing.
+    assert counts["accepted"] > 2000
+    assert counts["drafted"] - counts["accepted"] > 2000
+    score, name = worst(generated(sequences), *probabilities(exact, sequences, process))
+    assert score < limit(), f"{name} is {score:.1f} standard deviations off"
+    return counts
+
+
 @pytest.mark.parametrize("draft_sample_method", ["greedy", "probabilistic"])
 @pytest.mark.parametrize("thresholds", [(0.0, 0.0, 0.0), (0.3, 0.25, 0.1)], ids=["all", "some"])
 @pytest.mark.parametrize(("options", "process"), SETTINGS, ids=["plain", "top_k_top_p"])
@@ -152,15 +172,35 @@ def test_tokens_follow_the_target(
             draft_sample_method=draft_sample_method,
         ),
     )
-    set_thresholds(engine, *thresholds)
-    stats(engine, reset=True)
-    sequences = sample(engine, **options)
-    counts = stats(engine)
-    # Both outcomes must have been tried often, or the test would show nothing.
-    assert counts["accepted"] > 2000
-    assert counts["drafted"] - counts["accepted"] > 2000
-    score, name = worst(generated(sequences), *probabilities(exact, sequences, process))
-    assert score < limit(), f"{name} is {score:.1f} standard deviations off"
+    check_distribution(engine, exact, thresholds, options, process)
+
+
+@pytest.mark.parametrize("draft_sample_method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize(("options", "process"), SETTINGS, ids=["plain", "top_k_top_p"])
+def test_tokens_of_open_rounds_follow_the_target(
+    engines: EnginePool,
+    model_path: Path,
+    exact: Any,
+    draft_sample_method: str,
+    options: dict[str, Any],
+    process: Filter,
+) -> None:
+    """Verified for as many drafts as there might be: a place without one ends the window."""
+    engine = engines.get(
+        model_path,
+        **ENGINE,
+        async_scheduling=True,
+        speculative_config=speculative(
+            num_speculative_tokens=4,
+            exit_layers=EXITS,
+            draft_sample_method=draft_sample_method,
+            draft_loop="device",
+        ),
+    )
+    counts = check_distribution(engine, exact, (0.3, 0.25, 0.1), options, process)
+    # Nearly all rounds, and many windows that were not full.
+    assert counts["open_batches"] > 0.8 * counts["deferred_batches"]
+    assert counts["drafted"] < 3.5 * counts["verifications"]
 
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["logits", "kernels"])

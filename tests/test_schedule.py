@@ -174,16 +174,21 @@ def reference(vanilla: LLM, requests_: list[Request]) -> list[RequestOutput]:
     )
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    ("loop", "asynchronous"),
+    [("host", False), ("host", True), ("device", True)],
+    ids=["sync", "async", "device-async"],
+)
 def test_each_request_as_its_vanilla_twin(
     engines: EnginePool,
     vanilla: LLM,
     requests_: list[Request],
     reference: list[RequestOutput],
+    loop: str,
     asynchronous: bool,
 ) -> None:
     options: dict[str, Any] = {"async_scheduling": True} if asynchronous else {}
-    engine = engines.get(speculative_config=SPEC, **TIGHT, **options)
+    engine = engines.get(speculative_config=SPEC | {"draft_loop": loop}, **TIGHT, **options)
     set_thresholds(engine, 0.4, 0.5, 0.3)
     stats(engine, reset=True)
     with slow_outputs() if asynchronous else nullcontext():
@@ -217,6 +222,7 @@ def test_each_request_as_its_vanilla_twin(
     assert sum((o.num_cached_tokens or 0) > 0 for o in finished.values()) > 10
     counts = stats(engine)
     assert min(counts["mixed_batches"], counts["deferred_batches"]) > 50
+    assert (counts["open_batches"] > 50) == (loop == "device")
     assert counts["accepted"] > 1000
     assert counts["drafted"] - counts["accepted"] > 300
     reasons = {(o.outputs[0].finish_reason, type(o.outputs[0].stop_reason)) for o in ours}
@@ -228,15 +234,17 @@ def test_each_request_as_its_vanilla_twin(
     }
 
 
+@pytest.mark.parametrize("loop", ["host", "device"])
 def test_drafts_by_batch_size(
     engines: EnginePool,
     vanilla: LLM,
     requests_: list[Request],
     reference: list[RequestOutput],
+    loop: str,
 ) -> None:
     """K follows the batch from step to step while async scheduling is ahead of the outputs."""
     by_batch_size = [(1, 2, 5), (3, 4, 2), (5, 6, 0), (7, 8, 3)]
-    options = {"num_speculative_tokens_per_batch_size": by_batch_size}
+    options = {"num_speculative_tokens_per_batch_size": by_batch_size, "draft_loop": loop}
     engine = engines.get(speculative_config=SPEC | options, async_scheduling=True, **TIGHT)
     set_thresholds(engine, 0.0)
     some = [replace(r, arrival=2 * r.arrival) for r in requests_[:100]]
@@ -251,9 +259,13 @@ def test_drafts_by_batch_size(
     assert counts["plain_batches"] > 10
 
 
-@pytest.mark.parametrize("draft_sample_method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize(
+    ("draft_sample_method", "loop"),
+    [("greedy", "host"), ("probabilistic", "host"), ("probabilistic", "device")],
+    ids=["greedy", "probabilistic", "probabilistic-device-async"],
+)
 def test_seeded_sampling_in_another_schedule(
-    engines: EnginePool, texts: list[list[int]], draft_sample_method: str
+    engines: EnginePool, texts: list[list[int]], draft_sample_method: str, loop: str
 ) -> None:
     """A seeded request samples the same tokens, whoever shares its batches.
 
@@ -264,9 +276,9 @@ def test_seeded_sampling_in_another_schedule(
     distribution, as test_sampling.py shows. So this engine has room for all.
     """
     room: dict[str, Any] = TIGHT | {"max_num_batched_tokens": 512, "num_gpu_blocks_override": 160}
-    engine = engines.get(
-        speculative_config=SPEC | {"draft_sample_method": draft_sample_method}, **room
-    )
+    options: dict[str, Any] = {"async_scheduling": True} if loop == "device" else {}
+    spec = SPEC | {"draft_sample_method": draft_sample_method, "draft_loop": loop}
+    engine = engines.get(speculative_config=spec, **room, **options)
     set_thresholds(engine, 0.4, 0.5, 0.3)
     first = random_requests(1, texts, count=80, last_arrival=120)
     rng = np.random.default_rng(2)

@@ -100,7 +100,7 @@ class RoundCopy:
 
     def wait(self) -> "RoundResult":
         """The round's results; waits for the device if it is not done."""
-        if self.done is not None:
+        if self.done is not None and not self.has_arrived():
             self.done.synchronize()
         values = self.host.numpy()
         if not self.drafted:
@@ -290,22 +290,25 @@ class DeviceRounds:
             self._open = this
             if this.drafting.led:
                 return speculator.no_drafts(num_reqs)
+        self._finish(this)
         self._end(this)
         # A copy: vLLM may write to it.
         return round_.rows.tokens[:num_reqs, 1:].clone()
 
-    def _end(self, this: _Round) -> None:
-        """Queue what is left of a round, and the copy of what comes of it."""
-        speculator, drafting = self.speculator, this.drafting
-        if drafting is not None:
+    def _finish(self, this: _Round) -> None:
+        """Queue what is left of a round's steps."""
+        if this.drafting is not None:
             with (
                 record_function_or_nullcontext("adadecode: draft loop"),
-                use_workspace_lane(speculator.workspace_lane),
+                use_workspace_lane(self.speculator.workspace_lane),
             ):
-                drafting.finish()
-        round_ = drafting.round_ if drafting is not None else None
+                this.drafting.finish()
+
+    def _end(self, this: _Round) -> None:
+        """Queue the copy of what comes of a round, which is queued to its end."""
+        round_ = this.drafting.round_ if this.drafting is not None else None
         this.copy = RoundCopy.start(this.input_batch.num_reqs, round_, this.num_sampled)
-        speculator.end_round(this.input_batch, this.timed)
+        self.speculator.end_round(this.input_batch, this.timed)
 
     # --- a round that is open while the next batch is prepared ---------------------------------
 
@@ -333,11 +336,16 @@ class DeviceRounds:
         assert this is not None
         assert this.drafting is not None
         rows = {req_id: row for row, req_id in enumerate(this.input_batch.req_ids)}
-        this.verified_as = OpenPlan.of(input_batch, this.drafting, rows)
+        this.verified_as = OpenPlan.of(input_batch, this.drafting, rows, self.speculator.device)
         return this.verified_as
 
-    def end_open(self) -> None:
+    def finish_open(self) -> None:
         """Queue what is left of the round that is being verified; before the batch runs."""
+        assert self._verifying is not None
+        self._finish(self._verifying)
+
+    def end_open(self) -> None:
+        """The same round's copy; after the batch, which the device should not wait for."""
         assert self._verifying is not None
         if self._verifying.copy is None:
             self._end(self._verifying)
@@ -347,6 +355,7 @@ class DeviceRounds:
         this, self._open = self._open, None
         if this is None or this.copy is not None:
             return
+        self._finish(this)
         self._end(this)
         assert this.drafting is not None
         batch, drafts = this.input_batch, this.drafting.round_.rows.tokens

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
@@ -33,25 +35,31 @@ class OpenPlan:
     Attributes:
         drafting: the round.
         req_ids: requests of the batch.
-        row_of: int32 ``[num_reqs]`` row of each request in the round.
+        row_of: int32 ``[num_reqs]``, on the device, row of each request in the round.
         scheduled: ``[num_reqs]`` tokens of each request that are prepared for.
     """
 
     drafting: Drafting
     req_ids: list[str]
-    row_of: np.ndarray
+    row_of: torch.Tensor
     scheduled: np.ndarray
 
     @staticmethod
-    def of(input_batch: InputBatch, drafting: Drafting, rows: Mapping[str, int]) -> OpenPlan:
+    def of(
+        input_batch: InputBatch, drafting: Drafting, rows: Mapping[str, int], device: torch.device
+    ) -> OpenPlan:
         """For a batch as vLLM has prepared it.
 
         Args:
             rows: row of each request in the round.
         """
         row_of = np.array([rows[req_id] for req_id in input_batch.req_ids], dtype=np.int32)
-        scheduled = input_batch.num_scheduled_tokens
-        return OpenPlan(drafting, input_batch.req_ids, row_of, scheduled)
+        return OpenPlan(
+            drafting,
+            input_batch.req_ids,
+            async_tensor_h2d(row_of, device=device),
+            input_batch.num_scheduled_tokens,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +78,7 @@ class OpenPlan:
             for req_id, count in zip(self.req_ids, self.scheduled, strict=True)
         ]
         depths = np.concatenate(found)
+        counters.open_batches += 1
         counters.deferred_tokens += int((depths > 0).sum())
         if depths.any():
             counters.deferred_batches += 1

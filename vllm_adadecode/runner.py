@@ -99,14 +99,20 @@ class AdaDecodeRunnerMixin(_Base):
         if self._plan is not None:
             assert input_ids is not None
             if isinstance(self._plan, OpenPlan):
-                assert self.speculator.device_rounds is not None
-                self.speculator.device_rounds.end_open()
+                return self._forward_open(self._plan)
             with record_function_or_nullcontext("adadecode: verification"):
-                if isinstance(self._plan, OpenPlan):
-                    return self.scorer.forward_open(self._plan)
                 return self.scorer.forward(self._plan, input_ids, positions)
         with record_function_or_nullcontext("adadecode: all layers"):
             return self._all_layers(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def _forward_open(self, plan: OpenPlan) -> torch.Tensor:
+        rounds = self.speculator.device_rounds
+        assert rounds is not None
+        rounds.finish_open()
+        with record_function_or_nullcontext("adadecode: verification"):
+            hidden = self.scorer.forward_open(plan)
+        rounds.end_open()
+        return hidden
 
     @torch.inference_mode()
     def execute_model(

@@ -107,7 +107,8 @@ class AskHost:
             flags = self._status.flags
             if self._copied is not None:
                 assert self._copy is not None
-                self._copied.synchronize()
+                if not self._copied.query():
+                    self._copied.synchronize()
                 flags = self._copy
             self._flags = flags.tolist()
         return self._flags

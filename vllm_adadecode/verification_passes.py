@@ -94,11 +94,10 @@ class VerificationPasses:
         Args:
             num_places: tokens of the largest pass, padding among them.
         """
-        device = self.plans.data.device
         plan_verification(
             self.plans,
             plan.drafting.round_.rows,
-            row_of=async_tensor_h2d(plan.row_of, device=device),
+            row_of=plan.row_of,
             query_start_loc=self.buffers.query_start_loc,
             input_ids=self.buffers.input_ids,
             seq_lens=self.buffers.seq_lens,

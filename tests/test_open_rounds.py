@@ -1,0 +1,370 @@
+"""Rounds that stay open: verified by batches that were prepared before anyone knew their drafts.
+
+The same engine serves with rounds open and with each one settled first, which must not be told
+apart by anything but the waiting. Whatever else happens to requests is in test_schedule.py.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+
+from tests.engines import (
+    EnginePool,
+    assert_same,
+    divergences,
+    generate,
+    greedy,
+    guard_with,
+    slow_outputs,
+    speculative,
+    stats,
+    token_ids,
+)
+from tests.op_trace import traced
+from tests.recorded_graphs import RecordedGraph
+from tests.test_graphs import get_engine as graphs_engine
+from vllm_adadecode.counters import Counters
+from vllm_adadecode.device_round import DeviceRounds, RoundCopy
+from vllm_adadecode.open_round import OpenPlan, continues
+from vllm_adadecode.step_guard import AskHost, RunAlways
+from vllm_adadecode.verification_passes import VerificationPasses
+from vllm_adadecode.windows import PendingWindow
+
+SPEC: dict[str, Any] = {"num_speculative_tokens": 5, "draft_loop": "device"}
+
+
+def get_engine(engines: EnginePool, **options: Any) -> LLM:
+    """One that keeps rounds open."""
+    spec = speculative(**SPEC, **options.pop("spec", {}))
+    engine = engines.get(speculative_config=spec, async_scheduling=True, **options)
+    stats(engine, reset=True)
+    return engine
+
+
+@contextmanager
+def always_settled() -> Iterator[None]:
+    """The host waits for every round before it prepares the next batch."""
+
+    def verify_open(self: DeviceRounds, scheduler_output: SchedulerOutput) -> bool:
+        self.settle()
+        return False
+
+    with patch.object(DeviceRounds, "verify_open", verify_open):
+        yield
+
+
+# --- which batches ------------------------------------------------------------------------------
+
+
+def scheduled(drafts: dict[str, int], **options: Any) -> SchedulerOutput:
+    """A batch of decoding, with so many drafts of each request."""
+    output = SchedulerOutput.make_empty()
+    output.scheduled_cached_reqs = CachedRequestData.make_empty()
+    output.num_scheduled_tokens = {r: 1 + n for r, n in drafts.items()}
+    output.scheduled_spec_decode_tokens = {r: [-1] * n for r, n in drafts.items() if n}
+    for name, value in options.items():
+        setattr(output, name, value)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (scheduled({"b": 5, "a": 2}), True),
+        (scheduled({"a": 0, "b": 5}), True),
+        (scheduled({"a": 5, "b": 5}, finished_req_ids={"another"}), True),
+        (scheduled({"a": 5}), False),
+        (scheduled({"a": 5, "b": 5, "c": 5}), False),
+        (scheduled({"a": 5, "c": 5}), False),
+        (scheduled({"a": 5, "b": 5}, num_scheduled_tokens={"a": 6, "b": 20}), False),
+        (scheduled({"a": 5, "b": 5}, scheduled_new_reqs=[SimpleNamespace(req_id="b")]), False),
+        (scheduled({"a": 5, "b": 5}, preempted_req_ids={"c"}), False),
+        (scheduled({"a": 5, "b": 5}, has_structured_output_requests=True), False),
+    ],
+)
+def test_only_steady_decoding_goes_on_unseen(output: SchedulerOutput, expected: bool) -> None:
+    assert continues(output, ["a", "b"]) == expected
+
+
+def test_what_was_verified_is_counted_later() -> None:
+    plan = OpenPlan(
+        drafting=None,  # type: ignore[arg-type]
+        req_ids=["b", "a"],
+        row_of=torch.tensor([1, 0], dtype=torch.int32),
+        # Of b's four tokens three were prepared for; a has fewer than were.
+        scheduled=np.array([3, 6]),
+    )
+    windows = {
+        "a": PendingWindow(np.array([2, 1]), np.array([0])),
+        "b": PendingWindow(np.array([2, 2, 2, 0]), np.array([1, 1, 1])),
+    }
+    staged: Any = SimpleNamespace(spans=((0, 2), (2, 5), (5, 8)))
+    counters = Counters.create(8, (2, 5))
+    plan.count(windows, staged, counters)
+    assert (counters.open_batches, counters.deferred_batches, counters.plain_batches) == (1, 1, 0)
+    assert counters.deferred_tokens == 5
+    # No token is at depth 0 of those that ran, one at depth 1, and the last span takes all five.
+    assert counters.verify_layer_passes == 3 + 3
+    assert counters.verify_token_layers == 3 * 1 + 3 * 5
+
+
+# --- the same as when the host waits ------------------------------------------------------------
+
+
+def all_kinds() -> list[SamplingParams]:
+    """Greedy and sampled, of several lengths, with everything that looks at drafts."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"logprobs": 3},
+        {"temperature": 0.8, "seed": 1},
+        {"temperature": 1.2, "seed": 2, "top_p": 0.9, "logprobs": 2},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+        {"temperature": 0.7, "seed": 3, "presence_penalty": 1.0},
+        {"bad_words": ["self", "return", " ="]},
+        {"min_tokens": 20, "stop_token_ids": list(range(300, 400))},
+        {"temperature": 0.8, "seed": 4, "top_k": 8},
+    ]
+    return [greedy(14 + 5 * i, **options) for i, options in enumerate(kinds)]
+
+
+def everything(outputs: list[Any]) -> list[Any]:
+    """What a user sees of outputs."""
+    return [
+        (
+            list(o.outputs[0].token_ids),
+            o.outputs[0].finish_reason,
+            [sorted(position) for position in o.outputs[0].logprobs or ()],
+        )
+        for o in outputs
+    ]
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_nothing_but_the_waiting_differs(
+    engines: EnginePool, prompts: list[str], method: str
+) -> None:
+    """Tokens, log-probabilities and counts, in batches that get smaller."""
+    engine = get_engine(engines, spec={"draft_sample_method": method})
+    params = all_kinds()
+    found = {}
+    for name, manner in (("open", nullcontext()), ("settled", always_settled())):
+        with manner:
+            outputs = generate(engine, prompts[:9], [p.clone() for p in params])
+            found[name] = everything(outputs), stats(engine, reset=True)
+    (seen, counts), (settled_seen, settled_counts) = found["open"], found["settled"]
+    assert seen == settled_seen
+    assert settled_counts["open_batches"] == 0
+    decoding = counts["deferred_batches"] + counts["plain_batches"]
+    # All but those in which a request has ended.
+    assert decoding > counts["open_batches"] > 0.6 * decoding
+    assert counts["drafted"] > counts["accepted"] > 50
+    counts.pop("open_batches"), settled_counts.pop("open_batches")
+    assert counts == settled_counts
+
+
+def test_greedy_output_is_vanillas_when_outputs_are_late(
+    engines: EnginePool, prompts: list[str]
+) -> None:
+    engine, vanilla = get_engine(engines), engines.get()
+    params = [greedy(20 + 3 * i) for i in range(10)]
+    with slow_outputs():
+        outputs = generate(engine, prompts[:10], params)
+    assert_same(vanilla, outputs, generate(vanilla, prompts[:10], params))
+    assert stats(engine)["open_batches"] > 10
+
+
+def test_one_request_alone_is_verified_unseen(engines: EnginePool, prompts: list[str]) -> None:
+    engine, vanilla = get_engine(engines), engines.get()
+    outputs = generate(engine, prompts[:4], greedy(48), batch=1)
+    counts = stats(engine)
+    assert_same(vanilla, outputs, generate(vanilla, prompts[:4], greedy(48), batch=1))
+    assert counts["open_batches"] > 0.8 * (counts["deferred_batches"] + counts["plain_batches"])
+
+
+def test_another_guard_gives_the_same(engines: EnginePool, prompts: list[str]) -> None:
+    """All steps, and all spans of every verification: what nobody needs changes nothing."""
+    engine = get_engine(engines)
+    expected = token_ids(generate(engine, prompts[:5], greedy(24)))
+    engine.collective_rpc(guard_with(RunAlways()))
+    try:
+        assert token_ids(generate(engine, prompts[:5], greedy(24))) == expected
+    finally:
+        engine.collective_rpc(guard_with(AskHost()))
+
+
+def test_a_grammar_is_asked_about_drafts_that_are_known(
+    engines: EnginePool, prompts: list[str]
+) -> None:
+    """Beside it, other requests wait for theirs; after it, they do not."""
+    engine, vanilla = get_engine(engines), engines.get()
+    structured = greedy(
+        12, structured_outputs=StructuredOutputsParams(regex=r"[a-z]{4} [a-z]{3}"), ignore_eos=False
+    )
+    params = [structured, greedy(40)]
+    outputs = generate(engine, prompts[:2], [p.clone() for p in params])
+    reference = generate(vanilla, prompts[:2], [p.clone() for p in params])
+    assert_same(vanilla, outputs[1:], reference[1:])
+    assert token_ids(outputs)[0] == token_ids(reference)[0]
+    assert stats(engine)["open_batches"] > 3
+
+
+def test_an_open_round_is_dropped_with_its_requests(
+    engines: EnginePool, prompts: list[str]
+) -> None:
+    """Aborted between two steps, with drafts on their way; the next request takes their seat."""
+    engine, vanilla = get_engine(engines, max_num_seqs=2), engines.get()
+    core = engine.llm_engine
+    for i, prompt in enumerate(prompts[:2]):
+        core.add_request(f"aborted-{i}", prompt, greedy(64))
+    for _ in range(6):
+        core.step()
+    core.abort_request(["aborted-0", "aborted-1"])
+    outputs = generate(engine, prompts[2:6], greedy(24))
+    assert_same(vanilla, outputs, generate(vanilla, prompts[2:6], greedy(24)))
+
+    def left(worker: Any) -> tuple[int, int]:
+        speculator = worker.model_runner.speculator
+        speculator.settle(everything=True)
+        return len(speculator.device_rounds._unsettled), len(speculator.windows._windows)
+
+    unsettled, windows = engine.collective_rpc(left)[0]
+    assert unsettled == 0
+    assert windows <= 2
+
+
+def test_counts_may_be_asked_for_at_any_time(engines: EnginePool, prompts: list[str]) -> None:
+    """In the middle of everything: what is open then is settled, and goes on as before."""
+    engine, vanilla = get_engine(engines), engines.get()
+    core = engine.llm_engine
+    for i, prompt in enumerate(prompts[:3]):
+        core.add_request(str(i), prompt, greedy(40))
+    finished: dict[str, Any] = {}
+    step = 0
+    while core.has_unfinished_requests():
+        finished |= {o.request_id: o for o in core.step() if o.finished}
+        step += 1
+        if step % 3 == 0:
+            stats(engine)
+    reference = generate(vanilla, prompts[:3], greedy(40))
+    assert_same(vanilla, [finished[str(i)] for i in range(3)], reference)
+
+
+# --- what the host waits for ---------------------------------------------------------------------
+
+
+def watch(worker: Any) -> None:
+    """Trace batches that verify an open round, from their start to the end of `propose`."""
+    runner = worker.model_runner
+    rounds, stack = runner.speculator.device_rounds, ExitStack()
+    runner.waits = []
+
+    def verify_open(scheduler_output: SchedulerOutput) -> bool:
+        is_open = DeviceRounds.verify_open(rounds, scheduler_output)
+        if is_open:
+            trace = stack.enter_context(traced())
+            runner.waits.append(trace.places)
+
+            def replay(graph: RecordedGraph) -> None:
+                # What is in a graph happens on the device.
+                with patch.object(trace, "_paused", True):
+                    original(graph)
+
+            original = RecordedGraph.replay
+            stack.enter_context(patch.object(RecordedGraph, "replay", replay))
+        return is_open
+
+    def sample_tokens(grammar_output: Any) -> Any:
+        try:
+            return type(runner).sample_tokens(runner, grammar_output)
+        finally:
+            stack.close()
+
+    rounds.verify_open, runner.sample_tokens = verify_open, sample_tokens
+
+
+def unwatch(worker: Any) -> list[list[str]]:
+    runner = worker.model_runner
+    del runner.speculator.device_rounds.verify_open, runner.sample_tokens
+    waits: list[list[str]] = runner.waits
+    return waits
+
+
+@pytest.mark.parametrize("loop", ["device", "graph"])
+def test_nobody_waits_for_a_round(
+    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch, loop: str
+) -> None:
+    """A whole round, from one batch to the next; where the host leads, it asks after each step.
+
+    With all graphs, recorded, and with copies that have not come when they are looked for.
+    """
+    engine = graphs_engine(engines, loop, async_scheduling=True)
+    # The first of a kind makes what all others read.
+    generate(engine, prompts[:3], greedy(24))
+    monkeypatch.setattr(RoundCopy, "has_arrived", lambda _: False)
+    engine.collective_rpc(watch)
+    generate(engine, prompts[:3], greedy(24))
+    waits = engine.collective_rpc(unwatch)[0]
+    assert len(waits) > 3
+    # vLLM's own, and the device's looks at conditions, are not ours.
+    ours = [{w for w in of_round if w.startswith("vllm_adadecode/")} for of_round in waits]
+    if loop == "graph":
+        assert ours == [set()] * len(waits)
+    else:
+        assert all(len(places) == 1 for places in ours)
+        assert {w.split(":")[0] for places in ours for w in places} == {
+            "vllm_adadecode/step_guard.py"
+        }
+
+
+# --- controls -----------------------------------------------------------------------------------
+
+
+def test_vacant_places_are_not_drafts(engines: EnginePool, prompts: list[str]) -> None:
+    """Where every draft is accepted unseen, what was no draft must not be; and the control."""
+    spec = {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [1.0] * 5}
+    engine = get_engine(engines, spec=spec)
+    with always_settled():
+        expected = token_ids(generate(engine, prompts[:4], greedy(30)))
+    assert token_ids(generate(engine, prompts[:4], greedy(30))) == expected
+    load_open = VerificationPasses.load_open
+
+    def no_vacancies(self: VerificationPasses, *args: Any) -> None:
+        load_open(self, *args)
+        self.vacant.zero_()
+
+    with patch.object(VerificationPasses, "load_open", no_vacancies):
+        assert token_ids(generate(engine, prompts[:4], greedy(30))) != expected
+
+
+@pytest.mark.parametrize("wrong", ["depths", "lengths", "tokens"])
+def test_a_wrong_plan_shows(engines: EnginePool, prompts: list[str], wrong: str) -> None:
+    """Controls: states at another depth, attention to one token less, another round's drafts."""
+    engine, vanilla = get_engine(engines), engines.get()
+    load_open = VerificationPasses.load_open
+
+    def changed(self: VerificationPasses, plan: OpenPlan, num_places: int) -> None:
+        rows = plan.drafting.round_.rows
+        kept = rows.depths.clone(), rows.tokens.clone()
+        if wrong == "depths":
+            rows.depths.copy_(torch.where(rows.depths > 0, rows.depths.max(), 0))
+        if wrong == "tokens":
+            rows.tokens.copy_(rows.tokens.roll(1, dims=1))
+        load_open(self, plan, num_places)
+        if wrong == "lengths":
+            self.buffers.seq_lens.sub_(1).clamp_(min=0)
+        rows.depths.copy_(kept[0])
+        rows.tokens.copy_(kept[1])
+
+    with patch.object(VerificationPasses, "load_open", changed):
+        outputs = generate(engine, prompts[:6], greedy(40))
+    reference = generate(vanilla, prompts[:6], greedy(40))
+    assert any(d.gap > 1e-3 for d in divergences(vanilla, outputs, reference))
