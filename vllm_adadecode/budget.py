@@ -137,8 +137,8 @@ class DraftBudget:
         self._rounds = 0
         self._plans: dict[int, _Plan] = {}  # by requests
         self._probes: dict[int, _Probes] = {}
-        # Of the round under way: requests that may draft, and what holds for them.
-        self._now = 0, self.most
+        # Of the round under way: requests that may draft, what holds for them, and its seconds.
+        self._now = 0, self.most, 0.0
 
     def choose(self, num_reqs: int) -> Choice:
         """For the next round, of ``num_reqs`` requests that may draft."""
@@ -148,11 +148,12 @@ class DraftBudget:
             plan = self._plans[num_reqs] = self._plan(num_reqs)
         probes = self._probes.setdefault(num_reqs.bit_length(), _Probes())
         before = probes.left
-        self._now = num_reqs, probes.instead(plan)
+        choice = probes.instead(plan)
+        self._now = num_reqs, choice, float(plan.seconds[choice.exits - 1, choice.drafts])
         if before == 0 < probes.left and plan.choice.drafts == 0:
             # Without drafts nothing is learned but from these few rounds.
             self.statistics.make_room()
-        return self._now[1]
+        return choice
 
     def _plan(self, num_reqs: int) -> _Plan:
         tokens, seconds = self.expected(num_reqs)
@@ -174,12 +175,11 @@ class DraftBudget:
 
     def round_ended(self, requests: Sequence[str] | None) -> None:
         """A draft loop is over; ``requests`` as for `RoundClock.ended`."""
-        num_reqs, choice = self._now
-        self._now = 0, self.most
+        num_reqs, choice, expected = self._now
+        self._now = 0, self.most, 0.0
         taken = self._clock.ended(requests if num_reqs else None, choice)
         if taken is not None:
-            expected = self._plans[num_reqs].seconds[choice.exits - 1, choice.drafts]
-            self.times.add(num_reqs, choice.drafts > 0, float(expected), taken)
+            self.times.add(num_reqs, choice.drafts > 0, expected, taken)
 
     def best(self, num_reqs: int) -> Choice:
         """What gives most tokens a second; all that there may be while nothing is known about it.

@@ -355,6 +355,8 @@ class DeviceRounds:
         this, self._open = self._open, None
         if this is None or this.copy is not None:
             return
+        # Nobody knows how long it has been open: its requests may be gone.
+        this.timed = False
         self._finish(this)
         self._end(this)
         assert this.drafting is not None
