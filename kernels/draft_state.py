@@ -166,7 +166,7 @@ class PassInputs:
 
 @dataclass(frozen=True)
 class RoundStatus:
-    """What is left to do in a round: all that a host would ask for, side by side in memory.
+    """Where a round is, and what is left to do: what a host would ask for is side by side.
 
     Attributes:
         flags: bool ``[2 * early_spans]``; the next two are parts of it.
@@ -174,19 +174,23 @@ class RoundStatus:
         missing: bool ``[early_spans]``, whether some pending token has not been through each span:
             those that a verification must run besides the last one.
         allowed: int64 ``[1]``, exits that the round may use.
+        offset: int64 without dimensions, window offset of the newest tokens of the pass that is
+            laid out, which is the same for all its rows: the number of the draft that is tried.
     """
 
     flags: torch.Tensor
     waiting: torch.Tensor
     missing: torch.Tensor
     allowed: torch.Tensor
+    offset: torch.Tensor
 
     @staticmethod
     def empty(num_early_spans: int, device: torch.device) -> "RoundStatus":
         """Nothing left to do; all spans but the target's last are early ones."""
         flags = torch.zeros(2 * num_early_spans, dtype=torch.bool, device=device)
         allowed = torch.full((1,), num_early_spans, dtype=torch.int64, device=device)
-        return RoundStatus(flags, flags[:num_early_spans], flags[num_early_spans:], allowed)
+        waiting, missing = flags[:num_early_spans], flags[num_early_spans:]
+        return RoundStatus(flags, waiting, missing, allowed, allowed.new_zeros(()))
 
 
 @dataclass(frozen=True)

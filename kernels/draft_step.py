@@ -64,8 +64,8 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
     # RoundStatus
     waiting_ptr,
     missing_ptr,
-    # [1] int64
     allowed_ptr,
+    offset_ptr,
     exit_index,
     next_span,
     num_exits,
@@ -87,6 +87,7 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
     early_span = tl.arange(0, BLOCK_E)
     num_waiting = tl.zeros((BLOCK_E,), dtype=tl.int32)
     num_missing = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    newest_offset = tl.zeros((), dtype=tl.int32)
     for start in range(0, num_rows, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
         inside = row < num_rows
@@ -133,6 +134,7 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
 
         # The next pass: each row's tokens that have not been through its span.
         runs = inside & (waits_for == next_span)
+        newest_offset = tl.maximum(newest_offset, tl.max(tl.where(runs, num_drafts, 0), axis=0))
         in_pass = runs[:, None] & (w <= num_drafts[:, None]) & (depths <= next_span)
         count = tl.sum(in_pass.to(tl.int32), axis=1)
         end = num_tokens + tl.cumsum(count, 0)
@@ -167,6 +169,7 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
     waits = (num_waiting > 0) & (early_span < tl.load(allowed_ptr))
     tl.store(waiting_ptr + early_span, waits, mask=is_early)
     tl.store(missing_ptr + early_span, num_missing > 0, mask=is_early)
+    tl.store(offset_ptr, newest_offset.to(tl.int64))
     if exit_index >= 0:
         count_ptr = counts_ptr + exit_index * 2
         tl.store(count_ptr, tl.load(count_ptr) + num_checked)
@@ -204,7 +207,7 @@ def draft_step(
         inputs: the next pass's inputs; written. Entries past its tokens keep ids and positions and
             get slot -1.
         blocks: where the requests' KV lies.
-        status: what is left to do after this; written.
+        status: where the round is after this; written.
         exit_index: head that was evaluated; None at the start of a round.
         next_span: span that runs next; rows that wait for another are not in it.
         token: int64 ``[num_rows]`` by batch row; None at the start.
@@ -244,6 +247,7 @@ def draft_step(
         status.waiting,
         status.missing,
         status.allowed,
+        status.offset,
         NO_EXIT if exit_index is None else exit_index,
         next_span,
         len(rows.counts),

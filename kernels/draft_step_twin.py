@@ -38,6 +38,7 @@ def draft_step_twin(
     waiting: torch.Tensor,
     missing: torch.Tensor,
     allowed: torch.Tensor,
+    newest_offset: torch.Tensor,
     exit_index: int,
     next_span: int,
     num_exits: int,
@@ -59,6 +60,7 @@ def draft_step_twin(
     missing.copy_(((slots >= 0)[:, None] & (depth <= spans)).any(dim=0))
     w = torch.arange(tokens.shape[1], device=tokens.device)
     runs = waits_for == next_span
+    newest_offset.copy_(torch.where(runs, num_drafts, 0).max())
     in_pass = runs[:, None] & (w <= num_drafts[:, None]) & (depths <= next_span)
     counts_in_pass = in_pass.sum(dim=1)
     ends = counts_in_pass.cumsum(0)

@@ -94,7 +94,7 @@ class PaddedFusedHeads:
         *,
         slots: torch.Tensor,
         positions: torch.Tensor,
-        draft: int,
+        draft: int | torch.Tensor,
         passes_gate: Any,
     ) -> HeadCheck:
         num_rows = len(slots)
@@ -322,9 +322,10 @@ def test_only_rows_in_the_pass_are_drawn_for(guard: Callable[[], LeadingGuard]) 
     drawn: list[tuple[int, int]] = []
 
     def sample(
-        logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, draft: int
+        logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, draft: torch.Tensor
     ) -> torch.Tensor:
-        drawn.extend((int(s), draft) for s in slots if s >= 0)
+        assert all(p == 7 + 13 * s + draft for s, p in zip(slots, positions, strict=True) if s >= 0)
+        drawn.extend((int(s), int(draft)) for s in slots if s >= 0)
         return torch.full_like(slots, 77)
 
     def confidence(slot: int, offset: int, exit_index: int) -> float:

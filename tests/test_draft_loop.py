@@ -153,7 +153,7 @@ class FakeFusedHeads:
         *,
         slots: torch.Tensor,
         positions: torch.Tensor,
-        draft: int,
+        draft: int | torch.Tensor,
         passes_gate: PassesGate | None,
     ) -> HeadCheck:
         assert hidden[:, 1].tolist() == slots.tolist()

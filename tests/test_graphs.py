@@ -229,6 +229,20 @@ def test_what_does_not_fit_runs_without_graphs(
     assert replays(engine)["verification"] >= sum(fitting)
 
 
+def test_a_step_s_graph_serves_several_drafts(engines: EnginePool) -> None:
+    engine = get_engine(engines, "device", async_scheduling=False)
+
+    def shapes(worker: Any) -> set[tuple[int, int, int]]:
+        graphs = worker.model_runner.speculator.draft_graphs.graphs
+        return {(desc.num_reqs, desc.row_tokens, desc.exit_index) for desc in graphs}
+
+    expected = set()
+    for rows in (1, 2, 4, 8):
+        # The last of five drafts is tried from windows of five tokens.
+        expected |= {(rows, tokens, e) for tokens in (1, 2, 4, 5) for e in (1, 2)} | {(rows, 1, 0)}
+    assert engine.collective_rpc(shapes)[0] == expected
+
+
 def test_graph_sizes() -> None:
     sizes = [1, 2, 4, *range(8, 257, 8)]
     # Full windows of all requests have one, however close the one before is.

@@ -186,7 +186,7 @@ class DeviceLoop:
         """Try to predict the token after window offset ``offset``, from this exit on."""
 
         def go_through() -> None:
-            step(offset, exit_index)
+            step(1 + offset, exit_index)
             if exit_index + 1 < len(round_.rows.counts):
                 self._attempt(round_, step, offset, exit_index + 1)
 
@@ -250,7 +250,7 @@ class Drafting:
         assert self._steps is not None
         place = len(self.round_.rows.slots), offset, exit_index
         if self._captured is None or not self._captured.replay_step(*place):
-            self._steps.run(offset, exit_index)
+            self._steps.run(1 + offset, exit_index)
         self._at = offset, exit_index
         self._loop.leader.stepped(self.round_.status)
 
@@ -265,17 +265,21 @@ class Steps:
     draws: Draws | None
     fused: FusedHeads | None
 
-    def run(self, offset: int, exit_index: int) -> None:
-        """Span and head at this exit for the token after window offset ``offset``."""
+    def run(self, row_tokens: int, exit_index: int) -> None:
+        """Span and head at this exit for the newest token of each row that waits for it.
+
+        Args:
+            row_tokens: most pending tokens of such a row.
+        """
         round_ = self.round_
         if exit_index == 0:
             # The last step that ran laid out another span's pass, or none.
             self.loop.step(round_, exit_index=None, next_span=0)
-        hidden, residual = self._run_span(offset, exit_index)
+        hidden, residual = self._run_span(row_tokens, exit_index)
         round_.confident.zero_()
         if self.policy.uses(exit_index):
             with record_function_or_nullcontext(f"adadecode: head {exit_index + 1}"):
-                self._ask(offset, exit_index, hidden, residual)
+                self._ask(exit_index, hidden, residual)
         is_last = exit_index + 1 == len(round_.rows.counts)
         self.loop.step(
             round_,
@@ -285,7 +289,7 @@ class Steps:
             confident=round_.confident,
         )
 
-    def _run_span(self, offset: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run_span(self, row_tokens: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Take each waiting row's tokens at depth ``span`` one span deeper.
 
         Returns:
@@ -293,8 +297,9 @@ class Steps:
             are not in the pass, another's.
         """
         loop, inputs = self.loop, self.round_.inputs
-        # Only the newest token has not been through span 0.
-        row_tokens = 1 if span == 0 else offset + 1
+        if span == 0:
+            # Only the newest token has not been through it.
+            row_tokens = 1
         num_tokens = len(inputs.seq_lens) * row_tokens
         slots, offsets = inputs.token_slots[:num_tokens], inputs.offsets[:num_tokens]
         residual: torch.Tensor | None
@@ -320,7 +325,6 @@ class Steps:
 
     def _ask(
         self,
-        offset: int,
         exit_index: int,
         # [num_rows, hidden_size]
         hidden: torch.Tensor,
@@ -330,11 +334,10 @@ class Steps:
         """Gate and head of the rows in the pass, into ``token`` and ``confident``."""
         in_pass = self.round_.rows.next_span == exit_index
         ask = self._ask_stored if self.fused is None else self._ask_fused
-        ask(offset, exit_index, hidden, residual, in_pass)
+        ask(exit_index, hidden, residual, in_pass)
 
     def _ask_fused(
         self,
-        offset: int,
         exit_index: int,
         hidden: torch.Tensor,
         residual: torch.Tensor,
@@ -350,15 +353,14 @@ class Steps:
             residual,
             # A row that is not in the pass has logits cached that verification divides by.
             slots=torch.where(in_pass, rows.slots, -1),
-            positions=rows.first_pos + offset,
-            draft=offset,
+            positions=rows.first_pos + rows.num_drafts,
+            draft=self.round_.status.offset,
             passes_gate=None if gate is None else lambda p: gate(p) & in_pass,
         )
         self._follow(exit_index, check.token, check.p, in_pass if gate is None else check.live)
 
     def _ask_stored(
         self,
-        offset: int,
         exit_index: int,
         hidden: torch.Tensor,
         residual: torch.Tensor,
@@ -366,16 +368,15 @@ class Steps:
     ) -> None:
         gate = self._gate_at(exit_index)
         if gate is None:
-            self._head(offset, exit_index, hidden, residual, in_pass)
+            self._head(exit_index, hidden, residual, in_pass)
             return
         p = self.loop.staged.gate_probability(exit_index, hidden, residual)
         live = gate(p) & in_pass
-        head = partial(self._head, offset, exit_index, hidden, residual, live)
+        head = partial(self._head, exit_index, hidden, residual, live)
         self.loop.guard.when(live.any(), head)
 
     def _head(
         self,
-        offset: int,
         exit_index: int,
         hidden: torch.Tensor,
         residual: torch.Tensor,
@@ -392,8 +393,8 @@ class Steps:
             token = self.draws.sample(
                 staged.projection.over_all_tokens(logits),
                 torch.where(live, rows.slots, -1),
-                rows.first_pos + offset,
-                offset,
+                rows.first_pos + rows.num_drafts,
+                self.round_.status.offset,
             )
         self._follow(exit_index, token, p, live)
 

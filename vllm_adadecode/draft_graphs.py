@@ -1,9 +1,12 @@
 """The draft loop as captured CUDA graphs: of each step, or of a whole round with IF nodes in it.
 
-Owns what is captured and its replay: a graph for each number of rows and place of a step, between
-which the host asks whether the next one is to run; or one for each number of rows, of a loop whose
-steps the device itself skips. vLLM's manager captures them: in its pool, counted by its memory
-profiling, before the first request.
+Owns what is captured and its replay: a graph for each exit, number of rows and most tokens of a
+row, after which the host asks whether another one is to run; or one for each number of rows, of a
+loop whose steps the device itself skips. vLLM's manager captures them: in its pool, counted by its
+memory profiling, before the first request.
+
+Which draft a step tries is on the device, so that one graph serves several: a window that is
+shorter than the step was captured for is padded.
 
 All that a step reads or leaves is in buffers that are made before (loop_buffers.py, deferred
 states, KV cache). Thresholds are among them, so that the policy's numbers are no constants of a
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.math_utils import next_power_of_2
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
 from vllm_adadecode.conditional_graph import IfNode
@@ -34,9 +38,9 @@ MOST_ROWS_WHOLE = 8
 
 @dataclass(frozen=True)
 class StepDescriptor(BatchExecutionDescriptor):
-    """A step: ``num_reqs`` rows, at this exit, from this window offset."""
+    """A step: ``num_reqs`` rows of at most so many tokens each, at this exit."""
 
-    offset: int = 0
+    row_tokens: int = 1
     exit_index: int = 0
 
 
@@ -89,25 +93,29 @@ class DraftGraphs(CudaGraphManager):
             if self.whole:
                 descs.append(self._round(num_rows))
                 continue
-            descs += [
+            # The same ones come again.
+            descs += dict.fromkeys(
                 self._step(num_rows, offset, exit_index)
-                for offset in range(self.max_drafts)
+                for offset in reversed(range(self.max_drafts))
                 for exit_index in range(len(self.shape))
-            ]
+            )
         if descs:
             self._capture_descs[CUDAGraphMode.FULL] = descs
 
     def _round(self, num_rows: int) -> RoundDescriptor:
         return RoundDescriptor(CUDAGraphMode.FULL, num_rows * self.max_drafts, num_rows)
 
-    @staticmethod
-    def _step(num_rows: int, offset: int, exit_index: int) -> StepDescriptor:
-        num_tokens = num_rows if exit_index == 0 else num_rows * (1 + offset)
+    def _step(self, num_rows: int, offset: int, exit_index: int) -> StepDescriptor:
+        """The step that tries to predict the token after window offset ``offset``."""
+        # Only the newest token of a row has not been through span 0.
+        row_tokens = 1
+        if exit_index > 0:
+            row_tokens = min(int(next_power_of_2(1 + offset)), self.max_drafts)
         return StepDescriptor(
             CUDAGraphMode.FULL,
-            num_tokens,
+            num_rows * row_tokens,
             num_rows,
-            offset=offset,
+            row_tokens=row_tokens,
             exit_index=exit_index,
         )
 
@@ -124,7 +132,7 @@ class DraftGraphs(CudaGraphManager):
             round_ = self.loop.idle(desc.num_reqs, self.policy)
             steps = self.make_steps(round_)
             if isinstance(desc, StepDescriptor):
-                return lambda _: steps.run(desc.offset, desc.exit_index)
+                return lambda _: steps.run(desc.row_tokens, desc.exit_index)
             return lambda _: self.loop.run_steps(round_, self.max_drafts, steps.run)
 
         try:

@@ -39,6 +39,15 @@ class Draws:
     columns: Sequence[torch.Tensor]
     use_fp64: bool
 
+    def column(self, draft: int | torch.Tensor) -> torch.Tensor:
+        """The place of a draft's logits in the cache, on the device.
+
+        Args:
+            draft: number of the draft in the window; where only the device knows it, int64 without
+                dimensions.
+        """
+        return draft if isinstance(draft, torch.Tensor) else self.columns[draft]
+
     def sample(
         self,
         # [num_rows, vocab_size] over all tokens
@@ -47,12 +56,15 @@ class Draws:
         slots: torch.Tensor,
         # [num_rows] int64, of the token that the head looked at
         positions: torch.Tensor,
-        draft: int,
+        draft: int | torch.Tensor,
     ) -> torch.Tensor:
         """Token ids int64 ``[num_rows]``, drawn from softmax(logits / temperature).
 
         Also caches the logits. A row that is promoted overwrites them at its next head; one that
         stops never has them read.
+
+        Args:
+            draft: as for `column`.
         """
         return gumbel_sample(
             logits,
@@ -63,6 +75,6 @@ class Draws:
             apply_temperature=True,
             is_drafting=True,
             logits_cache=self.logits,
-            logits_cache_col=self.columns[draft],
+            logits_cache_col=self.column(draft),
             use_fp64=self.use_fp64,
         )

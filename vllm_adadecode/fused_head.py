@@ -80,13 +80,13 @@ class FusedHeads:
         slots: torch.Tensor,
         # [num_rows] int64, of the token that the head looks at
         positions: torch.Tensor,
-        draft: int,
+        draft: int | torch.Tensor,
         passes_gate: PassesGate | None,
     ) -> HeadCheck:
         """Gate and head of every row; rows that fail the gate never load the LM head.
 
         Args:
-            draft: number of the draft in the window, for `Draws`.
+            draft: number of the draft in the window, as for `Draws.column`.
             passes_gate: None to leave the gate out.
         """
         head: EarlyHead = self.staged.head(exit_index)
@@ -118,7 +118,7 @@ class FusedHeads:
             self.draws.temperature,
             self.draws.seeds,
             logits_cache=self.draws.logits,
-            logits_cache_col=self.draws.columns[draft],
+            logits_cache_col=self.draws.column(draft),
             other=other,
             **rows,
         )
