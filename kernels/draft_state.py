@@ -169,16 +169,19 @@ class RoundStatus:
     """Where a round is, and what is left to do: what a host would ask for is side by side.
 
     Attributes:
-        flags: bool ``[2 * early_spans]``; the next two are parts of it.
-        waiting: bool ``[early_spans]``, whether some row waits for each span that is allowed.
-        missing: bool ``[early_spans]``, whether some pending token has not been through each span:
-            those that a verification must run besides the last one.
+        numbers: int32 ``[2 * early_spans + 1]``; the next two are parts of it.
+        num_waiting: int32 ``[early_spans]``, rows that wait for each span, if that is allowed.
+        num_pending: int32 ``[early_spans + 1]``, tokens that have not been through each span: those
+            that a verification runs there; all of them for the last one.
+        waiting, missing: bool ``[early_spans]``, whether the numbers are above 0.
         allowed: int64 ``[1]``, exits that the round may use.
         offset: int64 without dimensions, window offset of the newest tokens of the pass that is
             laid out, which is the same for all its rows: the number of the draft that is tried.
     """
 
-    flags: torch.Tensor
+    numbers: torch.Tensor
+    num_waiting: torch.Tensor
+    num_pending: torch.Tensor
     waiting: torch.Tensor
     missing: torch.Tensor
     allowed: torch.Tensor
@@ -187,10 +190,17 @@ class RoundStatus:
     @staticmethod
     def empty(num_early_spans: int, device: torch.device) -> "RoundStatus":
         """Nothing left to do; all spans but the target's last are early ones."""
-        flags = torch.zeros(2 * num_early_spans, dtype=torch.bool, device=device)
+        numbers = torch.zeros(2 * num_early_spans + 1, dtype=torch.int32, device=device)
         allowed = torch.full((1,), num_early_spans, dtype=torch.int64, device=device)
-        waiting, missing = flags[:num_early_spans], flags[num_early_spans:]
-        return RoundStatus(flags, waiting, missing, allowed, allowed.new_zeros(()))
+        return RoundStatus(
+            numbers=numbers,
+            num_waiting=numbers[:num_early_spans],
+            num_pending=numbers[num_early_spans:],
+            waiting=torch.zeros(num_early_spans, dtype=torch.bool, device=device),
+            missing=torch.zeros(num_early_spans, dtype=torch.bool, device=device),
+            allowed=allowed,
+            offset=allowed.new_zeros(()),
+        )
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
     block_sizes_ptr,
     enabled_ptr,
     # RoundStatus
+    numbers_ptr,
     waiting_ptr,
     missing_ptr,
     allowed_ptr,
@@ -86,7 +87,7 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
     num_extended = 0
     early_span = tl.arange(0, BLOCK_E)
     num_waiting = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    num_missing = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    num_pending = tl.zeros((BLOCK_E,), dtype=tl.int32)
     newest_offset = tl.zeros((), dtype=tl.int32)
     for start in range(0, num_rows, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
@@ -125,12 +126,12 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
         num_extended += tl.sum(extended.to(tl.int32), axis=0)
         waits = waits_for[:, None] == early_span[None, :]
         num_waiting += tl.sum(waits.to(tl.int32), axis=0)
-        # Depths never increase along a window: the last token's is the least. A row's slot is
-        # loaded here, where padding is told from a window of one token.
         slot = tl.load(slots_ptr + row, mask=inside, other=-1)
-        depth = tl.min(tl.where(w <= num_drafts[:, None], depths, 1 << 30), axis=1)
-        is_missing = (slot >= 0)[:, None] & (depth[:, None] <= early_span[None, :])
-        num_missing += tl.sum(is_missing.to(tl.int32), axis=0)
+        is_pending = (slot >= 0)[:, None] & (w <= num_drafts[:, None])
+        for span in range(num_early_spans + 1):
+            # Those that have been through all early spans are at the last one.
+            behind = (is_pending & (depths <= span)).to(tl.int32)
+            num_pending += tl.where(early_span == span, tl.sum(tl.sum(behind, axis=1), axis=0), 0)
 
         # The next pass: each row's tokens that have not been through its span.
         runs = inside & (waits_for == next_span)
@@ -166,9 +167,12 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
 
     tl.store(query_start_loc_ptr + num_rows, num_tokens)
     is_early = early_span < num_early_spans
-    waits = (num_waiting > 0) & (early_span < tl.load(allowed_ptr))
-    tl.store(waiting_ptr + early_span, waits, mask=is_early)
-    tl.store(missing_ptr + early_span, num_missing > 0, mask=is_early)
+    num_waiting = tl.where(early_span < tl.load(allowed_ptr), num_waiting, 0)
+    tl.store(numbers_ptr + early_span, num_waiting, mask=is_early)
+    pending_ptr = numbers_ptr + num_early_spans
+    tl.store(pending_ptr + early_span, num_pending, mask=early_span <= num_early_spans)
+    tl.store(waiting_ptr + early_span, num_waiting > 0, mask=is_early)
+    tl.store(missing_ptr + early_span, num_pending > 0, mask=is_early)
     tl.store(offset_ptr, newest_offset.to(tl.int64))
     if exit_index >= 0:
         count_ptr = counts_ptr + exit_index * 2
@@ -244,6 +248,7 @@ def draft_step(
         blocks.table_strides,
         blocks.block_sizes,
         blocks.enabled,
+        status.numbers,
         status.waiting,
         status.missing,
         status.allowed,
@@ -256,7 +261,7 @@ def draft_step(
         len(status.waiting),
         WINDOW=window,
         NUM_GROUPS=len(blocks.block_sizes),
-        BLOCK_E=next_power_of_2(len(status.waiting)),
+        BLOCK_E=next_power_of_2(len(status.num_pending)),
         BLOCK_W=block_w,
         BLOCK_R=min(next_power_of_2(num_rows), max(16, 2048 // block_w)),
         BLOCK_T=1024,

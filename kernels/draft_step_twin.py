@@ -35,6 +35,7 @@ def draft_step_twin(
     table_strides: torch.Tensor,
     block_sizes: torch.Tensor,
     enabled: torch.Tensor,
+    numbers: torch.Tensor,
     waiting: torch.Tensor,
     missing: torch.Tensor,
     allowed: torch.Tensor,
@@ -52,13 +53,15 @@ def draft_step_twin(
             limits, tokens, num_drafts, depths, exits, waits_for, counts,
             token, confident, exit_index, num_exits,
         )  # fmt: skip
-    spans = torch.arange(num_early_spans, device=tokens.device)
-    waits = (waits_for[:, None] == spans).any(dim=0)
-    waiting.copy_(waits & (spans < allowed))
-    # Depths never increase along a window.
-    depth = depths.gather(1, num_drafts[:, None].long())
-    missing.copy_(((slots >= 0)[:, None] & (depth <= spans)).any(dim=0))
     w = torch.arange(tokens.shape[1], device=tokens.device)
+    spans = torch.arange(num_early_spans + 1, device=tokens.device)
+    waits = (waits_for[:, None] == spans[:-1]) & (spans[:-1] < allowed)
+    pending = (slots >= 0)[:, None] & (w <= num_drafts[:, None])
+    behind = pending & (depths <= spans[:, None, None])
+    numbers[:num_early_spans] = waits.sum(dim=0)
+    numbers[num_early_spans:] = behind.sum(dim=(1, 2))
+    waiting.copy_(numbers[:num_early_spans] > 0)
+    missing.copy_(numbers[num_early_spans:-1] > 0)
     runs = waits_for == next_span
     newest_offset.copy_(torch.where(runs, num_drafts, 0).max())
     in_pass = runs[:, None] & (w <= num_drafts[:, None]) & (depths <= next_span)

@@ -256,8 +256,8 @@ class Expected:
     """Before a pass: tokens of each row in it, and what there is left to do."""
 
     counts: list[int]
-    waiting: list[bool]
-    missing: list[bool]
+    num_waiting: list[int]
+    num_pending: list[int]
 
 
 def account(rows: DraftRows, rng: torch.Generator) -> list[Expected]:
@@ -278,8 +278,8 @@ def account(rows: DraftRows, rng: torch.Generator) -> list[Expected]:
         return Expected(
             [sum(d <= span for d in pending[r]) * (waits[r] == span) for r in range(num_rows)],
             # The last exit is not allowed (see `round_of_steps`); there are no rows at the others.
-            [s in waits and s < num_exits - 1 for s in spans],
-            [any(d <= s for r in there for d in pending[r]) for s in spans],
+            [waits.count(s) * (s < num_exits - 1) for s in spans],
+            [sum(d <= s for r in there for d in pending[r]) for s in (*spans, num_exits + 1)],
         )
 
     passes = [expected(0)]
@@ -318,8 +318,10 @@ def test_draft_steps_follow_the_rules(seed: int) -> None:
     tables = loop_cases.block_tables(again, 1)[1]
     for inputs, expected in zip(passes, account(rows, again), strict=True):
         starts, counts = inputs["query_start_loc"], expected.counts
-        assert inputs["waiting"].tolist() == expected.waiting
-        assert inputs["missing"].tolist() == expected.missing
+        assert inputs["num_waiting"].tolist() == expected.num_waiting
+        assert inputs["waiting"].tolist() == [n > 0 for n in expected.num_waiting]
+        assert inputs["num_pending"].tolist() == expected.num_pending
+        assert inputs["missing"].tolist() == [n > 0 for n in expected.num_pending[:-1]]
         assert starts.diff().tolist() == counts
         total = int(starts[-1])
         assert (inputs["token_slots"][total:] == -1).all()

@@ -164,11 +164,20 @@ def test_nothing_but_the_waiting_differs(
     assert seen == settled_seen
     assert settled_counts["open_batches"] == 0
     decoding = counts["deferred_batches"] + counts["plain_batches"]
-    # All but those in which a request has ended.
-    assert decoding > counts["open_batches"] > 0.6 * decoding
+    # The scheduler leaves a request out while it may be at its end: its window is still needed.
+    assert counts["open_batches"] > 0.75 * decoding
     assert counts["drafted"] > counts["accepted"] > 50
-    counts.pop("open_batches"), settled_counts.pop("open_batches")
-    assert counts == settled_counts
+    # Of requests that have ended, drafts that nobody will verify are not made any more.
+    assert counts["drafted"] <= settled_counts["drafted"]
+    for name in (
+        *("verifications", "tokens", "sampled_tokens", "deferred_tokens", "deferred_batches"),
+        *("plain_batches", "prefill_batches", "verify_layer_passes", "verify_token_layers"),
+        *("accepted", "acceptance_rate"),
+    ):
+        assert counts[name] == settled_counts[name], name
+    for layer, settled_exit in settled_counts["exits"].items():
+        for name in ("accepted", "rejected"):
+            assert counts["exits"][layer][name] == settled_exit[name], (layer, name)
 
 
 def test_greedy_output_is_vanillas_when_outputs_are_late(
@@ -180,6 +189,52 @@ def test_greedy_output_is_vanillas_when_outputs_are_late(
         outputs = generate(engine, prompts[:10], params)
     assert_same(vanilla, outputs, generate(vanilla, prompts[:10], params))
     assert stats(engine)["open_batches"] > 10
+
+
+def test_large_batches_are_not_prepared_for_what_may_not_be_there(
+    engines: EnginePool, prompts: list[str]
+) -> None:
+    engine, vanilla = get_engine(engines), engines.get()
+
+    def allow(worker: Any, places: int | None) -> None:
+        rounds = worker.model_runner.speculator.device_rounds
+        if places is None:
+            del rounds.most_places
+        else:
+            rounds.most_places = places
+
+    engine.collective_rpc(allow, args=(2 * 6,))
+    try:
+        outputs = generate(engine, prompts[:5], greedy(24))
+        assert stats(engine, reset=True)["open_batches"] < 10
+        outputs += generate(engine, prompts[5:7], greedy(24))
+        counts = stats(engine)
+    finally:
+        engine.collective_rpc(allow, args=(None,))
+    assert counts["open_batches"] > 0.8 * counts["deferred_batches"]
+    assert_same(vanilla, outputs, generate(vanilla, prompts[:7], greedy(24)))
+
+
+def test_requests_that_end_do_not_stop_the_others(engines: EnginePool, prompts: list[str]) -> None:
+    """Their rows draft no more, and what was drafted for them is not verified."""
+    engine, vanilla = get_engine(engines), engines.get()
+    params = [greedy(6 + 6 * i) for i in range(8)]
+    noted: list[int] = []
+    stop_rows = DeviceRounds._stop_rows
+
+    def noting(self: DeviceRounds, this: Any, left: list[int]) -> None:
+        stop_rows(self, this, left)
+        rows = this.drafting.round_.rows
+        assert (rows.slots[left] == -1).all()
+        noted.extend(left)
+
+    with patch.object(DeviceRounds, "_stop_rows", noting):
+        outputs = generate(engine, prompts[:8], params)
+    assert_same(vanilla, outputs, generate(vanilla, prompts[:8], params))
+    # All but the last, which leaves nobody behind.
+    assert len(noted) >= 5
+    counts = stats(engine)
+    assert counts["open_batches"] > 0.9 * counts["deferred_batches"]
 
 
 def test_one_request_alone_is_verified_unseen(engines: EnginePool, prompts: list[str]) -> None:

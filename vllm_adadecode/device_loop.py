@@ -229,14 +229,14 @@ class Drafting:
             self._run(*following)
         self._steps = None
 
-    def missing(self) -> list[bool] | None:
-        """Whether a verification needs each early span, after `finish`; None: see `ask_missing`."""
-        return self._loop.leader.missing() if self.led else None
+    def pending(self) -> list[int] | None:
+        """Tokens that a verification runs in each span, after `finish`; None: see `ask_pending`."""
+        return self._loop.leader.pending() if self.led else None
 
-    def ask_missing(self) -> list[bool]:
+    def ask_pending(self) -> list[int] | None:
         """The same, of a round that the host has not led: waits for its end."""
         self._loop.leader.stepped(self.round_.status)
-        return self._loop.leader.missing()
+        return self._loop.leader.pending()
 
     def _next(self) -> tuple[int, int] | None:
         (offset, exit_index), waits = self._at, self._loop.leader.waits

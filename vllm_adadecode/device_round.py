@@ -25,6 +25,7 @@ from vllm.v1.worker.workspace import use_workspace_lane
 
 from vllm_adadecode.device_loop import DeviceLoop, Drafting
 from vllm_adadecode.draft_loop import DraftState
+from vllm_adadecode.kernels.draft_state import STOPPED
 from vllm_adadecode.loop_buffers import LoopBuffers
 from vllm_adadecode.open_round import OpenPlan, continues
 from vllm_adadecode.span_runner import CHECK_KV_BOUNDS
@@ -34,6 +35,12 @@ from vllm_adadecode.windows import PendingWindow
 
 if TYPE_CHECKING:
     from vllm_adadecode.proposer import AdaDecodeSpeculator
+
+
+# A batch that verifies an open round runs LM head and sampler on every place for a draft, vacant or
+# not. For about so many rows that is bound by the reading of weights on a large GPU; for more of
+# them, waiting for the round may cost less than arithmetic on what is not there. Not measured.
+MOST_PLACES = 192
 
 
 @dataclass
@@ -173,6 +180,7 @@ class _Round:
         verifies: the round that its batch verified, if that was open.
         verified_as: how the next batch verified it, if that did so while it was open.
         windows: its own, once it is booked, if it was verified while it was open.
+        kv_capacity: tokens that its requests had blocks for, if that is checked.
     """
 
     input_batch: InputBatch
@@ -187,6 +195,12 @@ class _Round:
     verifies: "_Round | None" = None
     verified_as: OpenPlan | None = None
     windows: dict[str, PendingWindow] = field(default_factory=dict)
+    kv_capacity: np.ndarray | None = None
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether somebody is to verify its windows as the host knows them."""
+        return self.drafting is not None and self.verified_as is None
 
 
 class DeviceRounds:
@@ -195,7 +209,12 @@ class DeviceRounds:
     Args:
         speculator: its deferred states, policy, heads and records are used.
         keeps_open: whether rounds may stay open; drafts are then not known when `propose` returns.
+
+    Attributes:
+        most_places: of a batch that verifies an open round, vacant ones among them.
     """
+
+    most_places = MOST_PLACES
 
     def __init__(
         self, speculator: "AdaDecodeSpeculator", loop: DeviceLoop, keeps_open: bool = False
@@ -286,6 +305,8 @@ class DeviceRounds:
         with record_function_or_nullcontext("adadecode: draft loop"):
             this.drafting = self.loop.start(round_, policy, int(caps.max()), *heads, captured)
         this.caps = dict(zip(input_batch.req_ids, caps.tolist(), strict=True))
+        if CHECK_KV_BOUNDS:
+            this.kv_capacity = speculator.spans.kv_capacity(input_batch.idx_mapping_np)
         if self.keeps_open:
             self._open = this
             if this.drafting.led:
@@ -315,15 +336,35 @@ class DeviceRounds:
     def verify_open(self, scheduler_output: SchedulerOutput) -> bool:
         """Whether the next batch verifies the last round unseen; else that has been settled."""
         this = self._open
+        if this is None:
+            self.settle()
+            return False
+        req_ids, gone = this.input_batch.req_ids, scheduler_output.finished_req_ids
+        left = [row for row, req_id in enumerate(req_ids) if req_id in gone]
+        staying = [req_id for req_id in req_ids if req_id not in gone]
+        places = sum(1 + this.caps[req_id] for req_id in staying)
         if (
-            this is None
-            or not this.samples_all
-            or not continues(scheduler_output, this.input_batch.req_ids)
+            not this.samples_all
+            or not staying
+            or places > self.most_places
+            or not continues(scheduler_output, staying)
         ):
+            # Nobody needs the drafts of a round whose requests are all gone.
+            self._close(drop=not staying)
             self.settle()
             return False
         self._open, self._verifying = None, this
+        if left and this.copy is None:
+            self._stop_rows(this, left)
         return True
+
+    def _stop_rows(self, this: _Round, left: list[int]) -> None:
+        """Have requests that are gone draft no more: their blocks may become others'."""
+        assert this.drafting is not None
+        rows = this.drafting.round_.rows
+        index = async_tensor_h2d(np.array(left), device=rows.slots.device)
+        rows.next_span.index_fill_(0, index, STOPPED)
+        rows.slots.index_fill_(0, index, -1)
 
     def most_drafts(self, req_id: str) -> int:
         """Of a request whose open round is being verified."""
@@ -350,14 +391,19 @@ class DeviceRounds:
         if self._verifying.copy is None:
             self._end(self._verifying)
 
-    def _close(self) -> None:
-        """The last round will be verified as the host knows it: end it, and hand on its drafts."""
+    def _close(self, drop: bool = False) -> None:
+        """The last round will be verified as the host knows it: end it, and hand on its drafts.
+
+        Args:
+            drop: nobody will verify it: what has been queued of it is enough.
+        """
         this, self._open = self._open, None
         if this is None or this.copy is not None:
             return
         # Nobody knows how long it has been open: its requests may be gone.
         this.timed = False
-        self._finish(this)
+        if not drop:
+            self._finish(this)
         self._end(this)
         assert this.drafting is not None
         batch, drafts = this.input_batch, this.drafting.round_.rows.tokens
@@ -404,11 +450,13 @@ class DeviceRounds:
         room = (last - first_pos - 2).clamp(min=0)
         return torch.where(num_sampled > 0, torch.minimum(room, most), 0)
 
+    @torch.inference_mode()
     def settle(self, wait: bool = True, everything: bool = False) -> None:
         """Book rounds that have ended.
 
         Args:
-            wait: for rounds that drafted, and those before them; the last one does not stay open.
+            wait: for windows that are still to be verified, and rounds before them; the last round
+                does not stay open.
             everything: wait for all others as well, of which there is nothing to use but counts.
         """
         if wait or everything:
@@ -417,7 +465,7 @@ class DeviceRounds:
             this = self._unsettled[0]
             if this is self._open or this.copy is None:
                 return
-            wanted = everything or (wait and any(u.drafting is not None for u in self._unsettled))
+            wanted = everything or (wait and any(u.has_windows for u in self._unsettled))
             if not wanted and not this.copy.has_arrived():
                 return
             self._book(self._unsettled.popleft(), this.copy)
@@ -433,7 +481,8 @@ class DeviceRounds:
             return
         if CHECK_KV_BOUNDS:
             lengths = result.first_pos + (result.state.depths > 0).sum(axis=1)
-            speculator.spans.check_kv_bounds(input_batch.idx_mapping_np, lengths)
+            assert this.kv_capacity is not None
+            speculator.spans.check_kv_bounds(this.kv_capacity, lengths)
         self._count(result, this.used_exits)
         used_exits = np.full_like(result.limits, this.used_exits)
         if speculator.budget is not None:

@@ -5,7 +5,8 @@ device still drafts: as if every request had as many drafts as it may have. The 
 the verification (kernels/verification_plan.py); how many tokens there were is counted when the
 round's windows have come (device_round.py).
 
-This holds for the batches of steady decoding: the same requests as in the round, nothing else.
+This holds for the batches of steady decoding: requests of the round, but for those that have
+finished since, and no other.
 """
 
 from __future__ import annotations

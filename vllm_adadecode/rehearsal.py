@@ -73,3 +73,5 @@ def launch_kernels(speculator: "AdaDecodeSpeculator", num_rows: int) -> None:
     speculator.deferred.gather(padding, padding)
     if speculator.device_rounds is not None:
         speculator.device_rounds.loop.rehearse()
+    if speculator.verification_passes is not None:
+        speculator.verification_passes.rehearse()

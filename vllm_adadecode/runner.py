@@ -270,6 +270,8 @@ class AdaDecodeRunnerMixin(_Base):
         return DraftTokenIds(speculator.last_req_ids, [list(ids) for ids in speculator.last_drafts])
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        # Not with the new weights.
+        self.speculator.settle(everything=True)
         super().reload_weights(*args, **kwargs)
         self.weights_changed()
 

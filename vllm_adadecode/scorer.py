@@ -159,19 +159,21 @@ class Scorer:
         num_reqs, num_tokens = len(plan.req_ids), plan.num_tokens
         size = graphs.size(num_tokens, num_reqs) if graphs is not None else None
         passes.load_open(plan, size or num_tokens)
-        missing = plan.drafting.missing()
-        if missing is None:
-            if graphs is not None and size is not None and graphs.replay_all(size):
-                return graphs.output[:num_tokens]
-            missing = plan.drafting.ask_missing()
-        needed = [span for span, is_missing in enumerate([*missing, True]) if is_missing]
+        pending = plan.drafting.pending()
+        if pending is None and graphs is not None and size is not None and graphs.replay_all(size):
+            return graphs.output[:num_tokens]
+        if pending is None:
+            # Any number is right that is not too small.
+            pending = plan.drafting.ask_pending() or [num_tokens] * passes.num_spans
+        # Requests that have left since are in the numbers, and a window may be scheduled in part.
+        counts = {span: min(n, num_tokens) for span, n in enumerate(pending) if n}
         if graphs is not None and size is not None:
-            for span in needed:
-                graphs.replay(span, size)
+            for span, count in counts.items():
+                graphs.replay(span, graphs.size(count, num_reqs) or size)
             return graphs.output[:num_tokens]
         output = passes.new_output(num_tokens)
-        for span in needed:
-            passes.run(span, num_tokens, num_reqs, output)
+        for span, count in counts.items():
+            passes.run(span, max(count, num_reqs), num_reqs, output)
         return output[:num_tokens]
 
     def _deferred_states(

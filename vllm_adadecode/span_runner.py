@@ -143,7 +143,8 @@ class SpanRunner:
 
         slots_device = torch.from_numpy(slots.astype(np.int64)).to(self.device)
         if CHECK_KV_BOUNDS:
-            self.check_kv_bounds(slots, buffers.seq_lens[:num_reqs].cpu().numpy())
+            lengths = buffers.seq_lens[:num_reqs].cpu().numpy()
+            self.check_kv_bounds(self.kv_capacity(slots), lengths)
         tables = self.block_tables.gather_block_tables(
             slots_device,
             num_reqs_padded=num_reqs,
@@ -184,17 +185,24 @@ class SpanRunner:
             build_slot_mappings_by_layer(slot_mappings, self.kv_cache_config),
         )
 
-    def check_kv_bounds(
+    def kv_capacity(
         self,
         # [num_reqs] request slots
         slots: np.ndarray,
+    ) -> np.ndarray:
+        """Tokens that each request has blocks for, ``[num_kv_groups, num_reqs]``."""
+        sizes = np.array(self.block_tables.block_sizes)
+        return np.asarray(self.block_tables.num_blocks.np[:, slots] * sizes[:, None])
+
+    @staticmethod
+    def check_kv_bounds(
+        # [num_kv_groups, num_reqs]
+        capacity: np.ndarray,
         # [num_reqs] tokens of each that KV was, or will be, written for
         lengths: np.ndarray,
     ) -> None:
         """Fail where KV belongs to blocks that the scheduler has not given."""
-        for group, block_size in enumerate(self.block_tables.block_sizes):
-            capacity = self.block_tables.num_blocks.np[group, slots] * block_size
-            assert (lengths <= capacity).all(), (
-                f"KV written past the allocated blocks: lengths {lengths.tolist()}, "
-                f"capacity {capacity.tolist()}"
-            )
+        assert (lengths <= capacity).all(), (
+            f"KV written past the allocated blocks: lengths {lengths.tolist()}, "
+            f"capacity {capacity.tolist()}"
+        )

@@ -36,8 +36,8 @@ class LeadingGuard(StepGuard, Protocol):
         """Whether some row waits for ``span`` after the last step."""
         ...
 
-    def missing(self) -> list[bool]:
-        """Whether some pending token has not been through each early span after the last step."""
+    def pending(self) -> list[int] | None:
+        """Tokens that have not been through each span after the last step; None: not known."""
         ...
 
 
@@ -48,13 +48,13 @@ class RunAlways:
         step()
 
     def stepped(self, status: RoundStatus) -> None:
-        self._early_spans = len(status.missing)
+        pass
 
     def waits(self, span: int) -> bool:
         return True
 
-    def missing(self) -> list[bool]:
-        return [True] * self._early_spans
+    def pending(self) -> list[int] | None:
+        return None
 
 
 class AskHost:
@@ -71,8 +71,8 @@ class AskHost:
     def __init__(self) -> None:
         self.synchronisations = 0
         self._status: RoundStatus | None = None
-        self._flags: list[bool] | None = None
-        # On a GPU: the flags' copy in pinned memory, and when it is there.
+        self._numbers: list[int] | None = None
+        # On a GPU: the numbers' copy in pinned memory, and when it is there.
         self._copy: torch.Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -82,33 +82,33 @@ class AskHost:
             step()
 
     def stepped(self, status: RoundStatus) -> None:
-        self._status, self._flags = status, None
-        flags = status.flags
-        if not flags.is_cuda:
+        self._status, self._numbers = status, None
+        numbers = status.numbers
+        if not numbers.is_cuda:
             return
         if self._copy is None:
-            self._copy = torch.empty(len(flags), dtype=torch.bool, pin_memory=True)
+            self._copy = torch.empty(len(numbers), dtype=numbers.dtype, pin_memory=True)
             self._copied = torch.cuda.Event()
         assert self._copied is not None
-        self._copy.copy_(flags, non_blocking=True)
+        self._copy.copy_(numbers, non_blocking=True)
         self._copied.record()
 
     def waits(self, span: int) -> bool:
-        return self._read()[span]
+        return self._read()[span] > 0
 
-    def missing(self) -> list[bool]:
-        flags = self._read()
-        return flags[len(flags) // 2 :]
+    def pending(self) -> list[int] | None:
+        numbers = self._read()
+        return numbers[len(numbers) // 2 :]
 
-    def _read(self) -> list[bool]:
-        if self._flags is None:
+    def _read(self) -> list[int]:
+        if self._numbers is None:
             assert self._status is not None
             self.synchronisations += 1
-            flags = self._status.flags
+            numbers = self._status.numbers
             if self._copied is not None:
                 assert self._copy is not None
                 if not self._copied.query():
                     self._copied.synchronize()
-                flags = self._copy
-            self._flags = flags.tolist()
-        return self._flags
+                numbers = self._copy
+            self._numbers = numbers.tolist()
+        return self._numbers

@@ -56,7 +56,7 @@ class VerificationGraphs(CudaGraphManager):
     Args:
         passes: what is captured.
         status: of the rounds that are verified; None: no verification is captured whole.
-        most_whole: most tokens of one that is.
+        most_whole: tokens of the largest one that is, at least.
     """
 
     def __init__(
@@ -78,8 +78,10 @@ class VerificationGraphs(CudaGraphManager):
 
     def _init_candidates(self) -> None:
         descs: list[BatchExecutionDescriptor] = []
+        larger = self.sizes[self.sizes >= self.most_whole]
+        most_whole = int(larger[0]) if len(larger) else self.most_whole
         for size in reversed(self.sizes.tolist()):
-            if self.status is not None and size <= self.most_whole:
+            if self.status is not None and size <= most_whole:
                 descs.append(self._all_passes(size))
             descs += [self._pass(span, size) for span in range(self.passes.num_spans)]
         if descs:

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from vllm_adadecode.kernels.deferred import DeferredStates
+from vllm_adadecode.kernels.draft_state import DraftRows
 from vllm_adadecode.kernels.verification_plan import PassPlans, plan_verification
 from vllm_adadecode.open_round import OpenPlan
 from vllm_adadecode.scorer import VerificationPlan
@@ -104,6 +105,25 @@ class VerificationPasses:
             vacant=self.vacant,
             num_places=num_places,
         )
+
+    def rehearse(self) -> None:
+        """Compile the planning kernel for every batch size; between rounds only."""
+        starts = torch.zeros_like(self.buffers.query_start_loc)
+        rows = DraftRows.empty(1, self.window - 1, self.num_spans - 1, starts.device)
+        # One more than a power of two is planned as the next one is.
+        sizes = {min(1 << n, self.most_rows) for n in range(self.most_rows.bit_length() + 1)}
+        for num_reqs in sorted(sizes):
+            # No token is scheduled, so that nothing is written but the plan.
+            plan_verification(
+                self.plans,
+                rows,
+                row_of=torch.zeros(num_reqs, dtype=torch.int32, device=starts.device),
+                query_start_loc=starts,
+                input_ids=self.buffers.input_ids,
+                seq_lens=torch.zeros_like(self.buffers.seq_lens),
+                vacant=self.vacant,
+                num_places=1,
+            )
 
     def run(
         self, span: int, num_tokens: int, num_reqs: int, output: torch.Tensor | None = None
