@@ -26,7 +26,7 @@ from tests.engines import (
 )
 from tests.recorded_graphs import RecordedGraph, graphs_are_recorded
 from vllm_adadecode import config, proposer
-from vllm_adadecode.verification_graphs import VerificationGraphs, graph_sizes
+from vllm_adadecode.verification_graphs import VerificationGraphs, graph_sizes, whole_sizes
 from vllm_adadecode.verification_passes import VerificationPasses
 
 SIZES = [1, 2, 4, 8, 16, 32]
@@ -249,3 +249,8 @@ def test_graph_sizes() -> None:
     assert graph_sizes(sizes, 48) == [1, 2, 4, 8, 16, 24, 32, 40, 48]
     assert graph_sizes(sizes, 300)[-4:] == [152, 192, 240, 256]
     assert graph_sizes(sizes, 0) == graph_sizes([], 48) == []
+    # The largest batch is padded to the next size.
+    assert whole_sizes([8, 16, 24, 32, 40, 56, 72], 48) == [8, 16, 24, 32, 40, 56]
+    assert whole_sizes([8, 16, 24], 16) == [8, 16]
+    assert whole_sizes([8, 16], 48) == [8, 16]
+    assert whole_sizes([], 48) == []

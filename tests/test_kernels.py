@@ -370,7 +370,8 @@ def test_a_verification_is_planned_token_by_token(seed: int) -> None:
         vacant, drafted = vacant + sum(flags), drafted + length - 1
     assert min(vacant, drafted) > 0
     # Padding as far as passes go, and nothing written past it.
-    num_places, most = starts[len(found["row_of"])] + 3, 16 * 5
+    most_rows = len(found["seq_lens"])
+    num_places, most = starts[len(found["row_of"])] + 3, most_rows * 5
     for span, plan in enumerate(found["plans"].tolist()):
         tokens, slots, offsets = (plan[i * most : (i + 1) * most] for i in range(3))
         n, rest = len(passes[span]), num_places - len(passes[span])
@@ -379,4 +380,4 @@ def test_a_verification_is_planned_token_by_token(seed: int) -> None:
         assert tokens[n:num_places] == slots[n:num_places] == [-1] * rest
         assert offsets[n:num_places] == [0] * rest
         assert set(tokens[num_places:] + slots[num_places:] + offsets[num_places:]) == {-7}
-        assert plan[3 * most :] == bounds[span] + [n] * (17 - len(bounds[span]))
+        assert plan[3 * most :] == bounds[span] + [n] * (most_rows + 1 - len(bounds[span]))

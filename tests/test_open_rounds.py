@@ -15,6 +15,7 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 
 from tests.engines import (
@@ -35,6 +36,7 @@ from tests.test_graphs import get_engine as graphs_engine
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.device_round import DeviceRounds, RoundCopy
 from vllm_adadecode.open_round import OpenPlan, continues
+from vllm_adadecode.rehearsal import launch_kernels
 from vllm_adadecode.step_guard import AskHost, RunAlways
 from vllm_adadecode.verification_passes import VerificationPasses
 from vllm_adadecode.windows import PendingWindow
@@ -378,6 +380,32 @@ def test_nobody_waits_for_a_round(
         assert {w.split(":")[0] for places in ours for w in places} == {
             "vllm_adadecode/step_guard.py"
         }
+
+
+def test_planning_is_compiled_before_the_first_request(
+    engines: EnginePool, prompts: list[str]
+) -> None:
+    """What is compiled into the kernels that only rounds launch is launched at start, by size."""
+    engine, vanilla = get_engine(engines), engines.get()
+    launched: dict[str, set[str]] = {"start": set(), "serving": set()}
+    launch, when = KernelOverride._launch, "start"
+
+    def noted(self: KernelOverride, *args: Any, **compiled: Any) -> Any:
+        name = self.__name__
+        if name in ("verification_plan_twin", "draft_step_twin"):
+            launched[when].add(f"{name} {sorted(compiled.items())}")
+        return launch(self, *args, **compiled)
+
+    with patch.object(KernelOverride, "_launch", noted):
+        engine.collective_rpc(lambda worker: launch_kernels(worker.model_runner.speculator, 16))
+        when = "serving"
+        outputs = [
+            output for n in (1, 2, 3, 5, 9) for output in generate(engine, prompts[:n], greedy(10))
+        ]
+    assert len([kind for kind in launched["serving"] if "plan" in kind]) == 5
+    assert launched["serving"] <= launched["start"]
+    reference = generate(vanilla, prompts[:9], greedy(10))
+    assert_same(vanilla, outputs[-9:], reference)
 
 
 # --- controls -----------------------------------------------------------------------------------

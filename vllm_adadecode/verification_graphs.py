@@ -8,6 +8,7 @@ graph, in which the device skips those that it does not need.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,13 +51,18 @@ def graph_sizes(capture_sizes: Sequence[int], most_tokens: int) -> list[int]:
     return found
 
 
+def whole_sizes(sizes: Sequence[int], most_tokens: int) -> list[int]:
+    """Of increasing sizes, those that batches of up to ``most_tokens`` are padded to."""
+    return list(sizes[: 1 + bisect_left(sizes, most_tokens)])
+
+
 class VerificationGraphs(CudaGraphManager):
     """Captured passes of the scorer.
 
     Args:
         passes: what is captured.
         status: of the rounds that are verified; None: no verification is captured whole.
-        most_whole: tokens of the largest one that is, at least.
+        most_whole: most tokens of one that is.
     """
 
     def __init__(
@@ -78,10 +84,10 @@ class VerificationGraphs(CudaGraphManager):
 
     def _init_candidates(self) -> None:
         descs: list[BatchExecutionDescriptor] = []
-        larger = self.sizes[self.sizes >= self.most_whole]
-        most_whole = int(larger[0]) if len(larger) else self.most_whole
-        for size in reversed(self.sizes.tolist()):
-            if self.status is not None and size <= most_whole:
+        sizes = self.sizes.tolist()
+        whole = whole_sizes(sizes, self.most_whole) if self.status is not None else []
+        for size in reversed(sizes):
+            if size in whole:
                 descs.append(self._all_passes(size))
             descs += [self._pass(span, size) for span in range(self.passes.num_spans)]
         if descs:

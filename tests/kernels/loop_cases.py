@@ -264,6 +264,8 @@ def draft_steps(
     one={"num_reqs": 1},
     many={"num_rows": 15, "num_reqs": 15, "max_drafts": 6},
     one_exit={"num_exits": 1},
+    # More than a program holds at once: windows this long come 32 at a time.
+    blocks={"num_reqs": 37, "max_drafts": 36, "num_exits": 1},
 )
 def verification_plan(
     rng: torch.Generator,
@@ -278,18 +280,20 @@ def verification_plan(
     rows, _, _ = round_of_steps(rng, num_rows, max_drafts, num_exits, num_groups=1)
     window = 1 + max_drafts
     row_of = torch.randperm(num_rows, generator=rng)
-    row_of = row_of[rows.slots[row_of] >= 0][:num_reqs].to(torch.int32)
+    row_of = row_of[rows.slots[row_of] >= 0].repeat(5)[:num_reqs].to(torch.int32)
     scheduled = torch.full((len(row_of),), window)
     scheduled[::2] = torch.randint(1, 1 + window, scheduled[::2].shape, generator=rng)
-    query_start_loc = torch.full((20,), int(scheduled.sum()), dtype=torch.int32)
+    most_rows = 5 * num_rows + 1
+    query_start_loc = torch.full((most_rows,), int(scheduled.sum()), dtype=torch.int32)
     query_start_loc[: len(row_of) + 1] = torch.cat([torch.zeros(1), scheduled.cumsum(0)])
     num_tokens = int(scheduled.sum())
-    plans = PassPlans.empty(1 + num_exits, 16 * window, 16, torch.get_default_device())
+    most = most_rows * window
+    plans = PassPlans.empty(1 + num_exits, most, most_rows, torch.get_default_device())
     plans.data.fill_(-7)
     found = {
-        "input_ids": torch.full((16 * window,), -7, dtype=torch.int32),
-        "seq_lens": torch.full((16,), -7, dtype=torch.int32),
-        "vacant": torch.zeros(16 * window, dtype=torch.bool),
+        "input_ids": torch.full((most,), -7, dtype=torch.int32),
+        "seq_lens": torch.full((most_rows,), -7, dtype=torch.int32),
+        "vacant": torch.zeros(most, dtype=torch.bool),
     }
     plan_verification(
         plans,
