@@ -29,7 +29,7 @@ from vllm_adadecode import config, proposer
 from vllm_adadecode.verification_graphs import VerificationGraphs, graph_sizes, whole_sizes
 from vllm_adadecode.verification_passes import VerificationPasses
 
-SIZES = [1, 2, 4, 8, 16, 32]
+SIZES = [1, 2, 4, 8, 16, 32, 48]
 SPEC: dict[str, Any] = {"num_speculative_tokens": 5}
 CROWDED: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 96}
 

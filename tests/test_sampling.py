@@ -203,8 +203,8 @@ def test_tokens_of_open_rounds_follow_the_target(
 
     engine.collective_rpc(allow_large_batches)
     counts = check_distribution(engine, exact, (0.3, 0.3, 0.25), options, process)
-    # Nearly all rounds, and many windows that were not full.
-    assert counts["open_batches"] > 0.8 * counts["deferred_batches"]
+    # Most rounds, and many windows that were not full.
+    assert counts["open_batches"] > 0.6 * counts["deferred_batches"]
     assert counts["drafted"] < 3.5 * counts["verifications"]
 
 

@@ -219,7 +219,12 @@ class AdaDecodeRunnerMixin(_Base):
                 attach_drafts(output.model_runner_output, self.take_draft_token_ids())
         return output
 
-    def sample(self, hidden_states: torch.Tensor, input_batch: InputBatch, *args: Any) -> Any:
+    def sample(
+        self,
+        hidden_states: torch.Tensor,
+        input_batch: InputBatch,
+        grammar_output: GrammarOutput | None,
+    ) -> Any:
         if self._verifies_open:
             assert self.speculator.verification_passes is not None
             ids = input_batch.input_ids
@@ -228,7 +233,7 @@ class AdaDecodeRunnerMixin(_Base):
             # copy, since vLLM's buffer may be embedded as padding of the next batch.
             input_batch = dataclasses.replace(input_batch, input_ids=ids.masked_fill(vacant, -1))
         with record_function_or_nullcontext("adadecode: LM head and rejection sampling"):
-            return super().sample(hidden_states, input_batch, *args)
+            return super().sample(hidden_states, input_batch, grammar_output)
 
     def _cut_grammar(self, grammar_output: GrammarOutput) -> GrammarOutput:
         """Drop the bitmask rows of placeholder drafts that were not scheduled."""
