@@ -4,7 +4,7 @@ Owns the attention metadata of such a pass. Its tokens come first, request by re
 the batch is padding with KV slot -1, for which no KV is written and no attention computed. How many
 tokens each request has, and how long it is, is on the device: the host gives attention upper bounds
 that do not depend on the data. The draft loop's passes are laid out by `kernels.draft_step`, those
-of a verification by verification_graphs.py.
+of a verification by verification_passes.py.
 """
 
 from collections.abc import Sequence
