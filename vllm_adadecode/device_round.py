@@ -27,7 +27,7 @@ from vllm_adadecode.device_loop import DeviceLoop, Drafting
 from vllm_adadecode.draft_loop import DraftState
 from vllm_adadecode.kernels.draft_state import STOPPED
 from vllm_adadecode.loop_buffers import LoopBuffers
-from vllm_adadecode.open_round import OpenPlan, continues
+from vllm_adadecode.open_round import MOST_PLACES, OpenPlan, continues
 from vllm_adadecode.span_runner import CHECK_KV_BOUNDS
 from vllm_adadecode.static_spans import StaticSpans
 from vllm_adadecode.step_guard import AskHost
@@ -35,12 +35,6 @@ from vllm_adadecode.windows import PendingWindow
 
 if TYPE_CHECKING:
     from vllm_adadecode.proposer import AdaDecodeSpeculator
-
-
-# A batch that verifies an open round runs LM head and sampler on every place for a draft, vacant or
-# not. For about so many rows that is bound by the reading of weights on a large GPU; for more of
-# them, waiting for the round may cost less than arithmetic on what is not there. Not measured.
-MOST_PLACES = 192
 
 
 @dataclass
@@ -346,7 +340,7 @@ class DeviceRounds:
         if (
             not this.samples_all
             or not staying
-            or places > self.most_places
+            or places > self._most_places()
             or not continues(scheduler_output, staying)
         ):
             # Nobody needs the drafts of a round whose requests are all gone.
@@ -357,6 +351,11 @@ class DeviceRounds:
         if left and this.copy is None:
             self._stop_rows(this, left)
         return True
+
+    def _most_places(self) -> int:
+        passes = self.speculator.verification_passes
+        assert passes is not None
+        return min(self.most_places, passes.most_tokens)
 
     def _stop_rows(self, this: _Round, left: list[int]) -> None:
         """Have requests that are gone draft no more: their blocks may become others'."""

@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import DraftRows
 from vllm_adadecode.kernels.verification_plan import PassPlans, plan_verification
-from vllm_adadecode.open_round import OpenPlan
+from vllm_adadecode.open_round import MOST_PLACES, OpenPlan
 from vllm_adadecode.scorer import VerificationPlan
 from vllm_adadecode.staged import StagedTarget
 from vllm_adadecode.static_spans import StaticSpans
@@ -58,6 +58,9 @@ class VerificationPasses:
         scheduler = vllm_config.scheduler_config
         self.most_rows = scheduler.max_num_seqs
         self.most_tokens = min(self.most_rows * window, scheduler.max_num_batched_tokens)
+        if captured := vllm_config.compilation_config.cudagraph_capture_sizes:
+            # No graph and no open round has more, and a plan of the host's is copied whole.
+            self.most_tokens = min(self.most_tokens, max(*captured, MOST_PLACES))
         sizes = self.num_spans, self.most_tokens, self.most_rows
         self.plans = PassPlans.empty(*sizes, deferred.hidden.device)
         self._empty = PassPlans.empty(*sizes, torch.device("cpu"))
