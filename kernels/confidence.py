@@ -94,7 +94,9 @@ def head_confidence_reference(
     """
     logits = head_logits(x, head)
     token, p = top1_confidence(logits, other)
-    token = head.vocab_ids[token] if head.vocab_ids is not None else token + head.first_id
+    token = token + head.first_id
+    if head.vocab_ids is not None:
+        token = head.vocab_ids[token]
     if live is not None:
         token, p = torch.where(live, token, 0), torch.where(live, p, 0.0)
     return HeadResult(token, p, p > threshold)

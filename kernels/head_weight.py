@@ -24,9 +24,9 @@ class HeadWeight:
         weight: ``[vocab_size, hidden_size]``, float32, bfloat16, float16, float8_e4m3fn or int8;
             with a draft vocabulary only that vocabulary's rows.
         row_scale: float32 ``[vocab_size]``, for 8-bit weights; else None.
-        vocab_ids: int64 ``[vocab_size]``, strictly increasing: the token of each row of ``weight``;
-            None: row i is token ``first_id + i``.
-        first_id: token of the first row, for a shard of a tensor-parallel LM head.
+        vocab_ids: int64 ``[>= first_id + vocab_size]``, strictly increasing: row i is token
+            ``vocab_ids[first_id + i]``; None: row i is token ``first_id + i``.
+        first_id: of the first row, for a shard of a tensor-parallel LM head.
         soft_cap: logits are squeezed into (-cap, cap) (Gemma); None: not.
         logit_scale: factor on the logits (Granite).
     """
@@ -48,12 +48,19 @@ class HeadWeight:
             )
         if (self.weight.element_size() == 1) != (self.row_scale is not None):
             raise AdaDecodeError("an LM head of 8-bit weights, and no other, has row scales")
-        for name, tensor in (("row scales", self.row_scale), ("vocabulary ids", self.vocab_ids)):
-            if tensor is not None and tensor.shape != self.weight.shape[:1]:
-                raise AdaDecodeError(
-                    f"{name} must be [{len(self.weight)}], one per row of the LM head, "
-                    f"but are {list(tensor.shape)}"
-                )
+        rows = len(self.weight)
+        if self.row_scale is not None and self.row_scale.shape != (rows,):
+            raise AdaDecodeError(
+                f"row scales must be [{rows}], one per row of the LM head, but are "
+                f"{list(self.row_scale.shape)}"
+            )
+        # Of a shard there are those of the others, too.
+        ids, end = self.vocab_ids, self.first_id + rows
+        if ids is not None and (ids.dim() != 1 or len(ids) < end):
+            raise AdaDecodeError(
+                f"vocabulary ids must be [{end}] or longer, one per row of the LM head, but are "
+                f"{list(ids.shape)}"
+            )
 
     @cached_property
     def bits_scale(self) -> torch.Tensor:

@@ -306,7 +306,7 @@ def head_sample(
     Raises:
         AdaDecodeError: a shard of a vocabulary, whose noise would be another's, or bad shapes.
     """
-    if head.first_id:
+    if head.first_id or (head.vocab_ids is not None and len(head.vocab_ids) > head.vocab_size):
         raise AdaDecodeError("a shard of the LM head can't sample: pass the whole LM head")
     x = check_head_inputs(x, head)
     num_rows, vocab_size = len(x), head.vocab_size

@@ -239,6 +239,15 @@ def test_no_rows(rng: torch.Generator) -> None:
             ),
             "a shard of the LM head",
         ),
+        (
+            lambda h: sampling.head_sample(
+                torch.ones(2, 8),
+                HeadWeight(h.weight, vocab_ids=torch.arange(8)),
+                0.5,
+                *[torch.zeros(2)] * 4,
+            ),
+            "a shard of the LM head",
+        ),
     ],
 )
 def test_bad_input_is_refused(call: Callable[[HeadWeight], object], message: str) -> None:

@@ -31,6 +31,7 @@ def make_target(weight: torch.Tensor, scale: float = 1.0, soft_cap: float | None
             weight=weight,
             quant_method=UnquantizedEmbeddingMethod(),
             tp_size=1,
+            tp_rank=0,
             org_vocab_size=VOCAB,
             embedding_dim=HIDDEN,
             shard_indices=SimpleNamespace(org_vocab_start_index=0, org_vocab_end_index=VOCAB),
@@ -318,7 +319,7 @@ def shard_of(weight: torch.Tensor, rank: int, rows: int) -> Any:
     part = torch.full((rows, HIDDEN), 1e6)
     part[: end - first] = weight[first:end]
     target = make_target(part)
-    target.lm_head.tp_size = -(-VOCAB // rows)
+    target.lm_head.tp_size, target.lm_head.tp_rank = -(-VOCAB // rows), rank
     target.lm_head.shard_indices = SimpleNamespace(
         org_vocab_start_index=first, org_vocab_end_index=end
     )
@@ -346,6 +347,81 @@ def test_ranks_merge_what_they_found(
     assert torch.equal(token, stored_token)
     torch.testing.assert_close(p, stored_p, rtol=1e-5, atol=1e-7)
     assert all(part.shape == (len(x), 3) for part in sent)
+
+
+@pytest.mark.parametrize(
+    ("ids", "quantization"),
+    [(None, "int8"), (DRAFT_VOCAB, None), (DRAFT_VOCAB, "int8"), (DRAFT_VOCAB[:5], None)],
+    ids=["all-int8", "six", "six-int8", "five"],
+)
+def test_a_copy_is_spread_over_ranks(
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    ids: torch.Tensor | None,
+    quantization: Any,
+) -> None:
+    """Three ranks, the last with fewer rows of five: together they say what one would."""
+    alone = HeadProjection(make_target(weight), ids, quantization, torch.float32)
+    token, p = alone.top1(x, None)
+    sent: list[torch.Tensor] = []
+
+    def all_gather(part: torch.Tensor, dim: int) -> torch.Tensor:
+        sent.append(part)
+        return torch.cat(sent, dim=dim) if len(sent) == 3 else torch.cat([part] * 3, dim=dim)
+
+    def read_rows(_: Any, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        # With the other ranks' help.
+        return weight[token_ids].to(dtype)
+
+    monkeypatch.setattr(lm_head, "tensor_model_parallel_all_gather", all_gather)
+    monkeypatch.setattr(lm_head, "read_rows", read_rows)
+    ranks = [
+        HeadProjection(shard_of(weight, rank, 40), ids, quantization, torch.float32)
+        for rank in range(3)
+    ]
+    assert {rank.num_ranks() for rank in ranks} == {3}
+    whole = [
+        torch.cat([r for r in rows if r is not None])
+        for rows in zip(
+            *((rank.rows, rank.scales if quantization else rank.rows) for rank in ranks),
+            strict=True,
+        )
+    ]
+    assert torch.equal(whole[0], alone.rows)
+    if quantization:
+        assert torch.equal(whole[1], alone.scales)
+    for name in ("logits", "top1"):
+        sent.clear()
+        for rank in ranks:
+            rank.use_kernels = name == "top1"
+            found = rank.logits(x) if name == "logits" else rank.top1(x, None)
+        # Of the last, who has seen what all have sent.
+        if isinstance(found, torch.Tensor):
+            torch.testing.assert_close(found, alone.logits(x))
+            assert torch.equal(rank.over_all_tokens(found).argmax(-1), token)
+        else:
+            assert torch.equal(found[0], token)
+            torch.testing.assert_close(found[1], p, rtol=1e-5, atol=1e-7)
+            assert all(part.shape == (len(x), 3) for part in sent)
+    before = [rank.rows.clone() for rank in ranks if rank.rows is not None]
+    for rank, rows in zip(ranks, before, strict=True):
+        assert rank.rows is not None
+        rank.rows.zero_()
+        rank.refresh()
+        assert torch.equal(rank.rows, rows)
+
+
+def test_a_copy_that_is_too_small_is_whole_on_every_rank(
+    weight: torch.Tensor, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_head, "read_rows", lambda _, ids, dtype: weight[ids].to(dtype))
+    for rank in range(3):
+        projection = HeadProjection(
+            shard_of(weight, rank, 40), DRAFT_VOCAB[:4], None, torch.float32
+        )
+        assert projection.num_ranks() == 1
+        assert torch.equal(projection.logits(x), functional.linear(x, weight[DRAFT_VOCAB[:4]]))
 
 
 def test_a_rank_of_padding_alone_uses_logits(weight: torch.Tensor) -> None:

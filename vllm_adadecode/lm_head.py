@@ -1,9 +1,9 @@
 """The LM head as the early heads read it: the target's own, or a copy that is cheaper to read.
 
 Owns the copy (rows of the draft vocabulary, quantised or not), made from the target's loaded
-weights (`lm_head_rows.py`) and whole on every tensor-parallel rank, the way back from draft ids to
-the target's, and the choice between the fused kernels (`kernels.confidence`) and plain torch, their
-reference and what runs where there is no Triton.
+weights (`lm_head_rows.py`) and spread evenly over tensor-parallel ranks, the way back from draft
+ids to the target's, and the choice between the fused kernels (`kernels.confidence`) and plain
+torch, their reference and what runs where there is no Triton.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.triton_utils import HAS_TRITON
+from vllm.utils.math_utils import cdiv
 
 from vllm_adadecode.heads.config import Quantization
 from vllm_adadecode.kernels.confidence import head_confidence, top1_confidence
@@ -68,8 +69,9 @@ class HeadProjection(nn.Module):
         logits_dtype: of the logits that a copy gives (vLLM's ``head_dtype``).
 
     Attributes:
-        rows: ``[vocab, hidden_size]`` of the copy; None if the target's own LM head is read.
-        scales: float32 ``[vocab]`` of a quantised copy, else None.
+        rows: ``[rank's part of vocab, hidden_size]`` of the copy; None if the target's own LM head
+            is read.
+        scales: float32, of these rows if they are quantised, else None.
         draft_vocab: int64 ``[vocab]`` on the device, else None.
         vocab_size: of the target.
         use_kernels: whether (token, p) come from the fused kernels, which store no logits.
@@ -105,7 +107,21 @@ class HeadProjection(nn.Module):
                 # Not a buffer: it outlives a sleep that gives up the device's memory.
                 self.__dict__["draft_vocab_cpu"] = draft_vocab.cpu().clone()
                 self.draft_vocab = draft_vocab.to(device, copy=True)
+            self._spread_copy()
             self.rows, self.scales = self._copy()
+
+    def _spread_copy(self) -> None:
+        """Which rows of the copy this rank has: all ranks the same number, but for the last."""
+        lm_head = self.target.lm_head
+        size = self.vocab_size if self.draft_vocab is None else len(self.draft_vocab)
+        ranks = lm_head.tp_size
+        rows = cdiv(size, ranks)
+        if (ranks - 1) * rows >= size:
+            # The last would have none.
+            ranks, rows = 1, size
+        rank = lm_head.tp_rank if ranks > 1 else 0
+        self.copy_size, self.copy_ranks, self.copy_rows = size, ranks, rows
+        self.first_row = rank * rows
 
     def refresh(self) -> None:
         """Make everything again, in place, after the target's weights were lost or changed."""
@@ -120,7 +136,18 @@ class HeadProjection(nn.Module):
 
     def _copy(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         dtype = self.target.model.norm.weight.dtype
-        rows = read_rows(self.target.lm_head, self.draft_vocab, dtype)
+        lm_head, token_ids = self.target.lm_head, self.draft_vocab
+        if self.copy_ranks == 1:
+            rows = read_rows(lm_head, token_ids, dtype)
+        else:
+            if token_ids is None:
+                device = self.target.model.norm.weight.device
+                token_ids = torch.arange(self.copy_size, device=device)
+            # Part by part: all of them at once may be more than there is room for.
+            for first in range(0, self.copy_size, self.copy_rows):
+                part = read_rows(lm_head, token_ids[first : first + self.copy_rows], dtype)
+                if first == self.first_row:
+                    rows = part
         if self.quantization is None:
             return rows, None
         return quantize_rows(rows, self.quantization)
@@ -145,7 +172,14 @@ class HeadProjection(nn.Module):
                 logits[:, part] = functional.linear(x, weight.to(x.dtype))
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
-        return logits * self.scale if self.scale != 1.0 else logits
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.copy_ranks == 1:
+            return logits
+        # The last rank has fewer rows.
+        logits = functional.pad(logits, (0, self.copy_rows - logits.shape[1]))
+        whole: torch.Tensor = tensor_model_parallel_all_gather(logits, dim=-1)
+        return whole[:, : self.copy_size]
 
     def top1(
         self,
@@ -190,7 +224,9 @@ class HeadProjection(nn.Module):
         if self.rows is not None:
             if self.scales is None and self.rows.dtype != dtype:
                 return None
-            return HeadWeight(self.rows, self.scales, self.draft_vocab, **finish)
+            return HeadWeight(
+                self.rows, self.scales, self.draft_vocab, first_id=self.first_row, **finish
+            )
         weight = stored_weight(lm_head)
         if weight is None or weight.dtype != dtype:
             return None
@@ -202,8 +238,11 @@ class HeadProjection(nn.Module):
         return HeadWeight(weight[: end - first], first_id=first, **finish)
 
     def num_ranks(self) -> int:
-        """Ranks that the LM head is spread over; a copy is whole on each."""
-        return 1 if self.rows is not None else getattr(self.target.lm_head, "tp_size", 1)
+        """Ranks that what is read, the LM head or its copy, is spread over."""
+        if self.rows is not None:
+            return self.copy_ranks
+        ranks: int = getattr(self.target.lm_head, "tp_size", 1)
+        return ranks
 
     @staticmethod
     def _gather_ranks(part: torch.Tensor) -> torch.Tensor:

@@ -292,7 +292,7 @@ def shards(rng: torch.Generator, gate: bool = False, draft: bool = False) -> Out
     bounds = [0, 100, 150, 151, 300]
     parts = []
     for begin, end in pairwise(bounds):
-        shard = HeadWeight(head.weight[begin:end], first_id=begin)
+        shard = HeadWeight(head.weight[begin:end], vocab_ids=ids, first_id=begin)
         partials = head_partials(x, shard, order=order, num_live=num_live, blocks=blocks())
         parts.append(merge_partials(partials, order=order, num_live=num_live))
     sharded = merge_shards(
