@@ -34,7 +34,7 @@ def _verification_plan_kernel(  # type: ignore[no-untyped-def]
     row_num_drafts_ptr,
     row_depths_ptr,
     row_tokens_ptr,
-    # [num_reqs] int32, row of each request
+    # [num_reqs] int32, row of each request; -1: it has none
     row_of_ptr,
     # [>= num_reqs + 1] int32
     query_start_loc_ptr,
@@ -64,11 +64,13 @@ def _verification_plan_kernel(  # type: ignore[no-untyped-def]
         req = start + tl.arange(0, BLOCK_R)
         inside = req < num_reqs
         row = tl.load(row_of_ptr + req, mask=inside, other=0)
+        has_row = inside & (row >= 0)
+        row = tl.maximum(row, 0)
         begin = tl.load(query_start_loc_ptr + req, mask=inside, other=0)
         scheduled = tl.load(query_start_loc_ptr + req + 1, mask=inside, other=0) - begin
-        num_drafts = tl.load(row_num_drafts_ptr + row, mask=inside, other=0)
+        num_drafts = tl.load(row_num_drafts_ptr + row, mask=has_row, other=0)
         length = tl.minimum(num_drafts + 1, scheduled)
-        pending = inside[:, None] & (w < length[:, None])
+        pending = has_row[:, None] & (w < length[:, None])
         tile = (row * WINDOW)[:, None] + w
         depths = tl.load(row_depths_ptr + tile, mask=pending, other=0)
         in_pass = pending & (depths <= span)
@@ -76,7 +78,7 @@ def _verification_plan_kernel(  # type: ignore[no-untyped-def]
         end = num_tokens + tl.cumsum(count, 0)
         # Depths never increase along a window, so these tokens are its end.
         place = (end - length)[:, None] + w
-        slot = tl.load(row_slots_ptr + row, mask=inside, other=-1)
+        slot = tl.load(row_slots_ptr + row, mask=has_row, other=-1)
         batch_place = begin[:, None] + w
         tl.store(tokens_ptr + place, batch_place.to(tl.int64), mask=in_pass)
         tl.store(slots_ptr + place, slot[:, None] + w * 0, mask=in_pass)
@@ -85,12 +87,12 @@ def _verification_plan_kernel(  # type: ignore[no-untyped-def]
         num_tokens += tl.sum(count, axis=0)
         if span == 0:
             # The batch as it was prepared knows neither drafts nor lengths.
-            is_scheduled = inside[:, None] & (w < scheduled[:, None])
+            is_scheduled = has_row[:, None] & (w < scheduled[:, None])
             token = tl.load(row_tokens_ptr + tile, mask=pending, other=0)
             tl.store(input_ids_ptr + batch_place, token.to(tl.int32), mask=is_scheduled)
             tl.store(vacant_ptr + batch_place, w >= length[:, None], mask=is_scheduled)
-            first_pos = tl.load(row_first_pos_ptr + row, mask=inside, other=0)
-            tl.store(seq_lens_ptr + req, (first_pos + length).to(tl.int32), mask=inside)
+            first_pos = tl.load(row_first_pos_ptr + row, mask=has_row, other=0)
+            tl.store(seq_lens_ptr + req, (first_pos + length).to(tl.int32), mask=has_row)
     for start in range(num_reqs, most_rows + 1, BLOCK_T):
         req = start + tl.arange(0, BLOCK_T)
         ends = tl.zeros((BLOCK_T,), dtype=tl.int64) + num_tokens
@@ -170,7 +172,8 @@ def plan_verification(
     Args:
         plans: written, as far as ``num_places`` tokens.
         rows: the windows.
-        row_of: row of each request of the batch, one of its own.
+        row_of: row of each request of the batch, one of its own; -1 for one that is prefilled: it
+            has no token in these passes, and nothing is written for it.
         query_start_loc: scheduled tokens; a window is verified as far as there are.
         input_ids: of scheduled tokens: drafts are written, 0, a valid id, in vacant places.
         seq_lens: written: up to each request's last pending token.

@@ -26,9 +26,9 @@ def verification_plan_twin(
     num_places: int,
     **options: Any,
 ) -> None:
-    row = row_of.long()
+    has_row, row = row_of >= 0, row_of.long().clamp(min=0)
     begin = query_start_loc[:num_reqs].long()
-    scheduled = query_start_loc[1 : num_reqs + 1].long() - begin
+    scheduled = torch.where(has_row, query_start_loc[1 : num_reqs + 1].long() - begin, 0)
     length = torch.minimum(row_num_drafts[row] + 1, scheduled)
     w = torch.arange(row_tokens.shape[1], device=row_tokens.device)
     pending = w < length[:, None]
@@ -48,4 +48,5 @@ def verification_plan_twin(
     token = torch.where(pending[req, offset], row_tokens[row[req], offset], 0)
     input_ids[begin[req] + offset] = token.int()
     vacant[begin[req] + offset] = ~pending[req, offset]
-    seq_lens[:num_reqs] = (row_first_pos[row] + length).int()
+    ends = (row_first_pos[row] + length).int()
+    seq_lens[:num_reqs] = torch.where(has_row, ends, seq_lens[:num_reqs])

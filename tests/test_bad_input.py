@@ -190,21 +190,6 @@ def test_gate_threshold_is_the_users_or_the_heads(target: Path, tmp_path: Path) 
         assert word in message
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [{"draft_vocab_size": 8}, {"lm_head_quantization": "int8"}],
-    ids=lambda parts: next(iter(parts)),
-)
-def test_copies_of_the_lm_head_and_tensor_parallelism(
-    target: Path, tmp_path: Path, parts: dict[str, Any]
-) -> None:
-    heads = str(make_heads(tmp_path / "heads", **parts)[0])
-    message = refused(target, {"model": heads}, tensor_parallel_size=2)
-    for word in [*parts, "tensor parallelism", "--tensor-parallel-size 1"]:
-        assert word in message
-    create(target, {"model": heads})
-
-
 def test_where_the_draft_loop_can_be_on_the_device(target: Path) -> None:
     spec = {"draft_loop": "device", "num_speculative_tokens": 7, "cost_aware": True}
     fits: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 128}
@@ -214,8 +199,9 @@ def test_where_the_draft_loop_can_be_on_the_device(target: Path) -> None:
     for word in ("draft_loop 'device'", "128 tokens", "--max-num-batched-tokens", "is 127"):
         assert word in message
     create(target, spec | {"draft_loop": "host"}, **fits | {"max_num_batched_tokens": 127})
-    message = refused(target, spec, tensor_parallel_size=2)
-    for word in ("draft_loop 'device'", "tensor parallelism", "draft_loop 'host'"):
+    create(target, spec, tensor_parallel_size=2, **fits)
+    message = refused(target, spec | {"draft_loop": "graph"}, tensor_parallel_size=2)
+    for word in ("draft_loop 'graph'", "tensor parallelism", "draft_loop 'device'"):
         assert word in message
 
 
@@ -232,7 +218,7 @@ def test_who_drives_the_draft_loop_by_itself(target: Path) -> None:
     assert driver("cpu") == "host"
     assert driver("cuda", graphs=False) == "host"
     assert driver("cuda", max_num_batched_tokens=127) == "host"
-    assert driver("cuda", tensor_parallel_size=2) == "host"
+    assert driver("cuda", tensor_parallel_size=2) == "device"
     for loop in ("host", "device"):
         made = create(target, {"draft_loop": loop}, max_num_seqs=2)
         assert [config.resolve_draft_loop(made, d) for d in ("cuda", "cpu")] == [loop, loop]

@@ -35,7 +35,7 @@ from tests.recorded_graphs import RecordedGraph
 from tests.test_graphs import get_engine as graphs_engine
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.device_round import DeviceRounds, RoundCopy
-from vllm_adadecode.open_round import OpenPlan, continues
+from vllm_adadecode.open_round import NextBatch, OpenPlan, PrefillPart
 from vllm_adadecode.rehearsal import launch_kernels
 from vllm_adadecode.step_guard import AskHost, RunAlways
 from vllm_adadecode.verification_passes import VerificationPasses
@@ -78,32 +78,60 @@ def scheduled(drafts: dict[str, int], **options: Any) -> SchedulerOutput:
     return output
 
 
+NEW = [SimpleNamespace(req_id="new")]
+
+
 @pytest.mark.parametrize(
     ("output", "expected"),
     [
-        (scheduled({"b": 5, "a": 2}), True),
-        (scheduled({"a": 0, "b": 5}), True),
-        (scheduled({"a": 5, "b": 5}, finished_req_ids={"another"}), True),
-        (scheduled({"a": 5}), False),
-        (scheduled({"a": 5, "b": 5, "c": 5}), False),
-        (scheduled({"a": 5, "c": 5}), False),
-        (scheduled({"a": 5, "b": 5}, num_scheduled_tokens={"a": 6, "b": 20}), False),
-        (scheduled({"a": 5, "b": 5}, scheduled_new_reqs=[SimpleNamespace(req_id="b")]), False),
-        (scheduled({"a": 5, "b": 5}, preempted_req_ids={"c"}), False),
-        (scheduled({"a": 5, "b": 5}, has_structured_output_requests=True), False),
+        (scheduled({"b": 5, "a": 2}), (["a", "b"], [], [])),
+        (scheduled({"a": 0, "b": 5}), (["a", "b"], [], [])),
+        (scheduled({"a": 5, "b": 5}, finished_req_ids={"another"}), (["a", "b"], [], [])),
+        (scheduled({"a": 5}, finished_req_ids={"b"}), (["a"], [], ["b"])),
+        (scheduled({"a": 5}), (["a"], ["b"], [])),
+        # Prefill: of a request that is new, or of one that was in the midst of its prompt.
+        (scheduled({"a": 5, "new": 20, "b": 5}, scheduled_new_reqs=NEW), (["a", "b"], [], [])),
+        (scheduled({"a": 5, "b": 5, "half": 30}), (["a", "b"], [], [])),
+        (scheduled({"a": 5, "half": 30}, finished_req_ids={"b"}), (["a"], [], ["b"])),
+        (scheduled({"a": 5, "b": 5}, finished_req_ids={"half"}), (["a", "b"], [], ["half"])),
+        (scheduled({"half": 30}), None),
+        (scheduled({"new": 20}, scheduled_new_reqs=NEW), None),
+        # It was left out of an earlier batch.
+        (scheduled({"a": 5, "c": 5}), None),
+        (scheduled({"a": 5, "b": 5}, num_scheduled_tokens={"a": 6, "b": 20}), None),
+        (scheduled({"a": 5, "b": 5}, scheduled_new_reqs=[SimpleNamespace(req_id="b")]), None),
+        (scheduled({"a": 5, "b": 5}, preempted_req_ids={"c"}), None),
+        (scheduled({"a": 5, "b": 5}, has_structured_output_requests=True), None),
     ],
 )
-def test_only_steady_decoding_goes_on_unseen(output: SchedulerOutput, expected: bool) -> None:
-    assert continues(output, ["a", "b"]) == expected
+def test_which_batches_go_on_unseen(
+    output: SchedulerOutput, expected: tuple[list[str], list[str], list[str]] | None
+) -> None:
+    found = NextBatch.of(output, ["a", "b"], ["half"])
+    assert (found and (found.decoding, found.left_out, found.gone)) == expected
 
 
-def test_what_was_verified_is_counted_later() -> None:
+PREFILL = PrefillPart(
+    num_reqs=1,
+    num_tokens=7,
+    most_tokens=7,
+    rows=torch.tensor([2]),
+    tokens=torch.arange(9, 16),
+    starts=torch.tensor([0]),
+    starts_cpu=torch.tensor([0], dtype=torch.int32),
+    lengths_cpu=torch.tensor([7], dtype=torch.int32),
+)
+
+
+@pytest.mark.parametrize("prefill", [None, PREFILL])
+def test_what_was_verified_is_counted_later(prefill: PrefillPart | None) -> None:
     plan = OpenPlan(
         drafting=None,  # type: ignore[arg-type]
-        req_ids=["b", "a"],
-        row_of=torch.tensor([1, 0], dtype=torch.int32),
+        req_ids=["b", "a"] if prefill is None else ["b", "a", "new"],
+        row_of=torch.tensor([1, 0, -1], dtype=torch.int32),
         # Of b's four tokens three were prepared for; a has fewer than were.
-        scheduled=np.array([3, 6]),
+        scheduled=np.array([3, 6] if prefill is None else [3, 6, 7]),
+        prefill=prefill,
     )
     windows = {
         "a": PendingWindow(np.array([2, 1]), np.array([0])),
@@ -112,11 +140,20 @@ def test_what_was_verified_is_counted_later() -> None:
     staged: Any = SimpleNamespace(spans=((0, 2), (2, 5), (5, 8)))
     counters = Counters.create(8, (2, 5))
     plan.count(windows, staged, counters)
-    assert (counters.open_batches, counters.deferred_batches, counters.plain_batches) == (1, 1, 0)
+    assert plan.num_places == 9
+    assert (counters.open_batches, counters.plain_batches) == (1, 0)
     assert counters.deferred_tokens == 5
-    # No token is at depth 0 of those that ran, one at depth 1, and the last span takes all five.
-    assert counters.verify_layer_passes == 3 + 3
-    assert counters.verify_token_layers == 3 * 1 + 3 * 5
+    if prefill is None:
+        assert (counters.deferred_batches, counters.prefill_batches) == (1, 0)
+        # No token is at depth 0 of those that ran, one at depth 1, and the last span takes all.
+        assert counters.verify_layer_passes == 3 + 3
+        assert counters.verify_token_layers == 3 * 1 + 3 * 5
+    else:
+        assert counters.deferred_batches == counters.verify_layer_passes == 0
+        assert counters.prefill_batches == counters.mixed_batches == 1
+        assert counters.mixed_layer_passes == 8
+        assert counters.mixed_prefill_token_layers == 8 * 7
+        assert counters.mixed_verify_token_layers == 3 * 1 + 3 * 5
 
 
 # --- the same as when the host waits ------------------------------------------------------------
@@ -166,20 +203,51 @@ def test_nothing_but_the_waiting_differs(
     assert seen == settled_seen
     assert settled_counts["open_batches"] == 0
     decoding = counts["deferred_batches"] + counts["plain_batches"]
-    # The scheduler leaves a request out while it may be at its end: its window is still needed.
-    assert counts["open_batches"] > 0.75 * decoding
+    assert counts["open_batches"] > 0.9 * decoding
     assert counts["drafted"] > counts["accepted"] > 50
     # Of requests that have ended, drafts that nobody will verify are not made any more.
     assert counts["drafted"] <= settled_counts["drafted"]
+    assert_same_counts(counts, settled_counts)
+
+
+def assert_same_counts(counts: dict[str, Any], settled: dict[str, Any]) -> None:
+    """Of verification: what is drafted for requests that have ended may differ."""
     for name in (
         *("verifications", "tokens", "sampled_tokens", "deferred_tokens", "deferred_batches"),
         *("plain_batches", "prefill_batches", "verify_layer_passes", "verify_token_layers"),
-        *("accepted", "acceptance_rate"),
+        *("mixed_batches", "mixed_layer_passes", "mixed_prefill_token_layers"),
+        *("mixed_verify_token_layers", "accepted", "acceptance_rate"),
     ):
-        assert counts[name] == settled_counts[name], name
-    for layer, settled_exit in settled_counts["exits"].items():
+        assert counts[name] == settled[name], name
+    for layer, settled_exit in settled["exits"].items():
         for name in ("accepted", "rejected"):
             assert counts["exits"][layer][name] == settled_exit[name], (layer, name)
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_prompts_go_through_beside_open_rounds(
+    engines: EnginePool, prompts: list[str], method: str
+) -> None:
+    """Requests that come while others decode, their prompts in chunks; few seats."""
+    options: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 40}
+    engine = get_engine(engines, spec={"draft_sample_method": method}, **options)
+    params = [p for _ in range(2) for p in all_kinds()]
+    texts = [prompts[i] * (1 + i % 3) for i in range(len(params))]
+    found = {}
+    for name, manner in (("open", nullcontext()), ("settled", always_settled())):
+        with manner:
+            outputs = generate(engine, texts, [p.clone() for p in params])
+            found[name] = everything(outputs), stats(engine, reset=True)
+    (seen, counts), (settled_seen, settled_counts) = found["open"], found["settled"]
+    assert seen == settled_seen
+    assert_same_counts(counts, settled_counts)
+    assert counts["mixed_batches"] > 20
+    decoding = counts["deferred_batches"] + counts["plain_batches"]
+    assert counts["open_batches"] > 0.8 * (decoding + counts["mixed_batches"])
+    vanilla = engines.get(**options)
+    is_greedy = [i for i, p in enumerate(params) if p.temperature == 0.0]
+    reference = generate(vanilla, [texts[i] for i in is_greedy], [params[i] for i in is_greedy])
+    assert_same(vanilla, [outputs[i] for i in is_greedy], reference)
 
 
 def test_greedy_output_is_vanillas_when_outputs_are_late(
@@ -221,14 +289,14 @@ def test_requests_that_end_do_not_stop_the_others(engines: EnginePool, prompts: 
     """Their rows draft no more, and what was drafted for them is not verified."""
     engine, vanilla = get_engine(engines), engines.get()
     params = [greedy(6 + 6 * i) for i in range(8)]
-    noted: list[int] = []
+    noted: list[str] = []
     stop_rows = DeviceRounds._stop_rows
 
-    def noting(self: DeviceRounds, this: Any, left: list[int]) -> None:
-        stop_rows(self, this, left)
+    def noting(self: DeviceRounds, this: Any, gone: list[str]) -> None:
+        stop_rows(self, this, gone)
         rows = this.drafting.round_.rows
-        assert (rows.slots[left] == -1).all()
-        noted.extend(left)
+        assert (rows.slots[[this.input_batch.req_ids.index(r) for r in gone]] == -1).all()
+        noted.extend(gone)
 
     with patch.object(DeviceRounds, "_stop_rows", noting):
         outputs = generate(engine, prompts[:8], params)
@@ -237,6 +305,33 @@ def test_requests_that_end_do_not_stop_the_others(engines: EnginePool, prompts: 
     assert len(noted) >= 5
     counts = stats(engine)
     assert counts["open_batches"] > 0.9 * counts["deferred_batches"]
+
+
+def test_attention_is_prepared_once(engines: EnginePool, prompts: list[str]) -> None:
+    """By the passes, each for its tokens; vLLM's, for the whole batch, would be for nothing."""
+    engine = get_engine(engines)
+    calls: list[int] = []
+
+    def note(worker: Any) -> None:
+        runner = worker.model_runner
+        prepare = runner._prepare_all_attention
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(len(args))
+            return prepare(*args, **kwargs)
+
+        runner._prepare_all_attention = noted
+        runner.put_back = lambda: setattr(runner, "_prepare_all_attention", prepare)
+
+    engine.collective_rpc(note)
+    try:
+        generate(engine, prompts[:6], [greedy(12 + 3 * i) for i in range(6)])
+    finally:
+        engine.collective_rpc(lambda worker: worker.model_runner.put_back())
+    counts = stats(engine)
+    batches = counts["deferred_batches"] + counts["plain_batches"] + counts["prefill_batches"]
+    assert len(calls) == batches - counts["open_batches"]
+    assert counts["open_batches"] > 10
 
 
 def test_one_request_alone_is_verified_unseen(engines: EnginePool, prompts: list[str]) -> None:
@@ -328,7 +423,7 @@ def watch(worker: Any) -> None:
         is_open = DeviceRounds.verify_open(rounds, scheduler_output)
         if is_open:
             trace = stack.enter_context(traced())
-            runner.waits.append(trace.places)
+            runner.waits.append((bool(scheduler_output.scheduled_new_reqs), trace.places))
 
             def replay(graph: RecordedGraph) -> None:
                 # What is in a graph happens on the device.
@@ -348,10 +443,11 @@ def watch(worker: Any) -> None:
     rounds.verify_open, runner.sample_tokens = verify_open, sample_tokens
 
 
-def unwatch(worker: Any) -> list[list[str]]:
+def unwatch(worker: Any) -> list[tuple[bool, list[str]]]:
+    """Of each batch whether somebody is new in it, and for what the host waited."""
     runner = worker.model_runner
     del runner.speculator.device_rounds.verify_open, runner.sample_tokens
-    waits: list[list[str]] = runner.waits
+    waits: list[tuple[bool, list[str]]] = runner.waits
     return waits
 
 
@@ -365,14 +461,17 @@ def test_nobody_waits_for_a_round(
     """
     engine = graphs_engine(engines, loop, async_scheduling=True)
     # The first of a kind makes what all others read.
-    generate(engine, prompts[:3], greedy(24))
+    params = [greedy(10 + 3 * i) for i in range(12)]
+    generate(engine, prompts[:12], params)
     monkeypatch.setattr(RoundCopy, "has_arrived", lambda _: False)
     engine.collective_rpc(watch)
-    generate(engine, prompts[:3], greedy(24))
+    generate(engine, prompts[:12], params)
     waits = engine.collective_rpc(unwatch)[0]
-    assert len(waits) > 3
+    assert len(waits) > 15
+    # Requests that take the seats of others, beside those that decode.
+    assert sum(is_new for is_new, _ in waits) >= 3
     # vLLM's own, and the device's looks at conditions, are not ours.
-    ours = [{w for w in of_round if w.startswith("vllm_adadecode/")} for of_round in waits]
+    ours = [{w for w in of_round if w.startswith("vllm_adadecode/")} for _, of_round in waits]
     if loop == "graph":
         assert ours == [set()] * len(waits)
     else:

@@ -1,6 +1,9 @@
 """Two tensor-parallel ranks, each its own process, decide alike and say what vLLM's two say."""
 
+import time
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from vllm import LLM, RequestOutput, SamplingParams
@@ -10,6 +13,7 @@ from tests.engines import (
     DEMO_MODEL,
     EnginePool,
     assert_same,
+    async_scheduling_on_cpu,
     generate,
     greedy,
     speculative,
@@ -27,8 +31,8 @@ SPEC = speculative(num_speculative_tokens=5, exit_layers=[2, 4, 6], confidence_t
 
 
 @pytest.fixture(scope="module")
-def heads(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Without the draft vocabulary of the demo's own, which one rank alone can serve."""
+def plain_heads(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Without a draft vocabulary: they read each rank's part of the target's own LM head."""
     return demo_heads(tmp_path_factory.mktemp("plain") / "heads")
 
 
@@ -47,40 +51,79 @@ def reference(prompts: list[str]) -> list[RequestOutput]:
 
 
 def note_rounds(worker: Any) -> None:
-    """Have a rank keep what it did in every round: the drafts, with their depths and exits."""
+    """Have a rank keep every window that it drafts, and what it lets each round draft."""
     speculator = worker.model_runner.speculator
-    propose = speculator.propose
+    windows_of, allowed = speculator.windows_of, speculator.allowed
     speculator.noted = []
 
-    def propose_noted(*args: Any, **kwargs: Any) -> Any:
-        drafts = propose(*args, **kwargs)
+    def noted_windows(*args: Any) -> Any:
+        windows = windows_of(*args)
         speculator.noted.append(
-            [
-                (req_id, ids, window.depths.tolist(), window.exits.tolist())
-                for req_id, ids in zip(speculator.last_req_ids, speculator.last_drafts, strict=True)
-                if (window := speculator.windows._windows.get(req_id)) is not None
-            ]
+            [(r, w.depths.tolist(), w.exits.tolist(), w.limit) for r, w in windows.items()]
         )
-        return drafts
+        return windows
 
-    speculator.propose = propose_noted
+    def noted_allowed(*args: Any) -> Any:
+        caps, exits = allowed(*args)
+        speculator.noted.append((caps.tolist(), exits.tolist()))
+        return caps, exits
+
+    speculator.windows_of, speculator.allowed = noted_windows, noted_allowed
 
 
-@pytest.mark.parametrize("draft_sample_method", ["greedy", "probabilistic"])
+def see_copies_at_different_times(worker: Any) -> None:
+    """As of a GPU: what has come from the device is not the same on all ranks, nor their times."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from vllm_adadecode.device_round import RoundCopy
+
+    rank = get_tp_group().rank_in_group
+    looks = iter(range(1 << 30))
+
+    def has_arrived(_: RoundCopy) -> bool:
+        return next(looks) % 3 == rank
+
+    patch.object(RoundCopy, "has_arrived", has_arrived).start()
+    speculator = worker.model_runner.speculator
+    if (budget := speculator.budget) is not None:
+        ended = budget.round_ended
+
+        def late(requests: Any) -> None:
+            time.sleep(0.002 * rank)
+            ended(requests)
+
+        budget.round_ended = late
+
+
+@pytest.mark.parametrize(
+    ("options", "of_the_demo"),
+    [
+        ({}, False),
+        # With a draft vocabulary, whose copy of the LM head is spread over the ranks.
+        ({"draft_sample_method": "probabilistic"}, True),
+        ({"draft_loop": "device", "cost_aware": True}, True),
+    ],
+    ids=["own-lm-head", "copy", "device"],
+)
 def test_ranks_decide_alike(
     engines: EnginePool,
     prompts: list[str],
     reference: list[RequestOutput],
-    heads: str,
-    draft_sample_method: str,
+    plain_heads: str,
+    options: dict[str, Any],
+    of_the_demo: bool,
 ) -> None:
-    engine = LLM(
-        str(DEMO_MODEL),
-        **OPTIONS,
-        speculative_config=SPEC | {"model": heads, "draft_sample_method": draft_sample_method},
-    )
+    on_device = "draft_loop" in options
+    heads = {} if of_the_demo else {"model": plain_heads}
+    with async_scheduling_on_cpu() if on_device else nullcontext():
+        engine = LLM(
+            str(DEMO_MODEL),
+            **OPTIONS | {"async_scheduling": on_device},
+            speculative_config=SPEC | heads | options,
+        )
     try:
         engine.collective_rpc(note_rounds)
+        engine.collective_rpc(see_copies_at_different_times)
         outputs = generate(engine, *requests(prompts))
         sampled = SamplingParams(temperature=0.8, max_tokens=24, ignore_eos=True)
         generate(engine, prompts[:8], sampled)
@@ -93,5 +136,11 @@ def test_ranks_decide_alike(
     assert len(noted) == len(counts) == 2
     assert noted[0] == noted[1]
     assert counts[0] == counts[1]
-    assert sum(len(ids) for r in noted[0] for _, ids, _, _ in r) == counts[0]["drafted"] > 100
-    assert min(counts[0]["mixed_batches"], counts[0]["deferred_batches"]) > 5
+    drafted = [w for of_round in noted[0] if isinstance(of_round, list) for w in of_round]
+    assert sum(len(exits) for _, _, exits, _ in drafted) == counts[0]["drafted"]
+    if on_device:
+        # How much drafting pays on this machine is not known; that it was tried is.
+        assert min(counts[0]["drafted"], counts[0]["open_batches"]) > 5
+    else:
+        assert counts[0]["drafted"] > 100
+        assert min(counts[0]["mixed_batches"], counts[0]["deferred_batches"]) > 5

@@ -28,16 +28,18 @@ def check_conditional_nodes(num_ranks: int) -> None:
     Raises:
         AdaDecodeError: one line that says what is missing.
     """
+    if num_ranks > 1:
+        raise AdaDecodeError("conditional nodes can't hold the collectives of tensor parallelism")
     # Those of 2.12 end after some ten bodies (pytorch/pytorch#187893).
     has_nodes = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node")
     if not has_nodes or Version(torch.__version__).release < (2, 13):
-        raise AdaDecodeError(f"PyTorch {torch.__version__} has no conditional nodes, 2.13 has them")
+        raise AdaDecodeError(
+            f"PyTorch {torch.__version__} has no conditional nodes: 2.13 has them, for CUDA 12.4"
+        )
     if torch.version.cuda is None or tuple(map(int, torch.version.cuda.split("."))) < (12, 4):
         raise AdaDecodeError(
             f"conditional nodes need PyTorch for CUDA 12.4 or later, not {torch.version.cuda}"
         )
-    if num_ranks > 1:
-        raise AdaDecodeError("conditional nodes can't hold the collectives of tensor parallelism")
 
 
 class IfNode:

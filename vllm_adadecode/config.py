@@ -121,7 +121,6 @@ def build_config(
     heads, heads_path = _load_heads(options, model_config)
     if (exit_layers := options.get("exit_layers")) is not None:
         heads = _select_exits(heads, exit_layers)
-    _check_copy(heads, parallel_config)
     fields = {
         "method": METHOD,
         "model": heads_path or model_config.model,
@@ -262,13 +261,11 @@ def _draft_loop(value: Any, num_ranks: int) -> str:
         raise AdaDecodeError(
             f"draft_loop must be 'auto', 'host', 'device' or 'graph', not {value!r}"
         )
-    if num_ranks > 1:
-        raise AdaDecodeError(
-            f"draft_loop {value!r} does not support tensor parallelism yet: use draft_loop 'host', "
-            "or --tensor-parallel-size 1"
-        )
     if value == "graph":
-        check_conditional_nodes(num_ranks)
+        try:
+            check_conditional_nodes(num_ranks)
+        except AdaDecodeError as error:
+            raise AdaDecodeError(f"draft_loop 'graph': {error}; use draft_loop 'device'") from None
     return value
 
 
@@ -305,21 +302,9 @@ def resolve_draft_loop(vllm_config: VllmConfig, device_type: str) -> str:
     if spec.draft_loop != "auto":
         return spec.draft_loop
     fits = _most_pass_tokens(vllm_config) <= vllm_config.scheduler_config.max_num_batched_tokens
-    one_rank = vllm_config.parallel_config.tensor_parallel_size == 1
     captured = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
-    on_device = device_type == "cuda" and captured and one_rank and fits
+    on_device = device_type == "cuda" and captured and fits
     return "device" if on_device else "host"
-
-
-def _check_copy(heads: HeadsConfig, parallel_config: ParallelConfig) -> None:
-    """The heads' copy of the LM head is made of whole ones, not of one rank's rows."""
-    fields = ("draft_vocab_size", "lm_head_quantization")
-    used = [name for name in fields if getattr(heads, name) is not None]
-    if used and parallel_config.tensor_parallel_size > 1:
-        raise AdaDecodeError(
-            f"heads with {' and '.join(used)} do not support tensor parallelism yet: use heads "
-            "without, or --tensor-parallel-size 1"
-        )
 
 
 def _thresholds(

@@ -6,12 +6,13 @@ to use these settles first; until then the host has nothing to wait for. A round
 leaves nothing to wait for at all: it is booked whenever its copy has come.
 
 With async scheduling a round stays open when `propose` returns: its first step is queued, and the
-host prepares the next batch while that runs. If that batch goes on with the same requests
-(open_round.py), the other steps are queued just before its forward pass, and the host never waits
-for the windows that it verifies. Otherwise the round is settled before the batch is prepared.
+host prepares the next batch while that runs. If that batch may verify it unseen (open_round.py),
+the other steps are queued just before its forward pass, and the host never waits for the windows
+that it verifies. Otherwise the round is settled before the batch is prepared.
 """
 
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -27,7 +28,7 @@ from vllm_adadecode.device_loop import DeviceLoop, Drafting
 from vllm_adadecode.draft_loop import DraftState
 from vllm_adadecode.kernels.draft_state import STOPPED
 from vllm_adadecode.loop_buffers import LoopBuffers
-from vllm_adadecode.open_round import MOST_PLACES, OpenPlan, continues
+from vllm_adadecode.open_round import MOST_PLACES, NextBatch, OpenPlan
 from vllm_adadecode.span_runner import CHECK_KV_BOUNDS
 from vllm_adadecode.static_spans import StaticSpans
 from vllm_adadecode.step_guard import AskHost
@@ -167,12 +168,13 @@ class _Round:
         num_sampled: ``[>= num_reqs]`` that it sampled.
         used_exits: that the round might use.
         timed: whether its requests did as the budget said.
-        samples_all: whether each of its requests has a window: none is in the middle of its prompt.
+        samples: whether each of its requests has a window: it is not in the midst of its prompt.
         drafting: its steps; None: it drafted nothing.
         caps: most drafts of each request.
         copy: of what came of it; None as long as not all of its steps are queued.
         verifies: the round that its batch verified, if that was open.
         verified_as: how the next batch verified it, if that did so while it was open.
+        left_out: its requests that go on, but that this batch left out.
         windows: its own, once it is booked, if it was verified while it was open.
         kv_capacity: tokens that its requests had blocks for, if that is checked.
     """
@@ -182,19 +184,31 @@ class _Round:
     num_sampled: torch.Tensor
     used_exits: int
     timed: bool
-    samples_all: bool
+    # [num_reqs] bool
+    samples: np.ndarray
     drafting: Drafting | None = None
     caps: dict[str, int] = field(default_factory=dict)
     copy: RoundCopy | None = None
     verifies: "_Round | None" = None
     verified_as: OpenPlan | None = None
+    left_out: set[str] = field(default_factory=set)
     windows: dict[str, PendingWindow] = field(default_factory=dict)
     kv_capacity: np.ndarray | None = None
 
     @property
     def has_windows(self) -> bool:
         """Whether somebody is to verify its windows as the host knows them."""
-        return self.drafting is not None and self.verified_as is None
+        return self.drafting is not None and (self.verified_as is None or bool(self.left_out))
+
+    def row_of(self, req_ids: Iterable[str]) -> dict[str, int]:
+        """Rows of these requests of the round."""
+        rows = {req_id: row for row, req_id in enumerate(self.input_batch.req_ids)}
+        return {req_id: rows[req_id] for req_id in req_ids}
+
+
+# Where there are several tensor-parallel ranks, a round is booked when as many have come after it:
+# by then its copy is there. The first look at it that finds it would be another one on each rank.
+ROUNDS_LATE = 2
 
 
 class DeviceRounds:
@@ -203,6 +217,7 @@ class DeviceRounds:
     Args:
         speculator: its deferred states, policy, heads and records are used.
         keeps_open: whether rounds may stay open; drafts are then not known when `propose` returns.
+        num_ranks: of tensor parallelism.
 
     Attributes:
         most_places: of a batch that verifies an open round, vacant ones among them.
@@ -211,9 +226,14 @@ class DeviceRounds:
     most_places = MOST_PLACES
 
     def __init__(
-        self, speculator: "AdaDecodeSpeculator", loop: DeviceLoop, keeps_open: bool = False
+        self,
+        speculator: "AdaDecodeSpeculator",
+        loop: DeviceLoop,
+        keeps_open: bool = False,
+        num_ranks: int = 1,
     ) -> None:
-        self.speculator, self.loop, self.keeps_open = speculator, loop, keeps_open
+        self.speculator, self.loop = speculator, loop
+        self.keeps_open, self.num_ranks = keeps_open, num_ranks
         self._unsettled: deque[_Round] = deque()
         # The last round, as long as nothing says how it will be verified.
         self._open: _Round | None = None
@@ -238,8 +258,13 @@ class DeviceRounds:
         )
         spans = StaticSpans(speculator.spans, speculator.max_model_len)
         loop = DeviceLoop(speculator.model, spans, speculator.deferred, buffers, AskHost())
-        scheduler = speculator.vllm_config.scheduler_config
-        return cls(speculator, loop, keeps_open=bool(scheduler.async_scheduling))
+        config = speculator.vllm_config
+        return cls(
+            speculator,
+            loop,
+            keeps_open=bool(config.scheduler_config.async_scheduling),
+            num_ranks=config.parallel_config.tensor_parallel_size,
+        )
 
     def propose(
         self,
@@ -275,7 +300,7 @@ class DeviceRounds:
             num_sampled,
             exits,
             timed=is_even,
-            samples_all=bool(samples.all()),
+            samples=samples,
         )
         this.verifies, self._verifying = self._verifying, None
         self._unsettled.append(this)
@@ -329,27 +354,25 @@ class DeviceRounds:
 
     def verify_open(self, scheduler_output: SchedulerOutput) -> bool:
         """Whether the next batch verifies the last round unseen; else that has been settled."""
+        left = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        for unsettled in self._unsettled:
+            unsettled.left_out -= left
         this = self._open
         if this is None:
             self.settle()
             return False
-        req_ids, gone = this.input_batch.req_ids, scheduler_output.finished_req_ids
-        left = [row for row, req_id in enumerate(req_ids) if req_id in gone]
-        staying = [req_id for req_id in req_ids if req_id not in gone]
-        places = sum(1 + this.caps[req_id] for req_id in staying)
-        if (
-            not this.samples_all
-            or not staying
-            or places > self._most_places()
-            or not continues(scheduler_output, staying)
-        ):
+        req_ids = this.input_batch.req_ids
+        decoding = {r: None for r, samples in zip(req_ids, this.samples, strict=True) if samples}
+        batch = NextBatch.of(scheduler_output, decoding, set(req_ids) - decoding.keys())
+        if batch is None or sum(1 + this.caps[r] for r in batch.decoding) > self._most_places():
             # Nobody needs the drafts of a round whose requests are all gone.
-            self._close(drop=not staying)
+            self._close(drop=decoding.keys() <= left)
             self.settle()
             return False
         self._open, self._verifying = None, this
-        if left and this.copy is None:
-            self._stop_rows(this, left)
+        this.left_out = set(batch.left_out)
+        if batch.gone and this.copy is None:
+            self._stop_rows(this, batch.gone)
         return True
 
     def _most_places(self) -> int:
@@ -357,32 +380,37 @@ class DeviceRounds:
         assert passes is not None
         return min(self.most_places, passes.most_tokens)
 
-    def _stop_rows(self, this: _Round, left: list[int]) -> None:
+    def _stop_rows(self, this: _Round, req_ids: list[str]) -> None:
         """Have requests that are gone draft no more: their blocks may become others'."""
         assert this.drafting is not None
         rows = this.drafting.round_.rows
-        index = async_tensor_h2d(np.array(left), device=rows.slots.device)
+        gone = np.array([*this.row_of(req_ids).values()])
+        index = async_tensor_h2d(gone, device=rows.slots.device)
         rows.next_span.index_fill_(0, index, STOPPED)
         rows.slots.index_fill_(0, index, -1)
 
     def most_drafts(self, req_id: str) -> int:
-        """Of a request whose open round is being verified."""
+        """Of a request in a batch that verifies an open round."""
         assert self._verifying is not None
-        return self._verifying.caps[req_id]
+        return self._verifying.caps.get(req_id, 0)
 
     def plan_open(self, input_batch: InputBatch) -> OpenPlan:
         """How a batch, now prepared, verifies the open round."""
         this = self._verifying
         assert this is not None
         assert this.drafting is not None
-        rows = {req_id: row for row, req_id in enumerate(this.input_batch.req_ids)}
+        decoding = np.flatnonzero(~input_batch.is_prefilling_np)
+        rows = this.row_of(input_batch.req_ids[row] for row in decoding)
         this.verified_as = OpenPlan.of(input_batch, this.drafting, rows, self.speculator.device)
         return this.verified_as
 
     def finish_open(self) -> None:
         """Queue what is left of the round that is being verified; before the batch runs."""
-        assert self._verifying is not None
-        self._finish(self._verifying)
+        this = self._verifying
+        assert this is not None
+        self._finish(this)
+        if this.left_out:
+            self._hand_on(this, this.row_of(this.left_out))
 
     def end_open(self) -> None:
         """The same round's copy; after the batch, which the device should not wait for."""
@@ -404,9 +432,17 @@ class DeviceRounds:
         if not drop:
             self._finish(this)
         self._end(this)
+        self._hand_on(this, this.row_of(this.input_batch.req_ids))
+
+    def _hand_on(self, this: _Round, rows: Mapping[str, int]) -> None:
+        """Give vLLM the drafts of these requests, which `propose` has returned without."""
         assert this.drafting is not None
-        batch, drafts = this.input_batch, this.drafting.round_.rows.tokens
-        self.speculator.req_states.draft_tokens[batch.idx_mapping] = drafts[: batch.num_reqs, 1:]
+        of_round = np.array([*rows.values()])
+        slots = this.input_batch.idx_mapping_np[of_round]
+        places = np.stack([of_round, slots]).astype(np.int64)
+        row, slot = async_tensor_h2d(places, device=self.speculator.device)
+        drafts = this.drafting.round_.rows.tokens
+        self.speculator.req_states.draft_tokens[slot] = drafts[row, 1:]
 
     # -------------------------------------------------------------------------------------------
 
@@ -465,9 +501,15 @@ class DeviceRounds:
             if this is self._open or this.copy is None:
                 return
             wanted = everything or (wait and any(u.has_windows for u in self._unsettled))
-            if not wanted and not this.copy.has_arrived():
+            if not wanted and not self._is_due(this.copy):
                 return
             self._book(self._unsettled.popleft(), this.copy)
+
+    def _is_due(self, copy: RoundCopy) -> bool:
+        """Whether the first unsettled round may be booked, which nobody is in need of."""
+        if self.num_ranks == 1:
+            return copy.has_arrived()
+        return len(self._unsettled) > ROUNDS_LATE
 
     def _book(self, this: _Round, copy: RoundCopy) -> None:
         input_batch, result = this.input_batch, copy.wait()
@@ -497,6 +539,8 @@ class DeviceRounds:
             return
         # For the round that its verification comes before.
         this.windows = speculator.windows_of(*found)
+        for req_id in this.left_out & this.windows.keys():
+            speculator.windows.put(req_id, this.windows.pop(req_id))
         this.verified_as.count(this.windows, speculator.model, speculator.counters)
 
     def _count(self, result: RoundResult, num_exits: int) -> None:

@@ -21,6 +21,7 @@ from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_adadecode.device_round import DeviceRounds
 from vllm_adadecode.draft_ids import attach_drafts
 from vllm_adadecode.metrics import UnsentCounts, attach_counts
 from vllm_adadecode.open_round import OpenPlan
@@ -42,7 +43,9 @@ class AdaDecodeRunnerMixin(_Base):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         self._plan: VerificationPlan | OpenPlan | None = None
-        self._starts_at_depth = self._verifies_open = False
+        self._starts_at_depth = False
+        # Of a batch that verifies an open round.
+        self._open: DeviceRounds | None = None
         self.speculator.workspace_lane = self._draft_workspace_lane
         self._placeholders: SchedulerOutput | None = None
         self._scheduled: SchedulerOutput | None = None
@@ -66,6 +69,8 @@ class AdaDecodeRunnerMixin(_Base):
             self.decode_query_len = decode_query_len
         assert self.cudagraph_manager is not None
         self._keep_from_replay(self.cudagraph_manager)
+        self._prepare_all_attention = self.model_state.prepare_attn
+        self.model_state.prepare_attn = self._prepare_attention
         speculator = self.speculator
         self.scorer = Scorer(
             speculator.model,
@@ -89,6 +94,10 @@ class AdaDecodeRunnerMixin(_Base):
 
         manager.dispatch = dispatch_unless_deferred
 
+    def _prepare_attention(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # The passes over an open round prepare their own, each of its tokens.
+        return {} if self._open is not None else self._prepare_all_attention(*args, **kwargs)
+
     def _forward(
         self,
         input_ids: torch.Tensor | None,
@@ -99,15 +108,14 @@ class AdaDecodeRunnerMixin(_Base):
         if self._plan is not None:
             assert input_ids is not None
             if isinstance(self._plan, OpenPlan):
-                return self._forward_open(self._plan)
+                assert self._open is not None
+                return self._forward_open(self._open, self._plan)
             with record_function_or_nullcontext("adadecode: verification"):
                 return self.scorer.forward(self._plan, input_ids, positions)
         with record_function_or_nullcontext("adadecode: all layers"):
             return self._all_layers(input_ids, positions, intermediate_tensors, inputs_embeds)
 
-    def _forward_open(self, plan: OpenPlan) -> torch.Tensor:
-        rounds = self.speculator.device_rounds
-        assert rounds is not None
+    def _forward_open(self, rounds: DeviceRounds, plan: OpenPlan) -> torch.Tensor:
         rounds.finish_open()
         with record_function_or_nullcontext("adadecode: verification"):
             hidden = self.scorer.forward_open(plan)
@@ -118,9 +126,11 @@ class AdaDecodeRunnerMixin(_Base):
     def execute_model(
         self, scheduler_output: SchedulerOutput, *args: Any, dummy_run: bool = False, **kwargs: Any
     ) -> Any:
+        self._open = None
         if not dummy_run:
             rounds = self.speculator.device_rounds
-            self._verifies_open = rounds is not None and rounds.verify_open(scheduler_output)
+            is_open = rounds is not None and rounds.verify_open(scheduler_output)
+            self._open = rounds if is_open else None
             windows = self.speculator.windows
             windows.drop(scheduler_output.finished_req_ids)
             windows.drop(scheduler_output.preempted_req_ids)
@@ -134,7 +144,7 @@ class AdaDecodeRunnerMixin(_Base):
                 and params.temperature > 0.0
             }
             scheduler_output = self._cut_placeholders(scheduler_output)
-            self._starts_at_depth = self._verifies_open or windows.any_deferred(
+            self._starts_at_depth = is_open or windows.any_deferred(
                 scheduler_output.num_scheduled_tokens
             )
         try:
@@ -146,10 +156,9 @@ class AdaDecodeRunnerMixin(_Base):
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
     ) -> InputBatch:
         input_batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
-        if self._verifies_open:
-            assert self.speculator.device_rounds is not None
+        if self._open is not None:
             # What it runs is counted when that is known.
-            self._plan = self.speculator.device_rounds.plan_open(input_batch)
+            self._plan = self._open.plan_open(input_batch)
             return input_batch
         windows = {
             req_id: window
@@ -182,9 +191,8 @@ class AdaDecodeRunnerMixin(_Base):
         """
         self._placeholders = self._scheduled = None
         most = self.speculator.windows.num_drafts
-        if self._verifies_open:
-            assert self.speculator.device_rounds is not None
-            most = self.speculator.device_rounds.most_drafts
+        if self._open is not None:
+            most = self._open.most_drafts
         num_tokens = dict(scheduler_output.num_scheduled_tokens)
         drafts: dict[str, list[int]] = {}
         cut = 0
@@ -225,7 +233,7 @@ class AdaDecodeRunnerMixin(_Base):
         input_batch: InputBatch,
         grammar_output: GrammarOutput | None,
     ) -> Any:
-        if self._verifies_open:
+        if self._open is not None:
             assert self.speculator.verification_passes is not None
             ids = input_batch.input_ids
             vacant = self.speculator.verification_passes.vacant[: len(ids)]
@@ -257,7 +265,7 @@ class AdaDecodeRunnerMixin(_Base):
         speculator = self.speculator
         speculator.verification_graphs = speculator.draft_graphs = None
         speculator.verification_passes = None
-        for name in ("scorer", "_all_layers"):
+        for name in ("scorer", "_all_layers", "_prepare_all_attention"):
             self.__dict__.pop(name, None)
         super().shutdown()
 

@@ -24,7 +24,7 @@ from vllm_adadecode.staged import StagedTarget
 from vllm_adadecode.windows import PendingWindow
 
 if TYPE_CHECKING:
-    from vllm_adadecode.open_round import OpenPlan
+    from vllm_adadecode.open_round import OpenPlan, PrefillPart
     from vllm_adadecode.verification_graphs import VerificationGraphs
     from vllm_adadecode.verification_passes import VerificationPasses
 
@@ -156,10 +156,14 @@ class Scorer:
         """
         passes, graphs = self.passes, self.graphs()
         assert passes is not None
-        num_reqs, num_tokens = len(plan.req_ids), plan.num_tokens
-        size = graphs.size(num_tokens, num_reqs) if graphs is not None else None
-        passes.load_open(plan, size or num_tokens)
+        num_reqs, num_tokens, prefill = len(plan.req_ids), plan.num_tokens, plan.prefill
+        size = None
+        if graphs is not None and prefill is None:
+            size = graphs.size(num_tokens, num_reqs)
+        passes.load_open(plan, size or plan.num_places)
         pending = plan.drafting.pending()
+        if prefill is not None:
+            return self._beside(prefill, plan, passes, pending)
         if pending is None and graphs is not None and size is not None and graphs.replay_all(size):
             return graphs.output[:num_tokens]
         if pending is None:
@@ -175,6 +179,21 @@ class Scorer:
         for span, count in counts.items():
             passes.run(span, max(count, num_reqs), num_reqs, output)
         return output[:num_tokens]
+
+    def _beside(
+        self,
+        prefill: "PrefillPart",
+        plan: "OpenPlan",
+        passes: "VerificationPasses",
+        pending: list[int] | None,
+    ) -> torch.Tensor:
+        """All spans for what is prefilled, with the windows of an open round."""
+        # Beside a prompt, places without a token cost less than to ask how many there are.
+        counts = pending or [plan.num_places] * passes.num_spans
+        output = passes.new_output(plan.num_tokens)
+        for span, count in enumerate(counts):
+            passes.run(span, min(count, plan.num_places), len(plan.req_ids), output, prefill)
+        return output[: plan.num_tokens]
 
     def _deferred_states(
         self, plan: VerificationPlan, device: torch.device

@@ -8,6 +8,9 @@ of a verification by verification_passes.py.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import VllmConfig
@@ -23,6 +26,9 @@ from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
 from vllm_adadecode.span_runner import SpanRunner, run_span
 
+if TYPE_CHECKING:
+    from vllm_adadecode.open_round import PrefillPart
+
 
 def why_not_captured(
     attn_groups: list[list[AttentionGroup]], vllm_config: VllmConfig
@@ -35,6 +41,36 @@ def why_not_captured(
     if found is not None:
         return f"attention backend {found[0]} can't replay up to {window} tokens a request"
     return None
+
+
+# Passes whose shapes are kept: more than any server is likely to be in the midst of.
+KEPT_SHAPES = 1024
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """What the host says of a pass: bounds for every row, on the host.
+
+    Attributes:
+        row_tokens: most tokens of a row.
+        query_start_loc: int32 ``[num_rows + 1]`` where a row's tokens start at most.
+        lengths: int32 ``[num_rows]``.
+        is_prefilling: bool ``[num_rows]``.
+    """
+
+    row_tokens: int
+    query_start_loc: torch.Tensor
+    lengths: torch.Tensor
+    is_prefilling: torch.Tensor
+
+    def after(self, prefill: "PrefillPart") -> "PassShape":
+        """The same after rows that are prefilled, of which all is known."""
+        return PassShape(
+            max(self.row_tokens, prefill.most_tokens),
+            torch.cat([prefill.starts_cpu, prefill.num_tokens + self.query_start_loc]),
+            torch.cat([prefill.lengths_cpu, self.lengths]),
+            torch.cat([torch.ones(prefill.num_reqs, dtype=torch.bool), self.is_prefilling]),
+        )
 
 
 class StaticSpans:
@@ -65,8 +101,7 @@ class StaticSpans:
             block_sizes=tables.block_sizes_tensor,
             enabled=tables.slot_mapping_enabled,
         )
-        # By rows, most tokens of a row and all tokens: what the host says of a pass, on the host.
-        self._shapes: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.shape = lru_cache(KEPT_SHAPES)(self._shape)
 
     def begin(
         self,
@@ -103,12 +138,12 @@ class StaticSpans:
         num_tokens = num_rows * row_tokens
         return self.run_rows(
             span,
+            self.shape(num_rows, row_tokens, num_tokens),
             positions=inputs.positions[:num_tokens],
             slot_mappings=inputs.slot_mapping[:, :num_tokens],
             query_start_loc=inputs.query_start_loc,
             seq_lens=inputs.seq_lens,
             block_tables=[table[:num_rows] for table in self.spans.input_block_tables],
-            row_tokens=row_tokens,
             is_padding=inputs.token_slots[:num_tokens] < 0,
             hidden=hidden,
             residual=residual,
@@ -117,6 +152,7 @@ class StaticSpans:
     def run_rows(
         self,
         span: int,
+        shape: PassShape,
         *,
         # [num_tokens] int64
         positions: torch.Tensor,
@@ -128,8 +164,6 @@ class StaticSpans:
         seq_lens: torch.Tensor,
         # num_kv_groups x [num_rows, max_blocks]
         block_tables: Sequence[torch.Tensor],
-        # most tokens of a row
-        row_tokens: int,
         # [num_tokens] bool
         is_padding: torch.Tensor,
         # [num_tokens, hidden_size]
@@ -145,24 +179,21 @@ class StaticSpans:
         """
         spans = self.spans
         num_rows, num_tokens = len(seq_lens), len(positions)
-        query_start_loc_cpu, upper, is_prefilling = self._host_shapes(
-            num_rows, row_tokens, num_tokens
-        )
         metadata = build_attn_metadata(
             attn_groups=spans.attn_groups,
             num_reqs=num_rows,
             num_tokens=num_tokens,
             query_start_loc_gpu=query_start_loc,
-            query_start_loc_cpu=query_start_loc_cpu,
-            max_query_len=row_tokens,
+            query_start_loc_cpu=shape.query_start_loc,
+            max_query_len=shape.row_tokens,
             seq_lens=seq_lens,
             max_seq_len=self.max_model_len,
             block_tables=block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=spans.kv_cache_config,
-            seq_lens_cpu_upper_bound=upper,
+            seq_lens_cpu_upper_bound=shape.lengths,
             positions=positions,
-            is_prefilling=is_prefilling,
+            is_prefilling=shape.is_prefilling,
         )
         return run_span(
             spans.vllm_config,
@@ -176,15 +207,11 @@ class StaticSpans:
             is_padding,
         )
 
-    def _host_shapes(
-        self, num_rows: int, row_tokens: int, num_tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Bounds for every row: where its tokens start, its length; and that none is prefilled."""
-        key = num_rows, row_tokens, num_tokens
-        if key not in self._shapes:
-            self._shapes[key] = (
-                (torch.arange(num_rows + 1, dtype=torch.int32) * row_tokens).clamp(max=num_tokens),
-                torch.full((num_rows,), self.max_model_len, dtype=torch.int32),
-                torch.zeros(num_rows, dtype=torch.bool),
-            )
-        return self._shapes[key]
+    def _shape(self, num_rows: int, row_tokens: int, num_tokens: int) -> PassShape:
+        """A pass without prefill, of as many rows, tokens of a row, and tokens at most."""
+        return PassShape(
+            row_tokens,
+            (torch.arange(num_rows + 1, dtype=torch.int32) * row_tokens).clamp(max=num_tokens),
+            torch.full((num_rows,), self.max_model_len, dtype=torch.int32),
+            torch.zeros(num_rows, dtype=torch.bool),
+        )

@@ -5,7 +5,8 @@ that the plan names. A pass reads the batch where vLLM's runner has prepared it 
 lengths, KV slots, block tables), all at addresses that stay, and the states of pending tokens where
 the draft loop left them. States of tokens on their way through the spans are kept there as well, so
 that nothing else goes from one pass to the next, and each may be a captured graph
-(verification_graphs.py).
+(verification_graphs.py). What is prefilled beside an open round is in the host's hands, in passes
+that are never captured.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import DraftRows
 from vllm_adadecode.kernels.verification_plan import PassPlans, plan_verification
-from vllm_adadecode.open_round import MOST_PLACES, OpenPlan
+from vllm_adadecode.open_round import MOST_PLACES, OpenPlan, PrefillPart
 from vllm_adadecode.scorer import VerificationPlan
 from vllm_adadecode.staged import StagedTarget
 from vllm_adadecode.static_spans import StaticSpans
@@ -39,8 +40,9 @@ class VerificationPasses:
         window: most tokens of a request, 1 + K.
 
     Attributes:
-        most_tokens, most_rows: of a pass.
-        vacant: bool ``[most_tokens]``, places of the last open verification that hold no token.
+        most_tokens, most_rows: of a pass, without what is prefilled.
+        vacant: bool ``[max_num_batched_tokens]``, places of the last open verification that hold no
+            token.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class VerificationPasses:
         sizes = self.num_spans, self.most_tokens, self.most_rows
         self.plans = PassPlans.empty(*sizes, deferred.hidden.device)
         self._empty = PassPlans.empty(*sizes, torch.device("cpu"))
-        self.vacant = torch.zeros_like(self.plans.tokens[0], dtype=torch.bool)
+        self.vacant = torch.zeros_like(buffers.input_ids, dtype=torch.bool)
 
     @property
     def num_spans(self) -> int:
@@ -98,6 +100,8 @@ class VerificationPasses:
         Args:
             num_places: tokens of the largest pass, padding among them.
         """
+        if plan.prefill is not None:
+            self.vacant[: plan.num_tokens].zero_()
         plan_verification(
             self.plans,
             plan.drafting.round_.rows,
@@ -129,7 +133,12 @@ class VerificationPasses:
             )
 
     def run(
-        self, span: int, num_tokens: int, num_reqs: int, output: torch.Tensor | None = None
+        self,
+        span: int,
+        num_tokens: int,
+        num_reqs: int,
+        output: torch.Tensor | None = None,
+        prefill: PrefillPart | None = None,
     ) -> None:
         """A span for the tokens that the plan names: what may be captured.
 
@@ -139,37 +148,64 @@ class VerificationPasses:
             output: for the last span, ``[> tokens of the batch, hidden_size]``: final hidden states
                 are written to each token's place in the batch, and to the last row those of
                 padding. Vacant places are left as they are.
+            prefill: runs as well, before these tokens, with rows of its own; not to be captured.
         """
         tokens, slots, offsets = (
             part[span, :num_tokens]
             for part in (self.plans.tokens, self.plans.slots, self.plans.offsets)
         )
         starts = self.plans.starts[span, : num_reqs + 1].to(torch.int32)
+        lengths = self.buffers.seq_lens[:num_reqs]
+        lengths = torch.where(starts[1:] > starts[:-1], lengths, 0)
+        block_tables = [table[:num_reqs] for table in self.block_tables.input_block_tables]
+        shape = self.static.shape(num_reqs, min(self.window, num_tokens), num_tokens)
+        if prefill is not None:
+            tokens = torch.cat([prefill.tokens, tokens])
+            starts = torch.cat([prefill.starts.to(torch.int32), prefill.num_tokens + starts])
+            lengths = torch.cat([self.buffers.seq_lens[prefill.rows], lengths])
+            block_tables = [torch.cat([table[prefill.rows], table]) for table in block_tables]
+            shape = shape.after(prefill)
         there = tokens >= 0
         places = tokens.clamp(min=0)
         if span == 0:
             hidden = self.staged.embed(self.buffers.input_ids[places])
             residual = None
         else:
-            # Of padding, zeros: a scale that is taken over all rows must not see anything else.
-            shape = num_tokens, self.deferred.hidden.shape[2]
-            states = self.deferred.hidden.new_zeros(shape), self.deferred.residual.new_zeros(shape)
-            hidden, residual = self.deferred.gather(slots, offsets, out=states)
-        lengths = self.buffers.seq_lens[:num_reqs]
+            hidden, residual = self._pending(slots, offsets)
+            if prefill is not None:
+                assert prefill.states is not None
+                hidden = torch.cat([prefill.states[0], hidden])
+                residual = torch.cat([prefill.states[1], residual])
         hidden, residual = self.static.run_rows(
             span,
+            shape,
             positions=self.buffers.positions[places],
             slot_mappings=torch.where(there, self.block_tables.slot_mappings[:, places], -1),
             query_start_loc=starts,
-            seq_lens=torch.where(starts[1:] > starts[:-1], lengths, 0),
-            block_tables=[t[:num_reqs] for t in self.block_tables.input_block_tables],
-            row_tokens=min(self.window, num_tokens),
+            seq_lens=lengths,
+            block_tables=block_tables,
             is_padding=~there,
             hidden=hidden,
             residual=residual,
         )
         if span + 1 < self.num_spans:
-            self.deferred.store(slots, offsets, hidden, residual)
+            first = len(tokens) - num_tokens
+            self.deferred.store(slots, offsets, hidden[first:], residual[first:])
+            if prefill is not None:
+                prefill.states = hidden[:first], residual[:first]
             return
         assert output is not None
         output[torch.where(there, tokens, len(output) - 1)] = self.staged.finish(hidden, residual)
+
+    def _pending(
+        self,
+        # [num_tokens] int64, -1: padding
+        slots: torch.Tensor,
+        # [num_tokens] int64
+        offsets: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden, residual) of pending tokens as they are now."""
+        # Of padding, zeros: a scale that is taken over all rows must not see anything else.
+        shape = len(slots), self.deferred.hidden.shape[2]
+        states = self.deferred.hidden.new_zeros(shape), self.deferred.residual.new_zeros(shape)
+        return self.deferred.gather(slots, offsets, out=states)

@@ -266,6 +266,9 @@ def draft_steps(
     one_exit={"num_exits": 1},
     # More than a program holds at once: windows this long come 32 at a time.
     blocks={"num_reqs": 37, "max_drafts": 36, "num_exits": 1},
+    # Requests that are prefilled beside them, with more tokens than a window has.
+    mixed={"every_prefilled": 2},
+    blocks_mixed={"num_reqs": 37, "max_drafts": 36, "num_exits": 1, "every_prefilled": 3},
 )
 def verification_plan(
     rng: torch.Generator,
@@ -273,6 +276,7 @@ def verification_plan(
     num_reqs: int = 6,
     max_drafts: int = 3,
     num_exits: int = 3,
+    every_prefilled: int | None = None,
 ) -> Outputs:
     """The windows of a round, in another order, scheduled as far as may be or less."""
     from vllm_adadecode.kernels.verification_plan import PassPlans, plan_verification
@@ -283,11 +287,13 @@ def verification_plan(
     row_of = row_of[rows.slots[row_of] >= 0].repeat(5)[:num_reqs].to(torch.int32)
     scheduled = torch.full((len(row_of),), window)
     scheduled[::2] = torch.randint(1, 1 + window, scheduled[::2].shape, generator=rng)
+    if every_prefilled is not None:
+        row_of[1::every_prefilled], scheduled[1::every_prefilled] = -1, 2 * window + 1
     most_rows = 5 * num_rows + 1
     query_start_loc = torch.full((most_rows,), int(scheduled.sum()), dtype=torch.int32)
     query_start_loc[: len(row_of) + 1] = torch.cat([torch.zeros(1), scheduled.cumsum(0)])
     num_tokens = int(scheduled.sum())
-    most = most_rows * window
+    most = most_rows * (2 * window + 1)
     plans = PassPlans.empty(1 + num_exits, most, most_rows, torch.get_default_device())
     plans.data.fill_(-7)
     found = {
