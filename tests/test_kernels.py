@@ -349,20 +349,29 @@ def test_draft_steps_follow_the_rules(seed: int) -> None:
     assert rows.counts[:, 1].sum() == rows.num_drafts.sum()
 
 
+@pytest.mark.parametrize("every_prefilled", [None, 3])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_verification_is_planned_token_by_token(seed: int) -> None:
+def test_a_verification_is_planned_token_by_token(seed: int, every_prefilled: int | None) -> None:
     sizes = {"num_rows": 12, "max_drafts": 4, "num_exits": 3}
     rows, _, _ = loop_cases.round_of_steps(
         torch.Generator("cpu").manual_seed(seed), **sizes, num_groups=1
     )
     rng = torch.Generator("cpu").manual_seed(seed)
-    found = loop_cases.verification_plan(rng, num_reqs=8, **sizes)
+    found = loop_cases.verification_plan(rng, num_reqs=8, **sizes, every_prefilled=every_prefilled)
     starts = found["query_start_loc"].tolist()
     passes: list[list[tuple[int, int, int]]] = [[] for _ in range(4)]
     bounds: list[list[int]] = [[0] for _ in range(4)]
     vacant = drafted = 0
     for request, row in enumerate(found["row_of"].tolist()):
         first, scheduled = starts[request], starts[request + 1] - starts[request]
+        if row < 0:
+            # It is prefilled: in no pass of these, and left as it is.
+            for span in range(4):
+                bounds[span].append(len(passes[span]))
+            assert found["input_ids"][first : first + scheduled].eq(-7).all()
+            assert not found["vacant"][first : first + scheduled].any()
+            assert found["seq_lens"][request] == -7
+            continue
         length = min(1 + int(rows.num_drafts[row]), scheduled)
         for span in range(4):
             passes[span] += [
@@ -380,7 +389,7 @@ def test_a_verification_is_planned_token_by_token(seed: int) -> None:
     assert min(vacant, drafted) > 0
     # Padding as far as passes go, and nothing written past it.
     most_rows = len(found["seq_lens"])
-    num_places, most = starts[len(found["row_of"])] + 3, most_rows * 5
+    num_places, most = starts[len(found["row_of"])] + 3, most_rows * 11
     for span, plan in enumerate(found["plans"].tolist()):
         tokens, slots, offsets = (plan[i * most : (i + 1) * most] for i in range(3))
         n, rest = len(passes[span]), num_places - len(passes[span])
