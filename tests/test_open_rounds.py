@@ -163,7 +163,7 @@ def all_kinds() -> list[SamplingParams]:
     """Greedy and sampled, of several lengths, with everything that looks at drafts."""
     kinds: list[dict[str, Any]] = [
         {},
-        {"logprobs": 3},
+        {"logprobs": 3, "prompt_logprobs": 2},
         {"temperature": 0.8, "seed": 1},
         {"temperature": 1.2, "seed": 2, "top_p": 0.9, "logprobs": 2},
         {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.3},
@@ -182,6 +182,7 @@ def everything(outputs: list[Any]) -> list[Any]:
             list(o.outputs[0].token_ids),
             o.outputs[0].finish_reason,
             [sorted(position) for position in o.outputs[0].logprobs or ()],
+            [sorted(position) for position in o.prompt_logprobs or () if position],
         )
         for o in outputs
     ]
@@ -240,6 +241,8 @@ def test_prompts_go_through_beside_open_rounds(
             found[name] = everything(outputs), stats(engine, reset=True)
     (seen, counts), (settled_seen, settled_counts) = found["open"], found["settled"]
     assert seen == settled_seen
+    # Of a prompt that went through in chunks.
+    assert max(len(of_prompt) for *_, of_prompt in seen) > 40
     assert_same_counts(counts, settled_counts)
     assert counts["mixed_batches"] > 20
     decoding = counts["deferred_batches"] + counts["plain_batches"]

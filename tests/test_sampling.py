@@ -151,9 +151,20 @@ def check_distribution(
     return counts
 
 
-@pytest.mark.parametrize("draft_sample_method", ["greedy", "probabilistic"])
-@pytest.mark.parametrize("thresholds", [(0.0, 0.0, 0.0), (0.3, 0.25, 0.1)], ids=["all", "some"])
-@pytest.mark.parametrize(("options", "process"), SETTINGS, ids=["plain", "top_k_top_p"])
+ALL, SOME = (0.0, 0.0, 0.0), (0.3, 0.25, 0.1)
+
+
+# Each method with each of the others.
+@pytest.mark.parametrize(
+    ("draft_sample_method", "thresholds", "options", "process"),
+    [
+        ("greedy", SOME, *SETTINGS[0]),
+        ("greedy", ALL, *SETTINGS[1]),
+        ("probabilistic", ALL, *SETTINGS[0]),
+        ("probabilistic", SOME, *SETTINGS[1]),
+    ],
+    ids=["greedy-some-plain", "greedy-all-top_k_top_p", "all-plain", "some-top_k_top_p"],
+)
 def test_tokens_follow_the_target(
     engines: EnginePool,
     model_path: Path,
@@ -175,8 +186,11 @@ def test_tokens_follow_the_target(
     check_distribution(engine, exact, thresholds, options, process)
 
 
-@pytest.mark.parametrize("draft_sample_method", ["greedy", "probabilistic"])
-@pytest.mark.parametrize(("options", "process"), SETTINGS, ids=["plain", "top_k_top_p"])
+@pytest.mark.parametrize(
+    ("draft_sample_method", "options", "process"),
+    [("greedy", *SETTINGS[1]), ("probabilistic", *SETTINGS[0])],
+    ids=["greedy-top_k_top_p", "probabilistic-plain"],
+)
 def test_tokens_of_open_rounds_follow_the_target(
     engines: EnginePool,
     model_path: Path,

@@ -23,7 +23,7 @@ from tests.engines import (
     stats,
 )
 
-NUM_REQUESTS = 300
+NUM_REQUESTS = 200
 VOCAB = 2048
 SPEC = speculative(num_speculative_tokens=5, exit_layers=[2, 4, 6])
 # After processors, so that ties are told by what was compared.
@@ -99,7 +99,7 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
 
 
 def random_requests(
-    seed: int, texts: list[list[int]], count: int = NUM_REQUESTS, last_arrival: int = 500
+    seed: int, texts: list[list[int]], count: int = NUM_REQUESTS, last_arrival: int = 330
 ) -> list[Request]:
     """Requests in order of their arrival."""
     rng = np.random.default_rng(seed)
@@ -223,8 +223,8 @@ def test_each_request_as_its_vanilla_twin(
     counts = stats(engine)
     assert min(counts["mixed_batches"], counts["deferred_batches"]) > 50
     assert (counts["open_batches"] > 50) == (loop == "device")
-    assert counts["accepted"] > 1000
-    assert counts["drafted"] - counts["accepted"] > 300
+    assert counts["accepted"] > 700
+    assert counts["drafted"] - counts["accepted"] > 200
     reasons = {(o.outputs[0].finish_reason, type(o.outputs[0].stop_reason)) for o in ours}
     assert reasons == {
         ("length", type(None)),
@@ -247,7 +247,7 @@ def test_drafts_by_batch_size(
     options = {"num_speculative_tokens_per_batch_size": by_batch_size, "draft_loop": loop}
     engine = engines.get(speculative_config=SPEC | options, async_scheduling=True, **TIGHT)
     set_thresholds(engine, 0.0)
-    some = [replace(r, arrival=2 * r.arrival) for r in requests_[:100]]
+    some = [replace(r, arrival=2 * r.arrival) for r in requests_[:60]]
     stats(engine, reset=True)
     with slow_outputs():
         finished = serve(engine, some)
@@ -255,14 +255,14 @@ def test_drafts_by_batch_size(
     ours, theirs = [finished[i] for i in chosen], [reference[i] for i in chosen]
     assert_same(vanilla, ours, theirs, [some[i].params for i in chosen])
     counts = stats(engine)
-    assert counts["accepted"] > 200
+    assert counts["accepted"] > 120
     assert counts["plain_batches"] > 10
 
 
 @pytest.mark.parametrize(
     ("draft_sample_method", "loop"),
-    [("greedy", "host"), ("probabilistic", "host"), ("probabilistic", "device")],
-    ids=["greedy", "probabilistic", "probabilistic-device-async"],
+    [("greedy", "host"), ("probabilistic", "device")],
+    ids=["greedy", "probabilistic-device-async"],
 )
 def test_seeded_sampling_in_another_schedule(
     engines: EnginePool, texts: list[list[int]], draft_sample_method: str, loop: str
@@ -280,14 +280,14 @@ def test_seeded_sampling_in_another_schedule(
     spec = SPEC | {"draft_sample_method": draft_sample_method, "draft_loop": loop}
     engine = engines.get(speculative_config=spec, **room, **options)
     set_thresholds(engine, 0.4, 0.5, 0.3)
-    first = random_requests(1, texts, count=80, last_arrival=120)
+    first = random_requests(1, texts, count=48, last_arrival=70)
     rng = np.random.default_rng(2)
     for r in first:
         r.params.temperature, r.params.top_k = 0.8, 0
         r.params.seed = int(rng.integers(1 << 30))
         r.abort_after = None
     order = rng.permutation(len(first))
-    arrivals = sorted(rng.integers(0, 300, len(first)).tolist())
+    arrivals = sorted(rng.integers(0, 180, len(first)).tolist())
     second = [
         Request(first[i].prompt, first[i].params, arrival)
         for i, arrival in zip(order, arrivals, strict=True)
@@ -297,7 +297,7 @@ def test_seeded_sampling_in_another_schedule(
     again = serve(engine, second)
     preemptions = [m for m in engine.get_metrics() if m.name == "vllm:num_preemptions"]
     assert preemptions[0].value == 0
-    assert stats(engine)["accepted"] > 300
+    assert stats(engine)["accepted"] > 180
     different = [
         int(i)
         for place, i in enumerate(order)

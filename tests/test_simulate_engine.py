@@ -16,7 +16,7 @@ from vllm_adadecode.evaluation.simulate import Setting, Simulator
 from vllm_adadecode.policy import ThresholdPolicy
 from vllm_adadecode.training.sequences import Sequence
 
-PROMPTS, TOKENS, MAX_DRAFTS = 16, 64, 8
+PROMPTS, TOKENS, MAX_DRAFTS = 10, 64, 8
 # What the issue asks of the simulator. The rest, behind a wrong draft, is all it can get wrong.
 LAYER_PASSES = 0.03
 

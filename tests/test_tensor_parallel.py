@@ -37,7 +37,7 @@ def plain_heads(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def requests(prompts: list[str]) -> tuple[list[str], list[SamplingParams]]:
-    return [prompts[i] * (1 + i % 3) for i in range(12)], [greedy(16 + 3 * i) for i in range(12)]
+    return [prompts[i] * (1 + i % 3) for i in range(10)], [greedy(8 + 3 * i) for i in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +125,8 @@ def test_ranks_decide_alike(
         engine.collective_rpc(note_rounds)
         engine.collective_rpc(see_copies_at_different_times)
         outputs = generate(engine, *requests(prompts))
-        sampled = SamplingParams(temperature=0.8, max_tokens=24, ignore_eos=True)
-        generate(engine, prompts[:8], sampled)
+        sampled = SamplingParams(temperature=0.8, max_tokens=16, ignore_eos=True)
+        generate(engine, prompts[:6], sampled)
         counts = engine.collective_rpc("adadecode_stats")
         noted = engine.collective_rpc(lambda worker: worker.model_runner.speculator.noted)
     finally:
