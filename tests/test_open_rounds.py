@@ -33,10 +33,12 @@ from tests.engines import (
 from tests.op_trace import traced
 from tests.recorded_graphs import RecordedGraph
 from tests.test_graphs import get_engine as graphs_engine
+from vllm_adadecode.budget import DraftBudget
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.device_round import DeviceRounds, RoundCopy
 from vllm_adadecode.open_round import NextBatch, OpenPlan, PrefillPart
 from vllm_adadecode.rehearsal import launch_kernels
+from vllm_adadecode.round_times import LEAST_ROUNDS, Kind
 from vllm_adadecode.step_guard import AskHost, RunAlways
 from vllm_adadecode.verification_passes import VerificationPasses
 from vllm_adadecode.windows import PendingWindow
@@ -264,18 +266,19 @@ def test_greedy_output_is_vanillas_when_outputs_are_late(
     assert stats(engine)["open_batches"] > 10
 
 
+def allow(worker: Any, places: int | None) -> None:
+    """So many places of an open round, or as many as ever."""
+    rounds = worker.model_runner.speculator.device_rounds
+    if places is None:
+        del rounds.most_places
+    else:
+        rounds.most_places = places
+
+
 def test_large_batches_are_not_prepared_for_what_may_not_be_there(
     engines: EnginePool, prompts: list[str]
 ) -> None:
     engine, vanilla = get_engine(engines), engines.get()
-
-    def allow(worker: Any, places: int | None) -> None:
-        rounds = worker.model_runner.speculator.device_rounds
-        if places is None:
-            del rounds.most_places
-        else:
-            rounds.most_places = places
-
     engine.collective_rpc(allow, args=(2 * 6,))
     try:
         outputs = generate(engine, prompts[:5], greedy(24))
@@ -286,6 +289,29 @@ def test_large_batches_are_not_prepared_for_what_may_not_be_there(
         engine.collective_rpc(allow, args=(None,))
     assert counts["open_batches"] > 0.8 * counts["deferred_batches"]
     assert_same(vanilla, outputs, generate(vanilla, prompts[:7], greedy(24)))
+
+
+def test_the_budget_times_large_rounds_open_and_settled(
+    engines: EnginePool, prompts: list[str]
+) -> None:
+    engine, vanilla = get_engine(engines, spec={"cost_aware": True}), engines.get()
+    engine.collective_rpc(allow, args=(0,))
+    try:
+        # Whatever drafts bring and cost here.
+        with patch.object(DraftBudget, "_best", lambda self, _: self.most):
+            outputs = generate(engine, prompts[:4], greedy(120))
+    finally:
+        engine.collective_rpc(allow, args=(None,))
+    assert_same(vanilla, outputs, generate(vanilla, prompts[:4], greedy(120)))
+
+    def timed(worker: Any) -> dict[Kind, float]:
+        times = worker.model_runner.speculator.budget.times
+        return {kind: sums.rounds for (_, kind), sums in times._sums.items()}
+
+    rounds = engine.collective_rpc(timed)[0]
+    assert min(rounds[Kind.SETTLED], rounds[Kind.OPEN]) >= LEAST_ROUNDS
+    counts = stats(engine)
+    assert 3 < counts["open_batches"] < counts["deferred_batches"] - 3
 
 
 def test_requests_that_end_do_not_stop_the_others(engines: EnginePool, prompts: list[str]) -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_adadecode.draft_statistics import DraftStatistics
-from vllm_adadecode.round_times import RoundClock, RoundTimes
+from vllm_adadecode.round_times import Factors, Kind, OpenOrSettled, RoundClock, RoundTimes
 
 # Once in so many rounds of a batch size, a few do something else, to see what that takes and brings
 # by now: none where there were drafts, more where there were some, and where there were none, all
@@ -81,6 +81,7 @@ class _Plan:
         choice: what holds; ``less`` and ``more`` are tried in between.
         less_every, more_every: rounds between such tries.
         seconds: expected, ``[exits, 1 + K]``.
+        factors: of what is expected.
     """
 
     until: int
@@ -90,6 +91,7 @@ class _Plan:
     less_every: float
     more_every: float
     seconds: np.ndarray
+    factors: Factors
 
 
 @dataclass
@@ -127,7 +129,7 @@ class DraftBudget:
         costs: RoundCosts,
         max_drafts: int,
         num_exits: int,
-        share: Callable[[tuple[float, float]], tuple[float, float]] = lambda value: value,
+        share: Callable[[Factors], Factors] = lambda value: value,
     ) -> None:
         self.costs, self.most = costs, Choice(max_drafts, num_exits)
         self.share = share
@@ -137,6 +139,7 @@ class DraftBudget:
         self._rounds = 0
         self._plans: dict[int, _Plan] = {}  # by requests
         self._probes: dict[int, _Probes] = {}
+        self._large: dict[int, OpenOrSettled] = {}
         # Of the round under way: requests that may draft, what holds for them, and its seconds.
         self._now = 0, self.most, 0.0
 
@@ -157,7 +160,8 @@ class DraftBudget:
 
     def _plan(self, num_reqs: int) -> _Plan:
         tokens, seconds = self.expected(num_reqs)
-        rates = self._rates(num_reqs, tokens, seconds)
+        factors = self.share(self.times.factors(num_reqs))
+        rates = self._rates(tokens, seconds, factors)
         choice, less = self._best(rates), Choice(0, self.most.exits)
         more = self.most
         if choice.drafts:
@@ -171,15 +175,32 @@ class DraftBudget:
 
         # What was chosen without knowing anything holds for one round only.
         until = self._rounds + (REUSE if self._knows else 1)
-        return _Plan(until, choice, less, more, every(less), every(more), seconds)
+        return _Plan(until, choice, less, more, every(less), every(more), seconds, factors)
 
-    def round_ended(self, requests: Sequence[str] | None) -> None:
-        """A draft loop is over; ``requests`` as for `RoundClock.ended`."""
+    def opens(self) -> bool:
+        """Whether the round under way is better left open than settled, where it is large."""
+        plan = self._plans.get(self._now[0])
+        if plan is None:
+            return False
+        return self._large.setdefault(self._now[0].bit_length(), OpenOrSettled()).opens(
+            plan.factors
+        )
+
+    def round_ended(self, requests: Sequence[str] | None, opened: bool = False) -> None:
+        """A draft loop is over.
+
+        Args:
+            requests: as for `RoundClock.ended`.
+            opened: whether its verification has been prepared.
+        """
         num_reqs, choice, expected = self._now
         self._now = 0, self.most, 0.0
-        taken = self._clock.ended(requests if num_reqs else None, choice)
+        kind = Kind.PLAIN
+        if choice.drafts:
+            kind = Kind.OPEN if opened else Kind.SETTLED
+        taken = self._clock.ended(requests if num_reqs else None, (choice, kind))
         if taken is not None:
-            self.times.add(num_reqs, choice.drafts > 0, expected, taken)
+            self.times.add(num_reqs, kind, expected, taken)
 
     def best(self, num_reqs: int) -> Choice:
         """What gives most tokens a second; all that there may be while nothing is known about it.
@@ -190,7 +211,7 @@ class DraftBudget:
 
     def rates(self, num_reqs: int) -> np.ndarray:
         """Expected tokens a second by exits and most drafts, ``[exits, 1 + K]``."""
-        return self._rates(num_reqs, *self.expected(num_reqs))
+        return self._rates(*self.expected(num_reqs), self.share(self.times.factors(num_reqs)))
 
     @property
     def _knows(self) -> bool:
@@ -203,10 +224,10 @@ class DraftBudget:
             return Choice(0, self.most.exits)
         return _best_of(rates)
 
-    def _rates(self, num_reqs: int, tokens: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-        plain, drafting = self.share(self.times.factors(num_reqs))
+    def _rates(self, tokens: np.ndarray, seconds: np.ndarray, factors: Factors) -> np.ndarray:
+        drafting = factors.of(drafting=True)
         seconds = seconds * drafting
-        seconds[:, 0] *= plain / drafting
+        seconds[:, 0] *= factors.of(drafting=False) / drafting
         return np.asarray(tokens / seconds)
 
     def expected(self, num_reqs: int) -> tuple[np.ndarray, np.ndarray]:

@@ -220,7 +220,8 @@ class DeviceRounds:
         num_ranks: of tensor parallelism.
 
     Attributes:
-        most_places: of a batch that verifies an open round, vacant ones among them.
+        most_places: of a batch that verifies an open round, vacant ones among them; of a larger one
+            the budget says whether it does.
     """
 
     most_places = MOST_PLACES
@@ -348,7 +349,8 @@ class DeviceRounds:
         """Queue the copy of what comes of a round, which is queued to its end."""
         round_ = this.drafting.round_ if this.drafting is not None else None
         this.copy = RoundCopy.start(this.input_batch.num_reqs, round_, this.num_sampled)
-        self.speculator.end_round(this.input_batch, this.timed)
+        opened = this.verified_as is not None
+        self.speculator.end_round(this.input_batch, this.timed, opened)
 
     # --- a round that is open while the next batch is prepared ---------------------------------
 
@@ -364,9 +366,10 @@ class DeviceRounds:
         req_ids = this.input_batch.req_ids
         decoding = {r: None for r, samples in zip(req_ids, this.samples, strict=True) if samples}
         batch = NextBatch.of(scheduler_output, decoding, set(req_ids) - decoding.keys())
-        if batch is None or sum(1 + this.caps[r] for r in batch.decoding) > self._most_places():
-            # Nobody needs the drafts of a round whose requests are all gone.
-            self._close(drop=decoding.keys() <= left)
+        if batch is None or not self._stays_open(this, batch):
+            # Nobody needs the drafts of a round whose requests are all gone. Of one that may have
+            # waited for requests, nobody knows how long it took.
+            self._close(drop=decoding.keys() <= left, timed=batch is not None)
             self.settle()
             return False
         self._open, self._verifying = None, this
@@ -375,10 +378,15 @@ class DeviceRounds:
             self._stop_rows(this, batch.gone)
         return True
 
-    def _most_places(self) -> int:
-        passes = self.speculator.verification_passes
+    def _stays_open(self, this: _Round, batch: NextBatch) -> bool:
+        """Whether this batch verifies the round unseen, as it might."""
+        passes, budget = self.speculator.verification_passes, self.speculator.budget
         assert passes is not None
-        return min(self.most_places, passes.most_tokens)
+        places = sum(1 + this.caps[r] for r in batch.decoding)
+        if places <= self.most_places or places > passes.most_tokens:
+            return places <= min(self.most_places, passes.most_tokens)
+        # Not of one that has been booked as what it was.
+        return this.copy is None and budget is not None and budget.opens()
 
     def _stop_rows(self, this: _Round, req_ids: list[str]) -> None:
         """Have requests that are gone draft no more: their blocks may become others'."""
@@ -418,17 +426,17 @@ class DeviceRounds:
         if self._verifying.copy is None:
             self._end(self._verifying)
 
-    def _close(self, drop: bool = False) -> None:
+    def _close(self, drop: bool = False, timed: bool = False) -> None:
         """The last round will be verified as the host knows it: end it, and hand on its drafts.
 
         Args:
             drop: nobody will verify it: what has been queued of it is enough.
+            timed: whether nothing else kept it from being closed.
         """
         this, self._open = self._open, None
         if this is None or this.copy is not None:
             return
-        # Nobody knows how long it has been open: its requests may be gone.
-        this.timed = False
+        this.timed &= timed
         if not drop:
             self._finish(this)
         self._end(this)

@@ -358,15 +358,16 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             if num_sampled[row] > 0
         }
 
-    def end_round(self, input_batch: InputBatch, timed: bool = True) -> None:
+    def end_round(self, input_batch: InputBatch, timed: bool = True, opened: bool = False) -> None:
         """Tell the budget that drafting has ended.
 
         Args:
             timed: whether all requests did as it said.
+            opened: as for `DraftBudget.round_ended`.
         """
         if self.budget is not None:
             timed &= not input_batch.has_prefill
-            self.budget.round_ended(input_batch.req_ids if timed else None)
+            self.budget.round_ended(input_batch.req_ids if timed else None, opened)
 
     def _draft_limits(
         self,

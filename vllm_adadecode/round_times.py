@@ -2,7 +2,8 @@
 
 Owns the correction of costs that were measured at start, when the machine may have been busy,
 prompts were short and nothing was scheduled. Kept for rounds with and without drafts apart, and for
-batches of about the same size: it is their relation that decides whether drafting pays.
+batches of about the same size: it is their relation that decides whether drafting pays. Those with
+drafts are of two kinds, whose relation decides whether large ones stay open (open_round.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
 
 # Rounds after which an old one counts half.
 HALF_LIFE = 64
@@ -17,6 +20,31 @@ HALF_LIFE = 64
 LEAST_ROUNDS = 2.0
 # Something else held a round up that took so many times as long as others.
 OUTLIER = 3.0
+
+
+# Rounds after which the other kind is tried, and for how many; the first is another kind's still.
+OTHER_EVERY, OTHER_ROUNDS = 256, 4
+
+
+class Kind(Enum):
+    """What a round does, as far as its time is another's."""
+
+    PLAIN = "without drafts"
+    SETTLED = "with drafts that are known when their verification is prepared"
+    OPEN = "with drafts that are not"
+
+
+class Factors(NamedTuple):
+    """By what expected seconds of each kind are to be multiplied; None: it is not known yet."""
+
+    plain: float | None
+    settled: float | None
+    open: float | None
+
+    def of(self, drafting: bool) -> float:
+        """One that is not known is taken to be as wrong as the other. Drafting, as it is best."""
+        best = min((f for f in (self.settled, self.open) if f), default=None)
+        return (best or self.plain if drafting else self.plain or best) or 1.0
 
 
 @dataclass
@@ -42,23 +70,35 @@ class _Sums:
 
 @dataclass
 class RoundTimes:
-    """Seconds of rounds by batch size, to powers of two, and whether they had drafts."""
+    """Seconds of rounds by batch size, to powers of two, and kind."""
 
-    _sums: dict[tuple[int, bool], _Sums] = field(default_factory=dict)
+    _sums: dict[tuple[int, Kind], _Sums] = field(default_factory=dict)
 
-    def add(self, num_reqs: int, drafting: bool, expected: float, taken: float) -> None:
+    def add(self, num_reqs: int, kind: Kind, expected: float, taken: float) -> None:
         """A round of ``num_reqs`` requests."""
-        key = num_reqs.bit_length(), drafting
+        key = num_reqs.bit_length(), kind
         self._sums.setdefault(key, _Sums()).add(expected, taken)
 
-    def factors(self, num_reqs: int) -> tuple[float, float]:
-        """By what expected seconds are to be multiplied, without drafts and with.
+    def factors(self, num_reqs: int) -> Factors:
+        found = (self._sums.get((num_reqs.bit_length(), kind), _Sums()) for kind in Kind)
+        return Factors(*(sums.factor for sums in found))
 
-        A kind of rounds that is not known yet is taken to be as wrong as the other.
-        """
-        found = [self._sums.get((num_reqs.bit_length(), kind), _Sums()) for kind in (False, True)]
-        plain, drafting = (sums.factor for sums in found)
-        return plain or drafting or 1.0, drafting or plain or 1.0
+
+@dataclass
+class OpenOrSettled:
+    """Which of the two large rounds of one batch size are: the quicker, the other now and then."""
+
+    rounds: int = 0
+
+    def opens(self, factors: Factors) -> bool:
+        """For the next one; settled, and then open, as long as that is not known."""
+        if factors.settled is None or factors.open is None:
+            return factors.settled is not None
+        self.rounds += 1
+        if self.rounds >= OTHER_EVERY + OTHER_ROUNDS:
+            self.rounds = 0
+        better = factors.open < factors.settled
+        return better != (self.rounds >= OTHER_EVERY)
 
 
 @dataclass
