@@ -255,7 +255,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         """
         num_reqs = input_batch.num_reqs
         if dummy_run:
-            run_everything(self, num_reqs)
+            run_everything(self, num_reqs, is_profile)
             return self.no_drafts(num_reqs)
         if self.device_rounds is not None:
             return self.device_rounds.propose(

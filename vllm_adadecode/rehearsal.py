@@ -16,13 +16,22 @@ if TYPE_CHECKING:
     from vllm_adadecode.proposer import AdaDecodeSpeculator
 
 
-def run_everything(speculator: "AdaDecodeSpeculator", num_reqs: int) -> None:
-    """Every span on every window, and every head on every request."""
+def run_everything(
+    speculator: "AdaDecodeSpeculator", num_reqs: int, is_profile: bool = False
+) -> None:
+    """Every span on every window, and every head on every request.
+
+    Args:
+        is_profile: memory is measured, but on a CPU: spans run on as many tokens as they may ever,
+            prompts beside windows.
+    """
     model, used = speculator.model, speculator.policy.num_used_exits
     if used == 0:
         return
     # vLLM compiles a span for all sizes, with the first that it sees, which must not be 1.
-    num_tokens = min(num_reqs * (1 + speculator.num_speculative_steps), speculator.max_num_tokens)
+    num_tokens = speculator.max_num_tokens
+    if not is_profile or speculator.device.type == "cpu":
+        num_tokens = min(num_tokens, num_reqs * (1 + speculator.num_speculative_steps))
     tokens = speculator.input_buffers.input_ids[:num_tokens].zero_()
     positions = speculator.input_buffers.positions[:num_tokens].zero_()
     hidden, residual = model.embed(tokens), None

@@ -190,9 +190,12 @@ class Scorer:
         """All spans for what is prefilled, with the windows of an open round."""
         # Beside a prompt, places without a token cost less than to ask how many there are.
         counts = pending or [plan.num_places] * passes.num_spans
-        output = passes.new_output(plan.num_tokens)
+        output = None
         for span, count in enumerate(counts):
+            if span + 1 == passes.num_spans:
+                output = passes.new_output(plan.num_tokens)
             passes.run(span, min(count, plan.num_places), len(plan.req_ids), output, prefill)
+        assert output is not None
         return output[: plan.num_tokens]
 
     def _deferred_states(

@@ -176,6 +176,7 @@ class VerificationPasses:
                 assert prefill.states is not None
                 hidden = torch.cat([prefill.states[0], hidden])
                 residual = torch.cat([prefill.states[1], residual])
+                prefill.states = None  # as large as a prompt
         hidden, residual = self.static.run_rows(
             span,
             shape,
