@@ -88,9 +88,9 @@ def see_copies_at_different_times(worker: Any) -> None:
     if (budget := speculator.budget) is not None:
         ended = budget.round_ended
 
-        def late(requests: Any) -> None:
+        def late(*args: Any) -> None:
             time.sleep(0.002 * rank)
-            ended(requests)
+            ended(*args)
 
         budget.round_ended = late
 
