@@ -6,6 +6,7 @@ apart by anything but the waiting. Whatever else happens to requests is in test_
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -39,6 +40,7 @@ from vllm_adadecode.device_round import DeviceRounds, RoundCopy
 from vllm_adadecode.open_round import NextBatch, OpenPlan, PrefillPart
 from vllm_adadecode.rehearsal import launch_kernels
 from vllm_adadecode.round_times import LEAST_ROUNDS, Kind
+from vllm_adadecode.static_spans import PassShape, StaticSpans
 from vllm_adadecode.step_guard import AskHost, RunAlways
 from vllm_adadecode.verification_passes import VerificationPasses
 from vllm_adadecode.windows import PendingWindow
@@ -86,16 +88,19 @@ NEW = [SimpleNamespace(req_id="new")]
 @pytest.mark.parametrize(
     ("output", "expected"),
     [
-        (scheduled({"b": 5, "a": 2}), (["a", "b"], [], [])),
-        (scheduled({"a": 0, "b": 5}), (["a", "b"], [], [])),
-        (scheduled({"a": 5, "b": 5}, finished_req_ids={"another"}), (["a", "b"], [], [])),
-        (scheduled({"a": 5}, finished_req_ids={"b"}), (["a"], [], ["b"])),
-        (scheduled({"a": 5}), (["a"], ["b"], [])),
+        (scheduled({"b": 5, "a": 2}), (["a", "b"], [], [], False)),
+        (scheduled({"a": 0, "b": 5}), (["a", "b"], [], [], False)),
+        (scheduled({"a": 5, "b": 5}, finished_req_ids={"another"}), (["a", "b"], [], [], False)),
+        (scheduled({"a": 5}, finished_req_ids={"b"}), (["a"], [], ["b"], False)),
+        (scheduled({"a": 5}), (["a"], ["b"], [], False)),
         # Prefill: of a request that is new, or of one that was in the midst of its prompt.
-        (scheduled({"a": 5, "new": 20, "b": 5}, scheduled_new_reqs=NEW), (["a", "b"], [], [])),
-        (scheduled({"a": 5, "b": 5, "half": 30}), (["a", "b"], [], [])),
-        (scheduled({"a": 5, "half": 30}, finished_req_ids={"b"}), (["a"], [], ["b"])),
-        (scheduled({"a": 5, "b": 5}, finished_req_ids={"half"}), (["a", "b"], [], ["half"])),
+        (
+            scheduled({"a": 5, "new": 20, "b": 5}, scheduled_new_reqs=NEW),
+            (["a", "b"], [], [], True),
+        ),
+        (scheduled({"a": 5, "b": 5, "half": 30}), (["a", "b"], [], [], True)),
+        (scheduled({"a": 5, "half": 30}, finished_req_ids={"b"}), (["a"], [], ["b"], True)),
+        (scheduled({"a": 5, "b": 5}, finished_req_ids={"half"}), (["a", "b"], [], ["half"], False)),
         (scheduled({"half": 30}), None),
         (scheduled({"new": 20}, scheduled_new_reqs=NEW), None),
         # It was left out of an earlier batch.
@@ -107,10 +112,10 @@ NEW = [SimpleNamespace(req_id="new")]
     ],
 )
 def test_which_batches_go_on_unseen(
-    output: SchedulerOutput, expected: tuple[list[str], list[str], list[str]] | None
+    output: SchedulerOutput, expected: tuple[list[str], list[str], list[str], bool] | None
 ) -> None:
     found = NextBatch.of(output, ["a", "b"], ["half"])
-    assert (found and (found.decoding, found.left_out, found.gone)) == expected
+    assert (found and (found.decoding, found.left_out, found.gone, found.prefills)) == expected
 
 
 PREFILL = PrefillPart(
@@ -118,6 +123,7 @@ PREFILL = PrefillPart(
     num_tokens=7,
     most_tokens=7,
     rows=torch.tensor([2]),
+    others=torch.tensor([0, 1]),
     tokens=torch.arange(9, 16),
     starts=torch.tensor([0]),
     starts_cpu=torch.tensor([0], dtype=torch.int32),
@@ -253,6 +259,77 @@ def test_prompts_go_through_beside_open_rounds(
     is_greedy = [i for i, p in enumerate(params) if p.temperature == 0.0]
     reference = generate(vanilla, [texts[i] for i in is_greedy], [params[i] for i in is_greedy])
     assert_same(vanilla, [outputs[i] for i in is_greedy], reference)
+
+
+def test_passes_with_prefill_have_rows_for_no_more_requests_than_there_are(
+    engines: EnginePool, prompts: list[str]
+) -> None:
+    """Attention backends keep room for as many; each request's tokens are together."""
+    options: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 40}
+    engine = get_engine(engines, **options)
+    run_rows, found = StaticSpans.run_rows, []
+
+    def noted(self: StaticSpans, span: int, shape: PassShape, **tensors: Any) -> Any:
+        if shape.is_prefilling.any():
+            starts, bounds = tensors["query_start_loc"], shape.query_start_loc
+            found.append(len(tensors["seq_lens"]))
+            assert len(starts) == len(bounds) == len(shape.lengths) + 1 == found[-1] + 1
+            assert (starts.diff() <= shape.row_tokens).all()
+            assert (starts <= bounds).all()
+            assert starts[-1] <= len(tensors["positions"])
+            assert (starts.diff() > 0)[shape.is_prefilling].all()
+            assert (tensors["seq_lens"] <= shape.lengths).all()
+        return run_rows(self, span, shape, **tensors)
+
+    with patch.object(StaticSpans, "run_rows", noted):
+        generate(engine, [p * 2 for p in prompts[:12]], [greedy(8 + 3 * i) for i in range(12)])
+    assert len(found) > 20
+    assert max(found) == 4
+
+
+def test_backends_that_run_prefill_apart_have_rounds_settled_beside_it(
+    engines: EnginePool, prompts: list[str]
+) -> None:
+    options: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 40}
+    engine, vanilla = get_engine(engines, **options), engines.get()
+    params = [greedy(8 + 3 * i) for i in range(12)]
+
+    def take(worker: Any, prefill: bool) -> None:
+        worker.model_runner.speculator.verification_passes.static.takes_prefill = prefill
+
+    engine.collective_rpc(take, args=(False,))
+    try:
+        with patch.object(PrefillPart, "of", None):
+            outputs = generate(engine, prompts[:12], params)
+    finally:
+        engine.collective_rpc(take, args=(True,))
+    assert_same(vanilla, outputs, generate(vanilla, prompts[:12], params))
+    assert stats(engine)["open_batches"] > 10
+
+
+def test_a_session_that_goes_on_has_no_window() -> None:
+    """It was left out of a batch, its round is not booked, and it comes with more of a prompt."""
+    rounds = DeviceRounds(None, None, keeps_open=True)  # type: ignore[arg-type]
+    unsettled: Any = SimpleNamespace(left_out={"session", "other"}, copy=None)
+    rounds._unsettled.append(unsettled)
+    new = [SimpleNamespace(req_id="session")]
+    assert not rounds.verify_open(scheduled({"session": 20}, scheduled_new_reqs=new))
+    assert unsettled.left_out == {"other"}
+
+
+def test_kv_caches_may_be_initialised_twice(engines: EnginePool, prompts: list[str]) -> None:
+    """As where vLLM profiles CUDA graphs before it makes those that stay."""
+    engine = get_engine(engines, spec={"exit_layers": [2, 4]})
+    vanilla = engines.get()
+    engine.collective_rpc(
+        lambda worker: worker.model_runner.initialize_kv_cache(
+            deepcopy(worker.model_runner.kv_cache_config)
+        )
+    )
+    params = [greedy(8 + 3 * i) for i in range(6)]
+    outputs = generate(engine, prompts[:6], params)
+    assert_same(vanilla, outputs, generate(vanilla, prompts[:6], params))
+    assert stats(engine)["open_batches"] > 5
 
 
 def test_greedy_output_is_vanillas_when_outputs_are_late(

@@ -52,8 +52,7 @@ class Counters:
     deferred_batches: int = 0
     plain_batches: int = 0
     prefill_batches: int = 0
-    # Of all batches, those that were prepared before the host knew their drafts: it did not wait for
-    # them.
+    # Of all batches, those that were prepared before the host knew their drafts: it did not wait.
     open_batches: int = 0
     # Of the batches with prefill, those that had deferred states too: their layer passes, and what
     # prefill and verification, each in its own tokens, took of those.

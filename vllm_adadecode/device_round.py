@@ -357,8 +357,10 @@ class DeviceRounds:
     def verify_open(self, scheduler_output: SchedulerOutput) -> bool:
         """Whether the next batch verifies the last round unseen; else that has been settled."""
         left = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        # One that has more of a prompt, as of a session, begins anew as well.
+        anew = left | {request.req_id for request in scheduler_output.scheduled_new_reqs}
         for unsettled in self._unsettled:
-            unsettled.left_out -= left
+            unsettled.left_out -= anew
         this = self._open
         if this is None:
             self.settle()
@@ -382,6 +384,8 @@ class DeviceRounds:
         """Whether this batch verifies the round unseen, as it might."""
         passes, budget = self.speculator.verification_passes, self.speculator.budget
         assert passes is not None
+        if batch.prefills and not passes.static.takes_prefill:
+            return False
         places = sum(1 + this.caps[r] for r in batch.decoding)
         if places <= self.most_places or places > passes.most_tokens:
             return places <= min(self.most_places, passes.most_tokens)
@@ -409,8 +413,11 @@ class DeviceRounds:
         assert this.drafting is not None
         decoding = np.flatnonzero(~input_batch.is_prefilling_np)
         rows = this.row_of(input_batch.req_ids[row] for row in decoding)
-        this.verified_as = OpenPlan.of(input_batch, this.drafting, rows, self.speculator.device)
-        return this.verified_as
+        plan = OpenPlan.of(input_batch, this.drafting, rows, self.speculator.device)
+        # It is ended with that batch, and its time would be the prompts', too.
+        this.timed &= plan.prefill is None
+        this.verified_as = plan
+        return plan
 
     def finish_open(self) -> None:
         """Queue what is left of the round that is being verified; before the batch runs."""

@@ -45,11 +45,13 @@ class NextBatch:
         decoding: requests whose windows it verifies, at least one.
         left_out: requests whose windows it does not verify, though they go on.
         gone: requests of the round that have finished.
+        prefills: whether something is prefilled in it as well.
     """
 
     decoding: list[str]
     left_out: list[str]
     gone: list[str]
+    prefills: bool
 
     @staticmethod
     def of(
@@ -80,6 +82,7 @@ class NextBatch:
             decoding=[r for r in decoding if r in tokens],
             left_out=[r for r in decoding if r not in tokens and r not in finished],
             gone=[r for r in (*decoding, *prefilling) if r in finished],
+            prefills=any(r not in decoding for r in tokens),
         )
         if not found.decoding or any(
             tokens[r] != 1 + len(drafts.get(r, ())) for r in found.decoding
@@ -96,6 +99,7 @@ class PrefillPart:
         num_reqs, num_tokens: of this part.
         most_tokens: of a request.
         rows: int64 ``[num_reqs]``, on the device as all that follow, batch row of each request.
+        others: int64, the batch rows of all other requests.
         tokens: int64 ``[num_tokens]`` place of each token in the batch, request by request.
         starts: int64 ``[num_reqs]`` first token of each request in ``tokens``.
         starts_cpu: int32 ``[num_reqs]``, on the host, the same.
@@ -108,6 +112,7 @@ class PrefillPart:
     num_tokens: int
     most_tokens: int
     rows: torch.Tensor
+    others: torch.Tensor
     tokens: torch.Tensor
     starts: torch.Tensor
     starts_cpu: torch.Tensor
@@ -125,17 +130,18 @@ class PrefillPart:
         starts = np.cumsum(counts) - counts
         first = input_batch.query_start_loc_np[rows] - starts
         tokens = np.repeat(first, counts) + np.arange(counts.sum())
-        on_device = async_tensor_h2d(
-            np.concatenate([rows, starts, tokens]).astype(np.int64), device=device
-        )
-        n = len(rows)
+        others = np.setdiff1d(np.arange(input_batch.num_reqs), rows)
+        parts = rows, starts, others, tokens
+        on_device = async_tensor_h2d(np.concatenate(parts).astype(np.int64), device=device)
+        on_rows, on_starts, on_others, on_tokens = on_device.split([len(part) for part in parts])
         return PrefillPart(
-            num_reqs=n,
+            num_reqs=len(rows),
             num_tokens=len(tokens),
             most_tokens=int(counts.max()),
-            rows=on_device[:n],
-            starts=on_device[n : 2 * n],
-            tokens=on_device[2 * n :],
+            rows=on_rows,
+            others=on_others,
+            starts=on_starts,
+            tokens=on_tokens,
             starts_cpu=torch.from_numpy(starts.astype(np.int32)),
             lengths_cpu=input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(rows)],
         )

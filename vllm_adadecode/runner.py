@@ -54,6 +54,9 @@ class AdaDecodeRunnerMixin(_Base):
         # all others, prefill among them, are vanilla's: the same compiled code, the same graphs.
         self._all_layers = self.model.forward
         self.model.forward = self._forward
+        # Here, for this is once: KV caches are initialised twice where vLLM profiles graphs.
+        self._prepare_all_attention = self.model_state.prepare_attn
+        self.model_state.prepare_attn = self._prepare_attention
         with self.jit_warmup_registry.activate():
             self.speculator.register_warmup()
 
@@ -69,8 +72,6 @@ class AdaDecodeRunnerMixin(_Base):
             self.decode_query_len = decode_query_len
         assert self.cudagraph_manager is not None
         self._keep_from_replay(self.cudagraph_manager)
-        self._prepare_all_attention = self.model_state.prepare_attn
-        self.model_state.prepare_attn = self._prepare_attention
         speculator = self.speculator
         self.scorer = Scorer(
             speculator.model,

@@ -73,6 +73,18 @@ class PassShape:
         )
 
 
+def in_any_order(attn_groups: list[list[AttentionGroup]]) -> bool:
+    """Whether rows with long and short queries may come in any order, with bounds for the latter.
+
+    Backends that run the two apart find where one ends in the batch by lengths on the host.
+    """
+    return all(
+        group.get_metadata_builder().reorder_batch_threshold is None
+        for groups in attn_groups
+        for group in groups
+    )
+
+
 class StaticSpans:
     """Runs spans for the draft loop on the device, and for captured verifications.
 
@@ -94,6 +106,8 @@ class StaticSpans:
             )
         self.spans = spans
         self.max_model_len = max_model_len
+        # Whether passes may have prefill in them.
+        self.takes_prefill = in_any_order(spans.attn_groups)
         tables = spans.block_tables
         self.blocks = KVBlocks(
             table_ptrs=tables.block_table_ptrs,

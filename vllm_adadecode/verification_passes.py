@@ -158,12 +158,17 @@ class VerificationPasses:
         lengths = self.buffers.seq_lens[:num_reqs]
         lengths = torch.where(starts[1:] > starts[:-1], lengths, 0)
         block_tables = [table[:num_reqs] for table in self.block_tables.input_block_tables]
-        shape = self.static.shape(num_reqs, min(self.window, num_tokens), num_tokens)
+        num_rows = num_reqs - (prefill.num_reqs if prefill is not None else 0)
+        shape = self.static.shape(num_rows, min(self.window, num_tokens), num_tokens)
         if prefill is not None:
             tokens = torch.cat([prefill.tokens, tokens])
-            starts = torch.cat([prefill.starts.to(torch.int32), prefill.num_tokens + starts])
-            lengths = torch.cat([self.buffers.seq_lens[prefill.rows], lengths])
-            block_tables = [torch.cat([table[prefill.rows], table]) for table in block_tables]
+            # Of prefilled requests there is nothing in the plan, so that others' ends stay.
+            of_others = prefill.num_tokens + torch.cat([starts[prefill.others], starts[-1:]])
+            starts = torch.cat([prefill.starts.to(torch.int32), of_others])
+            of_prefill = self.buffers.seq_lens[prefill.rows]
+            lengths = torch.cat([of_prefill, lengths[prefill.others]])
+            order = torch.cat([prefill.rows, prefill.others])
+            block_tables = [table[order] for table in block_tables]
             shape = shape.after(prefill)
         there = tokens >= 0
         places = tokens.clamp(min=0)
