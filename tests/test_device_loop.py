@@ -39,13 +39,14 @@ from tests.test_draft_loop import (
 )
 from vllm_adadecode.counters import Counters
 from vllm_adadecode.device_loop import DeviceLoop
-from vllm_adadecode.device_round import DeviceRounds, RoundCopy
+from vllm_adadecode.device_round import DeviceRounds
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.fused_head import HeadCheck
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
 from vllm_adadecode.loop_buffers import LoopBuffers, padded_size, pass_states
 from vllm_adadecode.policy import ThresholdPolicy
+from vllm_adadecode.round_copy import RoundCopy
 from vllm_adadecode.static_spans import StaticSpans
 from vllm_adadecode.step_guard import AskHost, LeadingGuard, RunAlways
 

@@ -36,9 +36,10 @@ from tests.recorded_graphs import RecordedGraph
 from tests.test_graphs import get_engine as graphs_engine
 from vllm_adadecode.budget import DraftBudget
 from vllm_adadecode.counters import Counters
-from vllm_adadecode.device_round import DeviceRounds, RoundCopy
+from vllm_adadecode.device_round import DeviceRounds
 from vllm_adadecode.open_round import NextBatch, OpenPlan, PrefillPart
 from vllm_adadecode.rehearsal import launch_kernels
+from vllm_adadecode.round_copy import RoundCopy
 from vllm_adadecode.round_times import LEAST_ROUNDS, Kind
 from vllm_adadecode.static_spans import PassShape, StaticSpans
 from vllm_adadecode.step_guard import AskHost, RunAlways

@@ -161,7 +161,7 @@ def texts(vanilla: LLM, prompts: list[str]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def requests_(texts: list[list[int]]) -> list[Request]:
-    return random_requests(0, texts)
+    return random_requests(3, texts)
 
 
 @pytest.fixture(scope="module")
