@@ -41,7 +41,7 @@ from vllm_adadecode.open_round import NextBatch, OpenPlan, PrefillPart
 from vllm_adadecode.rehearsal import launch_kernels
 from vllm_adadecode.round_copy import RoundCopy
 from vllm_adadecode.round_times import LEAST_ROUNDS, Kind
-from vllm_adadecode.static_spans import PassShape, StaticSpans
+from vllm_adadecode.static_spans import PassShape, StaticSpans, in_any_order
 from vllm_adadecode.step_guard import AskHost, RunAlways
 from vllm_adadecode.verification_passes import VerificationPasses
 from vllm_adadecode.windows import PendingWindow
@@ -306,6 +306,22 @@ def test_backends_that_run_prefill_apart_have_rounds_settled_beside_it(
         engine.collective_rpc(take, args=(True,))
     assert_same(vanilla, outputs, generate(vanilla, prompts[:12], params))
     assert stats(engine)["open_batches"] > 10
+
+
+@pytest.mark.parametrize(("thresholds", "expected"), [((None, None), True), ((None, 1), False)])
+def test_which_backends_run_prefill_apart(
+    thresholds: tuple[int | None, ...], expected: bool
+) -> None:
+    """FlashInfer's builder has such a threshold, FlashAttention's and Triton's have none."""
+    groups: Any = [
+        [
+            SimpleNamespace(
+                get_metadata_builder=lambda t=t: SimpleNamespace(reorder_batch_threshold=t)
+            )
+        ]
+        for t in thresholds
+    ]
+    assert in_any_order(groups) == expected
 
 
 def test_a_session_that_goes_on_has_no_window() -> None:
