@@ -246,7 +246,7 @@ class DeviceRounds:
             self.settle()
             return False
         req_ids = this.input_batch.req_ids
-        decoding = {r: None for r, samples in zip(req_ids, this.samples, strict=True) if samples}
+        decoding = dict.fromkeys(r for r, s in zip(req_ids, this.samples, strict=True) if s)
         batch = NextBatch.of(scheduler_output, decoding, set(req_ids) - decoding.keys())
         if batch is None or not self._stays_open(this, batch):
             # Nobody needs the drafts of a round whose requests are all gone. Of one that may have
@@ -264,12 +264,12 @@ class DeviceRounds:
         """Whether this batch verifies the round unseen, as it might."""
         passes, budget = self.speculator.verification_passes, self.speculator.budget
         assert passes is not None
-        if batch.prefills and not passes.static.takes_prefill:
-            return False
         places = sum(1 + this.caps[r] for r in batch.decoding)
-        if places <= self.most_places or places > passes.most_tokens:
-            return places <= min(self.most_places, passes.most_tokens)
-        # Not of one that has been booked as what it was.
+        if places > passes.most_tokens or (batch.prefills and not passes.static.takes_prefill):
+            return False
+        if places <= self.most_places:
+            return True
+        # A round that has ended has been timed as one that is settled.
         return this.copy is None and budget is not None and budget.opens()
 
     def _stop_rows(self, this: _Round, req_ids: list[str]) -> None:

@@ -73,6 +73,8 @@ class HeadProjection(nn.Module):
             is read.
         scales: float32, of these rows if they are quantised, else None.
         draft_vocab: int64 ``[vocab]`` on the device, else None.
+        copy_size, copy_ranks, copy_rows, first_row: of a copy, rows on all ranks, ranks that it is
+            spread over, rows on each but the last, and this rank's first.
         vocab_size: of the target.
         use_kernels: whether (token, p) come from the fused kernels, which store no logits.
     """

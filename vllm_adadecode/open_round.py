@@ -98,8 +98,8 @@ class PrefillPart:
     Attributes:
         num_reqs, num_tokens: of this part.
         most_tokens: of a request.
-        rows: int64 ``[num_reqs]``, on the device as all that follow, batch row of each request.
-        others: int64, the batch rows of all other requests.
+        order: int64 ``[requests of the batch]``, on the device as all that follow, batch rows: of
+            these requests, then of the others.
         tokens: int64 ``[num_tokens]`` place of each token in the batch, request by request.
         starts: int64 ``[num_reqs]`` first token of each request in ``tokens``.
         starts_cpu: int32 ``[num_reqs]``, on the host, the same.
@@ -111,8 +111,7 @@ class PrefillPart:
     num_reqs: int
     num_tokens: int
     most_tokens: int
-    rows: torch.Tensor
-    others: torch.Tensor
+    order: torch.Tensor
     tokens: torch.Tensor
     starts: torch.Tensor
     starts_cpu: torch.Tensor
@@ -130,16 +129,15 @@ class PrefillPart:
         starts = np.cumsum(counts) - counts
         first = input_batch.query_start_loc_np[rows] - starts
         tokens = np.repeat(first, counts) + np.arange(counts.sum())
-        others = np.setdiff1d(np.arange(input_batch.num_reqs), rows)
-        parts = rows, starts, others, tokens
+        order = np.append(rows, np.setdiff1d(np.arange(input_batch.num_reqs), rows))
+        parts = order, starts, tokens
         on_device = async_tensor_h2d(np.concatenate(parts).astype(np.int64), device=device)
-        on_rows, on_starts, on_others, on_tokens = on_device.split([len(part) for part in parts])
+        on_order, on_starts, on_tokens = on_device.split([len(part) for part in parts])
         return PrefillPart(
             num_reqs=len(rows),
             num_tokens=len(tokens),
             most_tokens=int(counts.max()),
-            rows=on_rows,
-            others=on_others,
+            order=on_order,
             starts=on_starts,
             tokens=on_tokens,
             starts_cpu=torch.from_numpy(starts.astype(np.int32)),

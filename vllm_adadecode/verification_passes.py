@@ -162,13 +162,12 @@ class VerificationPasses:
         shape = self.static.shape(num_rows, min(self.window, num_tokens), num_tokens)
         if prefill is not None:
             tokens = torch.cat([prefill.tokens, tokens])
+            rows, others = prefill.order.tensor_split((prefill.num_reqs,))
             # Of prefilled requests there is nothing in the plan, so that others' ends stay.
-            of_others = prefill.num_tokens + torch.cat([starts[prefill.others], starts[-1:]])
+            of_others = prefill.num_tokens + torch.cat([starts[others], starts[-1:]])
             starts = torch.cat([prefill.starts.to(torch.int32), of_others])
-            of_prefill = self.buffers.seq_lens[prefill.rows]
-            lengths = torch.cat([of_prefill, lengths[prefill.others]])
-            order = torch.cat([prefill.rows, prefill.others])
-            block_tables = [table[order] for table in block_tables]
+            lengths = torch.cat([self.buffers.seq_lens[rows], lengths[others]])
+            block_tables = [table[prefill.order] for table in block_tables]
             shape = shape.after(prefill)
         there = tokens >= 0
         places = tokens.clamp(min=0)
