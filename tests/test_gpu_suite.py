@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.gpu_suite import __main__ as command
-from benchmarks.gpu_suite import correctness, parts, prompts, table
+from benchmarks.gpu_suite import correctness, parts, prompts, settings, table
 from benchmarks.gpu_suite.correctness import Difference
 from benchmarks.gpu_suite.engine import EngineError
 from benchmarks.gpu_suite.parts import Part
@@ -228,6 +228,14 @@ def test_table_of_nothing(tmp_path: Path) -> None:
     assert "no GPU" in text.getvalue()
     assert text.getvalue().count("not measured") == 4
     assert text.getvalue().count("skipped: the time is over") == 6
+
+
+@pytest.mark.parametrize("found", [None, object()], ids=["without", "with"])
+def test_hosts_without_flashinfer(found: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM imports its sampler on CUDA whatever is installed."""
+    monkeypatch.setattr(settings, "find_spec", lambda name: found)
+    switch = full().environment.get("VLLM_USE_FLASHINFER_SAMPLER")
+    assert switch == ("0" if found is None else None)
 
 
 def test_without_a_gpu_it_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.widening.shape import PRESETS, Shape
@@ -96,8 +97,16 @@ def full(device: str = "cuda") -> Settings:
             # 256 requests of 208 tokens, 128 KiB each.
             "kv_cache_memory_bytes": 8 << 30,
         },
-        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        environment=_environment(),
     )
+
+
+def _environment() -> dict[str, str]:
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    if find_spec("flashinfer") is None:
+        # vLLM does not start on CUDA then. It has it for top-k and top-p; all here is greedy.
+        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    return environment
 
 
 def quick(device: str) -> Settings:
