@@ -75,8 +75,9 @@ class DraftRows:
         Rows whose limit is 0, and padding rows, do not draft.
         """
         n = len(slots)
-        for buffer in (self.tokens, self.num_drafts, self.depths, self.exits, self.counts):
-            buffer.zero_()
+        # One launch for each dtype: a small round costs as much as its launches.
+        torch._foreach_zero_([self.tokens, self.counts])
+        torch._foreach_zero_([self.num_drafts, self.depths, self.exits])
         self.tokens[:n, 0] = last_sampled
         for buffer, values, padding in (
             (self.slots, slots, -1),
@@ -84,7 +85,8 @@ class DraftRows:
             (self.limits, limits, 0),
         ):
             buffer[:n] = values
-            buffer[n:] = padding
+            if n < len(buffer):
+                buffer[n:] = padding
         drafts = (self.limits > 0) & (self.slots >= 0)
         self.next_span.copy_(torch.where(drafts, 0, STOPPED))
 

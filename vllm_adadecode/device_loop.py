@@ -89,9 +89,7 @@ class DeviceLoop:
         num_rows = padded_size(len(slots), self.max_num_rows)
         round_ = self._first(num_rows, policy, num_exits)
         round_.rows.load(slots, first_pos, limits, last_sampled)
-        round_.checked.zero_()
-        round_.asked.zero_()
-        round_.passes.zero_()
+        torch._foreach_zero_([round_.checked, round_.asked, round_.passes])
         self.spans.begin(slots, len(round_.rows.slots))
         return round_
 
@@ -276,10 +274,11 @@ class Steps:
             # The last step that ran laid out another span's pass, or none.
             self.loop.step(round_, exit_index=None, next_span=0)
         hidden, residual = self._run_span(row_tokens, exit_index)
-        round_.confident.zero_()
         if self.policy.uses(exit_index):
             with record_function_or_nullcontext(f"adadecode: head {exit_index + 1}"):
                 self._ask(exit_index, hidden, residual)
+        else:
+            round_.confident.zero_()
         is_last = exit_index + 1 == len(round_.rows.counts)
         self.loop.step(
             round_,
@@ -370,6 +369,8 @@ class Steps:
         if gate is None:
             self._head(exit_index, hidden, residual, in_pass)
             return
+        # The head may be left out.
+        self.round_.confident.zero_()
         p = self.loop.staged.gate_probability(exit_index, hidden, residual)
         live = gate(p) & in_pass
         head = partial(self._head, exit_index, hidden, residual, live)

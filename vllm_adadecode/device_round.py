@@ -375,10 +375,10 @@ class DeviceRounds:
         end = np.minimum(
             speculator.req_states.max_seq_len[input_batch.idx_mapping_np], speculator.max_model_len
         )
-        ends_and_caps = np.stack([end, caps]).astype(np.int64)
+        ends_and_caps = np.stack([end - 2, caps]).astype(np.int64)
         last, most = async_tensor_h2d(ends_and_caps, device=first_pos.device)
-        room = (last - first_pos - 2).clamp(min=0)
-        return torch.where(num_sampled > 0, torch.minimum(room, most), 0)
+        room = torch.minimum(last - first_pos, most).clamp_(min=0)
+        return room.masked_fill_(num_sampled <= 0, 0)
 
     @torch.inference_mode()
     def settle(self, wait: bool = True, everything: bool = False) -> None:
