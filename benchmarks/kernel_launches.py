@@ -111,6 +111,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
     """(name, architectures, call of a wrapper)."""
+    from vllm_adadecode.kernels.answer import note_answers
     from vllm_adadecode.kernels.confidence import head_confidence
     from vllm_adadecode.kernels.deferred import DeferredStates
     from vllm_adadecode.kernels.draft_state import DraftRows, KVBlocks, PassInputs, RoundStatus
@@ -197,6 +198,22 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
             next_span=2,
             token=slots,
             confident=_meta(MAX_REQS, dtype=torch.bool),
+        ),
+    )
+    confident, exits = _meta(MAX_REQS, dtype=torch.bool), _meta(NUM_EXITS, dtype=torch.int64)
+    yield (
+        "256 requests",
+        everywhere,
+        lambda: note_answers(
+            slots,
+            gates,
+            confident,
+            1,
+            follow=_meta(NUM_EXITS, dtype=torch.float32),
+            token_out=slots,
+            confident=confident,
+            checked=exits,
+            asked=exits,
         ),
     )
     places = MAX_REQS * WINDOW

@@ -24,6 +24,7 @@ from tests.gpu.device import on_device
 from tests.kernels.registry import CASES, floats
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels import (
+    answer,
     confidence,
     draft_step,
     gate,
@@ -38,7 +39,7 @@ from vllm_adadecode.kernels.launch import TWINS
 from vllm_adadecode.kernels.projection import head_partials
 
 assert loop_cases, "imported for its cases"
-assert all((draft_step, verification_plan)), "imported for their twins"
+assert all((answer, draft_step, verification_plan)), "imported for their twins"
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vllm_adadecode.kernels."

@@ -20,6 +20,7 @@ from vllm.v1.utils import record_function_or_nullcontext
 
 from vllm_adadecode.draws import Draws
 from vllm_adadecode.fused_head import FusedHeads
+from vllm_adadecode.kernels.answer import note_answers
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_step import draft_step
@@ -120,11 +121,13 @@ class DeviceLoop:
             buffer[:used] = torch.tensor(values[:used])
 
     def rehearse(self) -> None:
-        """Compile the kernel between passes for every batch size; between rounds only."""
+        """Compile the kernels between passes for every batch size; between rounds only."""
         sizes = {padded_size(n, self.max_num_rows) for n in range(1, 1 + self.max_num_rows)}
         for num_rows in sorted(sizes):
             round_ = self.buffers.first(num_rows, 1)
             self.step(round_, exit_index=None, next_span=0)
+            nobody = torch.zeros_like(round_.confident)
+            _note(round_, torch.zeros_like(round_.token), nobody.float(), nobody, 0)
 
     def step(
         self,
@@ -344,7 +347,8 @@ class Steps:
         in_pass: torch.Tensor,
     ) -> None:
         assert self.fused is not None
-        rows = self.round_.rows
+        round_ = self.round_
+        rows = round_.rows
         gate = self._gate_at(exit_index)
         check = self.fused.check(
             exit_index,
@@ -353,10 +357,12 @@ class Steps:
             # A row that is not in the pass has logits cached that verification divides by.
             slots=torch.where(in_pass, rows.slots, -1),
             positions=rows.first_pos + rows.num_drafts,
-            draft=self.round_.status.offset,
+            draft=round_.status.offset,
             passes_gate=None if gate is None else lambda p: gate(p) & in_pass,
         )
-        self._follow(exit_index, check.token, check.p, in_pass if gate is None else check.live)
+        live = in_pass if gate is None else check.live
+        assert live is not None
+        self._follow(exit_index, check.token, check.p, live)
 
     def _ask_stored(
         self,
@@ -400,19 +406,30 @@ class Steps:
         self._follow(exit_index, token, p, live)
 
     def _follow(
-        self,
-        exit_index: int,
-        # [num_rows] int64
-        token: torch.Tensor,
-        # [num_rows] float32
-        p: torch.Tensor,
-        # [num_rows] bool, rows whose head was asked
-        live: torch.Tensor | None,
+        self, exit_index: int, token: torch.Tensor, p: torch.Tensor, live: torch.Tensor
     ) -> None:
-        assert live is not None
-        round_ = self.round_
-        round_.token.copy_(token)
-        # NaN compares false: a broken row is never confident.
-        torch.logical_and(p > round_.follow[exit_index], live, out=round_.confident)
-        round_.checked[exit_index].add_(live.sum())
-        round_.asked[exit_index].add_(live.any())
+        _note(self.round_, token, p, live, exit_index)
+
+
+def _note(
+    round_: LoopBuffers,
+    # [num_rows] int64
+    token: torch.Tensor,
+    # [num_rows] float32
+    p: torch.Tensor,
+    # [num_rows] bool, rows whose head was asked
+    live: torch.Tensor,
+    exit_index: int,
+) -> None:
+    """A head's answers, into the round's buffers."""
+    note_answers(
+        token,
+        p,
+        live,
+        exit_index,
+        follow=round_.follow,
+        token_out=round_.token,
+        confident=round_.confident,
+        checked=round_.checked,
+        asked=round_.asked,
+    )

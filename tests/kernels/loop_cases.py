@@ -310,3 +310,38 @@ def verification_plan(
         **found,
     )
     return found | {"plans": plans.data, "row_of": row_of, "query_start_loc": query_start_loc}
+
+
+@case(
+    "answer._note_answers_kernel",
+    tolerance=EXACT,
+    some={},
+    nobody={"share": 0.0},
+    one_row={"num_rows": 1, "share": 1.0},
+    many={"num_rows": 300},
+)
+def answers(rng: torch.Generator, num_rows: int = 9, share: float = 0.6) -> Outputs:
+    """Two heads one after the other, a row of NaN among them."""
+    from vllm_adadecode.kernels.answer import note_answers
+
+    kept = {
+        "token_out": torch.full((num_rows,), -7),
+        "confident": torch.ones(num_rows, dtype=torch.bool),
+        "checked": torch.tensor([5, 6, 7]),
+        "asked": torch.tensor([1, 2, 3]),
+    }
+    follow = torch.tensor([0.2, 0.5, 0.9])
+    found: Outputs = {}
+    for exit_index in (2, 1):
+        p = torch.rand(num_rows, generator=rng)
+        p[num_rows // 2 :][:1] = torch.nan
+        note_answers(
+            torch.randint(0, 99, (num_rows,), generator=rng),
+            p,
+            torch.rand(num_rows, generator=rng) < share,
+            exit_index,
+            follow=follow,
+            **kept,
+        )
+        found |= {f"{name} {exit_index}": value.clone() for name, value in kept.items()}
+    return found

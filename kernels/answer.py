@@ -1,0 +1,116 @@
+"""What the draft loop notes of a head's answers, in one launch.
+
+Owns the comparison with the policy's cutoff (paper, "Confidence") and the counts of heads asked;
+`draft_step.py` moves the rows on by it.
+"""
+
+from typing import Any
+
+import torch
+from vllm.triton_utils import tl, triton
+from vllm.utils.math_utils import next_power_of_2
+
+from vllm_adadecode.kernels.launch import register_twins
+
+
+# The exit is no constant: a round would have a kernel for each, and pointers of each alignment.
+@triton.jit(do_not_specialize=["exit_index", "num_rows"])
+def _note_answers_kernel(  # type: ignore[no-untyped-def]
+    # [num_rows] int64
+    token_out_ptr,
+    # [num_rows] bool
+    confident_ptr,
+    # [num_exits] int64, accumulated
+    checked_ptr,
+    asked_ptr,
+    # [num_rows] int64
+    token_ptr,
+    # [num_rows] float32
+    p_ptr,
+    # [num_rows] bool
+    live_ptr,
+    # [num_exits] float32
+    follow_ptr,
+    exit_index,
+    num_rows,
+    BLOCK: tl.constexpr,
+):
+    row = tl.arange(0, BLOCK)
+    inside = row < num_rows
+    live = tl.load(live_ptr + row, mask=inside, other=0).to(tl.int32)
+    p = tl.load(p_ptr + row, mask=inside, other=0.0)
+    # NaN compares false: a broken row is never confident.
+    confident = (p > tl.load(follow_ptr + exit_index)) & (live == 1)
+    tl.store(token_out_ptr + row, tl.load(token_ptr + row, mask=inside, other=0), mask=inside)
+    tl.store(confident_ptr + row, confident, mask=inside)
+    num_live = tl.sum(live, axis=0).to(tl.int64)
+    checked = checked_ptr + exit_index
+    tl.store(checked, tl.load(checked) + num_live)
+    asked = asked_ptr + exit_index
+    tl.store(asked, tl.load(asked) + (num_live > 0).to(tl.int64))
+
+
+def note_answers(
+    # [num_rows] int64
+    token: torch.Tensor,
+    # [num_rows] float32
+    p: torch.Tensor,
+    # [num_rows] bool
+    live: torch.Tensor,
+    exit_index: int,
+    *,
+    follow: torch.Tensor,
+    token_out: torch.Tensor,
+    confident: torch.Tensor,
+    checked: torch.Tensor,
+    asked: torch.Tensor,
+) -> None:
+    """Keep each row's token, and whether it is followed; count the heads.
+
+    Args:
+        token: what the head predicts, of no meaning where ``live`` is false.
+        p: its probability.
+        live: rows whose head was asked.
+        follow: float32 ``[num_exits]``; a live row is confident where ``p`` is above it.
+        token_out: int64 ``[num_rows]``, written.
+        confident: bool ``[num_rows]``, written.
+        checked: int64 ``[num_exits]``, plus the number of live rows.
+        asked: int64 ``[num_exits]``, plus 1 if there is one.
+    """
+    num_rows = len(token)
+    _note_answers_kernel[(1,)](
+        token_out,
+        confident,
+        checked,
+        asked,
+        token.contiguous(),
+        p.contiguous(),
+        live.contiguous(),
+        follow,
+        exit_index,
+        num_rows,
+        BLOCK=max(16, next_power_of_2(num_rows)),
+        num_warps=4,
+    )
+
+
+def _note_answers_twin(
+    token_out: torch.Tensor,
+    confident: torch.Tensor,
+    checked: torch.Tensor,
+    asked: torch.Tensor,
+    token: torch.Tensor,
+    p: torch.Tensor,
+    live: torch.Tensor,
+    follow: torch.Tensor,
+    exit_index: int,
+    num_rows: int,
+    **options: Any,
+) -> None:
+    token_out.copy_(token)
+    torch.logical_and(p > follow[exit_index], live, out=confident)
+    checked[exit_index].add_(live.sum())
+    asked[exit_index].add_(live.any())
+
+
+register_twins(__name__, {"_note_answers_kernel": _note_answers_twin})
