@@ -115,8 +115,10 @@ class RecordedGraph:
         return made
 
 
-class _Record(TorchDispatchMode):
-    def __init__(self, graph: RecordedGraph) -> None:
+class Record(TorchDispatchMode):
+    """Hands every operation to the ``run`` of a graph; whatever it runs in turn is part of it."""
+
+    def __init__(self, graph: Any) -> None:
         super().__init__()
         self.graph, self.paused = graph, False
 
@@ -139,10 +141,10 @@ class _Record(TorchDispatchMode):
         return self.run(name, func, args, kwargs or {})
 
 
-class _Refuse(TorchFunctionMode):
+class Refuse(TorchFunctionMode):
     """Reading a tensor on a CPU passes no dispatcher."""
 
-    def __init__(self, record: _Record) -> None:
+    def __init__(self, record: Record) -> None:
         super().__init__()
         self.record = record
 
@@ -155,7 +157,7 @@ class _Refuse(TorchFunctionMode):
 @contextmanager
 def recorded(graph: RecordedGraph, *_: Any, **__: Any) -> Iterator[None]:
     """In place of `torch.cuda.graph`."""
-    launch, record = KernelOverride._launch, _Record(graph)
+    launch, record = KernelOverride._launch, Record(graph)
 
     def launched(self: KernelOverride, *args: Any, **kwargs: Any) -> Any:
         return record.run(self.__name__, lambda *a, **k: launch(self, *a, **k), args, kwargs)
@@ -163,7 +165,7 @@ def recorded(graph: RecordedGraph, *_: Any, **__: Any) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(KernelOverride, "_launch", launched))
         stack.enter_context(patch.object(RecordedGraph, "_recording", graph))
-        stack.enter_context(_Refuse(record))
+        stack.enter_context(Refuse(record))
         stack.enter_context(record)
         yield
 

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 import vllm.compilation.cuda_graph
 import vllm.v1.worker.gpu.cudagraph_utils
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from vllm.forward_context import (
     get_forward_context,
@@ -20,7 +18,8 @@ from vllm.forward_context import (
     override_forward_context,
 )
 
-from tests.op_trace import READS, SYNCHRONISING, tensors_in
+from tests.op_trace import tensors_in
+from tests.recorded_graphs import Record, Refuse
 
 
 class Graph:
@@ -84,47 +83,10 @@ def _replay(operations: list[tuple[str, Callable[[], None]]]) -> None:
             operation()
 
 
-class _Record(TorchDispatchMode):
-    def __init__(self, graph: Graph) -> None:
-        super().__init__()
-        self.graph, self.paused = graph, False
-
-    def run(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.paused:
-            return function(*args, **kwargs)
-        self.paused = True
-        try:
-            return self.graph.run(name, function, args, kwargs)
-        finally:
-            self.paused = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        by_mask = "index" in name and any(
-            t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1:2])
-        )
-        waits = name.split("::")[-1] in SYNCHRONISING or by_mask
-        assert self.paused or not waits, f"{name} waits for the device"
-        return self.run(name, func, args, kwargs or {})
-
-
-class _Refuse(TorchFunctionMode):
-    """Reading a tensor on a CPU passes no dispatcher."""
-
-    def __init__(self, record: _Record) -> None:
-        super().__init__()
-        self.record = record
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        assert self.record.paused or name not in READS, f"{name} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def _captured(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
     """In place of `torch.cuda.graph`."""
-    record, launch = _Record(graph), InterpretedFunction.run
+    record, launch = Record(graph), InterpretedFunction.run
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
         return record.run(self.__name__, lambda *a, **k: launch(self, *a, **k), args, kwargs)
@@ -134,7 +96,7 @@ def _captured(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
     InterpretedFunction.run = launched
     torch.cuda.is_current_stream_capturing = lambda: True
     try:
-        with _Refuse(record), record:
+        with Refuse(record), record:
             yield
     finally:
         Graph._capturing = None
