@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "vllm_adadecode/__init__.py").read_text())
@@ -17,13 +17,8 @@ setup(
     # kernels/ lies at the top level of the checkout, but its plain name belongs to a package of
     # Hugging Face's: it is only importable as vllm_adadecode.kernels.
     packages=[
-        "vllm_adadecode",
-        "vllm_adadecode.cli",
-        "vllm_adadecode.cpu",
-        "vllm_adadecode.evaluation",
-        "vllm_adadecode.heads",
+        *find_packages(include=["vllm_adadecode", "vllm_adadecode.*"]),
         "vllm_adadecode.kernels",
-        "vllm_adadecode.training",
     ],
     package_dir={"vllm_adadecode.kernels": "kernels"},
     # Block sizes, tuned and default.

@@ -121,7 +121,7 @@ def set_thresholds(engine: LLM, *thresholds: float) -> None:
     """Change the thresholds of a running engine (one, or one per exit)."""
 
     def change(worker: Any) -> None:
-        from vllm_adadecode.policy import ThresholdPolicy
+        from vllm_adadecode.draft.policy import ThresholdPolicy
 
         speculator = worker.model_runner.speculator
         values = thresholds * (len(speculator.model.exit_layers) // len(thresholds))

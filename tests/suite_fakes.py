@@ -11,8 +11,8 @@ from benchmarks.gpu_suite.ideal import Reading
 from benchmarks.gpu_suite.result import Result
 from benchmarks.gpu_suite.settings import Settings, quick
 from benchmarks.gpu_suite.suite import Suite
-from vllm_adadecode.counters import Counters, ExitCounters
 from vllm_adadecode.evaluation.costs import Costs
+from vllm_adadecode.metrics.counters import Counters, ExitCounters
 
 COSTS = Costs(num_layers=32, head=1.5, gate=0.01, lm_head=2.0)
 SETTINGS = replace(

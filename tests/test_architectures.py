@@ -17,8 +17,8 @@ from tests.engines import (
     stats,
 )
 from tests.tiny_models import ARCHITECTURES, NUM_LAYERS, random_prompts, save_tiny_model
-from vllm_adadecode.staged import SUPPORTED_ARCHITECTURES
-from vllm_adadecode.step_guard import RunAlways
+from vllm_adadecode.draft.step_guard import RunAlways
+from vllm_adadecode.model.target import SUPPORTED_ARCHITECTURES
 
 
 @pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)

@@ -26,11 +26,12 @@ from vllm.model_executor.models import registry
 
 from tests.engines import DEMO_MODEL, EnginePool, assert_same, generate, greedy, speculative, stats
 from tests.heads_samples import edit_config, heads_fields, make_heads, make_target
-from vllm_adadecode import config, patches, plugin
+from vllm_adadecode import config, plugin
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import target_fingerprint
-from vllm_adadecode.patches import parse_speculative_config
 from vllm_adadecode.versions import vllm_version
+from vllm_adadecode.vllm_patches import config_and_cli as patches
+from vllm_adadecode.vllm_patches.config_and_cli import parse_speculative_config
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_adadecode import budget, round_times
-from vllm_adadecode.budget import Choice, DraftBudget, RoundCosts
-from vllm_adadecode.draft_statistics import HALF_LIFE, DraftStatistics
-from vllm_adadecode.round_times import Factors, Kind
+from vllm_adadecode.adaptive import budget
+from vllm_adadecode.adaptive import step_times as round_times
+from vllm_adadecode.adaptive.acceptance import HALF_LIFE, DraftStatistics
+from vllm_adadecode.adaptive.budget import Choice, DraftBudget, RoundCosts
+from vllm_adadecode.adaptive.step_times import Factors, Kind
 
 # A round of 10; a failed attempt adds 1, a draft at the first exit 3, at the second 6.
 CHEAP = RoundCosts((1, 16), (10.0, 10.0), (1.0, 1.0), ((3.0, 6.0),) * 2, (0.0, 0.0))

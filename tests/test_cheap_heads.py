@@ -21,7 +21,7 @@ from tests.engines import (
     token_ids,
 )
 from tests.heads_samples import demo_heads
-from vllm_adadecode.rehearsal import launch_kernels
+from vllm_adadecode.engine.warmup import launch_kernels
 
 VOCAB, HIDDEN = 2048, 256
 NUM_PROMPTS = 12

@@ -17,9 +17,9 @@ from benchmarks.compare.store import Cell, Store, Turn
 from benchmarks.demo.corpus import Source, load_corpus
 from benchmarks.demo.server import ServerError
 from tests.tiny_models import save_tiny_model
-from vllm_adadecode.counters import Counters, ExitCounters
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import target_fingerprint
+from vllm_adadecode.metrics.counters import Counters, ExitCounters
 from vllm_adadecode.training.records import RecordReader
 from vllm_adadecode.training.target_model import load_tokenizer
 

@@ -17,7 +17,7 @@ from benchmarks.compare.load import Measurement
 from benchmarks.compare.methods import Arguments, NotReadyError
 from benchmarks.compare.store import Cell, Store
 from tests.engines import DEMO_MODEL
-from vllm_adadecode.counters import Counters, ExitCounters
+from vllm_adadecode.metrics.counters import Counters, ExitCounters
 
 # A verification of 8 layers behind which 3 tokens come, and 4 layers for the rejected draft.
 STATS = Counters(

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.test_device_loop import DeviceRuns
-from vllm_adadecode.conditional_graph import IfNode, check_conditional_nodes
-from vllm_adadecode.device_loop import Steps
+from vllm_adadecode.draft.conditional_graph import IfNode, check_conditional_nodes
+from vllm_adadecode.draft.device_loop import Steps
+from vllm_adadecode.draft.step_guard import RunAlways
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.step_guard import RunAlways
 
 
 class RecordingGraph:

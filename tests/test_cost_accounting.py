@@ -17,11 +17,11 @@ from benchmarks.cost_accounting import Account, Emitted, account, account_drafte
 from benchmarks.served import Drafter, Target, head_bytes, head_weights
 from tests import engines as harness
 from tests.engines import DEMO_MODEL, EnginePool, greedy, set_thresholds, speculative
-from vllm_adadecode.counters import Counters, ExitCounters
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.evaluation.costs import ModelShape, costs_from_bytes
 from vllm_adadecode.evaluation.simulate import Counts, ExitCounts
 from vllm_adadecode.heads import HeadsConfig
+from vllm_adadecode.metrics.counters import Counters, ExitCounters
 
 # 48 weights of attention and 96 behind it in a layer, 40 in the LM head.
 SHAPE = ModelShape(8, 4, 8, 2, 1, 2, 10)

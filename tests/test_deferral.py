@@ -31,7 +31,7 @@ from tests.engines import (
     stop,
 )
 from vllm_adadecode.plugin import register
-from vllm_adadecode.scorer import make_plan
+from vllm_adadecode.verify.forward import make_plan
 
 EXITS = [2, 4, 6]
 NUM_LAYERS = 8
@@ -228,7 +228,7 @@ def test_a_recomputing_verification_is_seen(
     """Negative control: verification from layer 0 gives the same tokens, and fails the check."""
     engine = engines.get(speculative_config=SPEC, max_num_seqs=4)
     set_thresholds(engine, *MIXED)
-    monkeypatch.setattr("vllm_adadecode.runner.make_plan", lambda *_: None)
+    monkeypatch.setattr("vllm_adadecode.engine.model_runner.make_plan", lambda *_: None)
     with recorded(engine) as rounds:
         outputs = generate(engine, prompts[:4], greedy(40))
     vanilla = engines.get()
@@ -306,7 +306,7 @@ def test_a_recomputing_mixed_batch_is_seen(
     def only_decoding(input_batch: Any, windows: Any) -> Any:
         return None if input_batch.has_prefill else make_plan(input_batch, windows)
 
-    monkeypatch.setattr("vllm_adadecode.runner.make_plan", only_decoding)
+    monkeypatch.setattr("vllm_adadecode.engine.model_runner.make_plan", only_decoding)
     engine, rounds, _ = generate_mixed(engines, prompts)
     assert len(run_twice([r for r in rounds if r.has_prefill])) > 100
     assert not run_twice([r for r in rounds if not r.has_prefill])

@@ -37,18 +37,18 @@ from tests.test_draft_loop import (
     Run,
     draft,
 )
-from vllm_adadecode.counters import Counters
-from vllm_adadecode.device_loop import DeviceLoop
-from vllm_adadecode.device_round import DeviceRounds
+from vllm_adadecode.draft.buffers import LoopBuffers, padded_size, pass_states
+from vllm_adadecode.draft.device_loop import DeviceLoop
+from vllm_adadecode.draft.policy import ThresholdPolicy
+from vllm_adadecode.draft.readback import RoundCopy
+from vllm_adadecode.draft.step_guard import AskHost, LeadingGuard, RunAlways
+from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.fused_head import HeadCheck
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
-from vllm_adadecode.loop_buffers import LoopBuffers, padded_size, pass_states
-from vllm_adadecode.policy import ThresholdPolicy
-from vllm_adadecode.round_copy import RoundCopy
-from vllm_adadecode.static_spans import StaticSpans
-from vllm_adadecode.step_guard import AskHost, LeadingGuard, RunAlways
+from vllm_adadecode.metrics.counters import Counters
+from vllm_adadecode.model.fused_head import HeadCheck
+from vllm_adadecode.spans.padded import StaticSpans
 
 MAX_DRAFTS = 5
 BLOCK = 16

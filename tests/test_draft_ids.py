@@ -9,8 +9,8 @@ import pytest
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from tests.engines import EnginePool, generate, greedy, speculative, stats
-from vllm_adadecode.draft_ids import attach_drafts, hand_over, has_taken
-from vllm_adadecode.patches_metrics import _post_step
+from vllm_adadecode.metrics.draft_ids import attach_drafts, hand_over, has_taken
+from vllm_adadecode.vllm_patches.scheduler_and_metrics import _post_step
 
 DRAFTS = DraftTokenIds(["a", "b"], [[5, 6], []])
 

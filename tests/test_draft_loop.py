@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adadecode.counters import Counters
-from vllm_adadecode.draft_loop import DraftLoop, DraftState
-from vllm_adadecode.fused_head import HeadCheck
+from vllm_adadecode.draft.host_loop import DraftLoop, DraftState
+from vllm_adadecode.draft.policy import Action, PassesGate, ThresholdPolicy
+from vllm_adadecode.draft.windows import PendingWindow, PendingWindows
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
-from vllm_adadecode.policy import Action, PassesGate, ThresholdPolicy
-from vllm_adadecode.windows import PendingWindow, PendingWindows
+from vllm_adadecode.metrics.counters import Counters
+from vllm_adadecode.model.fused_head import HeadCheck
 
 VOCAB = 2000
 MAX_SLOTS = 8

@@ -12,10 +12,10 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from tests.heads_samples import HIDDEN, heads_fields, random_tensors
-from vllm_adadecode.draws import Draws, draft_columns
-from vllm_adadecode.fused_head import FusedHeads, fused_features
+from vllm_adadecode.draft.sampling import Draws, draft_columns
 from vllm_adadecode.heads import EarlyHead, HeadsConfig
 from vllm_adadecode.heads import make_heads as new_heads
+from vllm_adadecode.model.fused_head import FusedHeads, fused_features
 
 
 def make_head(**changes: Any) -> EarlyHead:

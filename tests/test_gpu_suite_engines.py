@@ -235,12 +235,12 @@ def test_waits_on_a_gpu_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_place_is_the_callers() -> None:
     frames = [
-        traceback.FrameSummary("/a/vllm_adadecode/draft_loop.py", 7, "run", line=""),
+        traceback.FrameSummary("/a/vllm_adadecode/draft/host_loop.py", 7, "run", line=""),
         traceback.FrameSummary("/a/torch/_tensor.py", 8, "__bool__", line=""),
         traceback.FrameSummary(str(syncs.SELF), 9, "note", line=""),
     ]
     stack = traceback.StackSummary.from_list(frames)
-    assert syncs.place(stack) == "a/vllm_adadecode/draft_loop.py:7 run"
+    assert syncs.place(stack) == "a/vllm_adadecode/draft/host_loop.py:7 run"
     for file, name in (
         ("/b/site-packages/vllm/v1/worker/gpu/input_batch.py", "vllm/v1/worker/gpu/input_batch.py"),
         (__file__, "tests/test_gpu_suite_engines.py"),

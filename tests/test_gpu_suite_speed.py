@@ -30,10 +30,10 @@ from tests.suite_fakes import (
     snapshot,
 )
 from tests.test_device_loop import MAX_SLOTS, DeviceRuns
-from vllm_adadecode.counters import Counters, ExitCounters
-from vllm_adadecode.device_loop import Steps
-from vllm_adadecode.policy import Action, ThresholdPolicy
-from vllm_adadecode.step_guard import AskHost
+from vllm_adadecode.draft.device_loop import Steps
+from vllm_adadecode.draft.policy import Action, ThresholdPolicy
+from vllm_adadecode.draft.step_guard import AskHost
+from vllm_adadecode.metrics.counters import Counters, ExitCounters
 
 
 def test_bytes_of_a_trace() -> None:

@@ -25,9 +25,10 @@ from tests.engines import (
     token_ids,
 )
 from tests.recorded_graphs import RecordedGraph, graphs_are_recorded
-from vllm_adadecode import config, proposer
-from vllm_adadecode.verification_graphs import VerificationGraphs, graph_sizes, whole_sizes
-from vllm_adadecode.verification_passes import VerificationPasses
+from vllm_adadecode import config
+from vllm_adadecode.engine import speculator as proposer
+from vllm_adadecode.verify.graphs import VerificationGraphs, graph_sizes, whole_sizes
+from vllm_adadecode.verify.passes import VerificationPasses
 
 SIZES = [1, 2, 4, 8, 16, 32, 48]
 SPEC: dict[str, Any] = {"num_speculative_tokens": 5}

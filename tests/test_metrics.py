@@ -24,8 +24,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from tests.engines import DEMO_MODEL, EnginePool, generate, greedy, speculative, stats
-from vllm_adadecode.counters import Counters, ExitCounters
-from vllm_adadecode.metrics import AdaDecodeStats, UnsentCounts, attach_counts, pass_on
+from vllm_adadecode.metrics.counters import Counters, ExitCounters
+from vllm_adadecode.metrics.prometheus import AdaDecodeStats, UnsentCounts, attach_counts, pass_on
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 NUM_LAYERS = 8

@@ -34,17 +34,17 @@ from tests.engines import (
 from tests.op_trace import traced
 from tests.recorded_graphs import RecordedGraph
 from tests.test_graphs import get_engine as graphs_engine
-from vllm_adadecode.budget import DraftBudget
-from vllm_adadecode.counters import Counters
-from vllm_adadecode.device_round import DeviceRounds
-from vllm_adadecode.open_round import NextBatch, OpenPlan, PrefillPart
-from vllm_adadecode.rehearsal import launch_kernels
-from vllm_adadecode.round_copy import RoundCopy
-from vllm_adadecode.round_times import LEAST_ROUNDS, Kind
-from vllm_adadecode.static_spans import PassShape, StaticSpans, in_any_order
-from vllm_adadecode.step_guard import AskHost, RunAlways
-from vllm_adadecode.verification_passes import VerificationPasses
-from vllm_adadecode.windows import PendingWindow
+from vllm_adadecode.adaptive.budget import DraftBudget
+from vllm_adadecode.adaptive.step_times import LEAST_ROUNDS, Kind
+from vllm_adadecode.draft.readback import RoundCopy
+from vllm_adadecode.draft.step_guard import AskHost, RunAlways
+from vllm_adadecode.draft.windows import PendingWindow
+from vllm_adadecode.engine.device_rounds import DeviceRounds
+from vllm_adadecode.engine.warmup import launch_kernels
+from vllm_adadecode.metrics.counters import Counters
+from vllm_adadecode.spans.padded import PassShape, StaticSpans, in_any_order
+from vllm_adadecode.verify.overlapped_plan import NextBatch, OpenPlan, PrefillPart
+from vllm_adadecode.verify.passes import VerificationPasses
 
 SPEC: dict[str, Any] = {"num_speculative_tokens": 5, "draft_loop": "device"}
 
@@ -599,7 +599,7 @@ def test_nobody_waits_for_a_round(
     else:
         assert all(len(places) == 1 for places in ours)
         assert {w.split(":")[0] for places in ours for w in places} == {
-            "vllm_adadecode/step_guard.py"
+            "vllm_adadecode/draft/step_guard.py"
         }
 
 

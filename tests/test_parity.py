@@ -20,7 +20,7 @@ from tests.engines import (
     stats,
     token_ids,
 )
-from vllm_adadecode.scorer import VerificationPlan
+from vllm_adadecode.verify.forward import VerificationPlan
 
 THREE_EXITS = speculative(num_speculative_tokens=5, exit_layers=[2, 4, 6])
 

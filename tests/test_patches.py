@@ -23,13 +23,16 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.worker.gpu import model_runner
 
 from tests.engines import DEMO_MODEL, async_scheduling_on_cpu, speculative
-from vllm_adadecode import patches, patches_cpu, patches_metrics, plugin
+from vllm_adadecode import plugin
 from vllm_adadecode.config import AdaDecodeSpeculativeConfig
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.patches import CONFIG_PATCHES, METHOD, WORKER_PATCHES, Patch
-from vllm_adadecode.patches_cpu import CPU_PATCHES
-from vllm_adadecode.patches_metrics import FRONT_END_PATCHES, METRICS_PATCHES
 from vllm_adadecode.versions import vllm_distribution
+from vllm_adadecode.vllm_patches import config_and_cli as patches
+from vllm_adadecode.vllm_patches import cpu_runner as patches_cpu
+from vllm_adadecode.vllm_patches import scheduler_and_metrics as patches_metrics
+from vllm_adadecode.vllm_patches.config_and_cli import CONFIG_PATCHES, METHOD, WORKER_PATCHES, Patch
+from vllm_adadecode.vllm_patches.cpu_runner import CPU_PATCHES
+from vllm_adadecode.vllm_patches.scheduler_and_metrics import FRONT_END_PATCHES, METRICS_PATCHES
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 
@@ -167,7 +170,7 @@ def test_speculative_config_and_lookahead(num_tokens: int) -> None:
     assert config.num_speculative_tokens == num_tokens
     assert config.num_lookahead_tokens == num_tokens
     assert config.use_v2_model_runner
-    assert config.parallel_config.worker_cls.startswith("vllm_adadecode.worker.AdaDecode")
+    assert config.parallel_config.worker_cls.startswith("vllm_adadecode.engine.worker.AdaDecode")
 
 
 @pytest.mark.parametrize("spec", [NGRAM, None], ids=["ngram", "none"])
@@ -340,8 +343,8 @@ def refused_calls(callee: Callable[..., Any], caller: Callable[..., Any]) -> lis
 
 
 RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
-MIXIN = "vllm_adadecode.runner:AdaDecodeRunnerMixin"
-OURS = "vllm_adadecode.proposer:AdaDecodeSpeculator"
+MIXIN = "vllm_adadecode.engine.model_runner:AdaDecodeRunnerMixin"
+OURS = "vllm_adadecode.engine.speculator:AdaDecodeSpeculator"
 SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 WORKER = "vllm.v1.worker.gpu_worker:Worker"
 STATISTICS = "vllm.v1.spec_decode.metrics"
@@ -369,14 +372,17 @@ OVERRIDES = [
         for name in ("propose", "load_draft_model", "set_attn", "init_cudagraph_manager", "capture")
     ),
     *(
-        (f"vllm_adadecode.metrics:AdaDecode{name}", f"{STATISTICS}:SpecDecoding{name}")
+        (f"vllm_adadecode.metrics.prometheus:AdaDecode{name}", f"{STATISTICS}:SpecDecoding{name}")
         for name in (
             *("Logging.observe", "Logging.log", "Logging.reset"),
             *("Prom.__init__", "Prom.observe"),
         )
     ),
-    ("vllm_adadecode.worker:AdaDecodeGPUWorker._make_model_runner", f"{WORKER}._make_model_runner"),
-    ("vllm_adadecode.worker:AdaDecodeGPUWorker.sleep", f"{WORKER}.sleep"),
+    (
+        "vllm_adadecode.engine.worker:AdaDecodeGPUWorker._make_model_runner",
+        f"{WORKER}._make_model_runner",
+    ),
+    ("vllm_adadecode.engine.worker:AdaDecodeGPUWorker.sleep", f"{WORKER}.sleep"),
     (
         "vllm.v1.worker.gpu.model_runner:init_speculator",
         "vllm.v1.worker.gpu.spec_decode:init_speculator",
@@ -385,7 +391,7 @@ OVERRIDES = [
 if current_platform.is_cpu():
     OVERRIDES.append(
         (
-            "vllm_adadecode.worker:AdaDecodeCPUWorker.init_device",
+            "vllm_adadecode.engine.worker:AdaDecodeCPUWorker.init_device",
             "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
         )
     )

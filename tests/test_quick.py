@@ -16,8 +16,8 @@ from benchmarks.demo.prompts import Prompt, load
 from benchmarks.demo.server import ServerError
 from benchmarks.served import load_heads, load_target
 from benchmarks.widening.shape import PRESETS, Shape
-from vllm_adadecode.counters import Counters, ExitCounters
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.metrics.counters import Counters, ExitCounters
 
 REPEATS = 3
 # Seconds of two prompts a kind, by repeat: the machine was busy during the second vanilla one.

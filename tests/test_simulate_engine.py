@@ -10,10 +10,10 @@ import torch
 from tests import engines as harness
 from tests.engines import DEMO_MODEL, EnginePool, greedy, speculative, token_ids
 from tests.heads_samples import demo_heads
+from vllm_adadecode.draft.policy import ThresholdPolicy
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
 from vllm_adadecode.evaluation.session import open_session
 from vllm_adadecode.evaluation.simulate import Setting, Simulator
-from vllm_adadecode.policy import ThresholdPolicy
 from vllm_adadecode.training.sequences import Sequence
 
 PROMPTS, TOKENS, MAX_DRAFTS = 10, 64, 8

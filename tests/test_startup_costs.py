@@ -13,9 +13,9 @@ import torch
 from vllm import SamplingParams
 
 from tests.engines import EnginePool, assert_same, generate, greedy, speculative, stats
-from vllm_adadecode.budget import Choice, DraftBudget, RoundCosts
-from vllm_adadecode.policy import Action, ThresholdPolicy
-from vllm_adadecode.startup_costs import SamePolicy, _costs
+from vllm_adadecode.adaptive.budget import Choice, DraftBudget, RoundCosts
+from vllm_adadecode.adaptive.profile import SamePolicy, _costs
+from vllm_adadecode.draft.policy import Action, ThresholdPolicy
 
 REAL = ThresholdPolicy((0.7, 1.0, 0.9, 1.0), (0.5, 0.5, 0.0, 0.5))
 

@@ -75,7 +75,7 @@ def see_copies_at_different_times(worker: Any) -> None:
     """As of a GPU: what has come from the device is not the same on all ranks, nor their times."""
     from vllm.distributed.parallel_state import get_tp_group
 
-    from vllm_adadecode.round_copy import RoundCopy
+    from vllm_adadecode.draft.readback import RoundCopy
 
     rank = get_tp_group().rank_in_group
     looks = iter(range(1 << 30))

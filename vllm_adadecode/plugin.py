@@ -4,9 +4,9 @@ Owns when patches are applied. Re-entrant. On an unsupported vLLM, or one that h
 patched, the method is refused and vLLM without it goes on working.
 """
 
-from vllm_adadecode import patches
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.versions import SUPPORTED_VLLM, is_supported, vllm_version
+from vllm_adadecode.vllm_patches import config_and_cli as patches
 
 
 def register() -> None:
@@ -22,7 +22,7 @@ def register() -> None:
         return
     from vllm_adadecode.cpu import enable_model_runner_v2
     from vllm_adadecode.heads import speculators
-    from vllm_adadecode.patches_metrics import apply_scheduler_patches
+    from vllm_adadecode.vllm_patches.scheduler_and_metrics import apply_scheduler_patches
 
     try:
         patches.apply_config_patches()

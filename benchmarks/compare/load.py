@@ -108,7 +108,7 @@ def verified_drafts(stats: Mapping[str, Any]) -> dict[str, int]:
     have it: vLLM then counts the places that it reserved, whether there was a draft or not.
 
     Args:
-        stats: `vllm_adadecode.counters.Counters.snapshot`.
+        stats: `vllm_adadecode.metrics.counters.Counters.snapshot`.
     """
     exits = stats["exits"].values()
     accepted = sum(counts["accepted"] for counts in exits)

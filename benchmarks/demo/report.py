@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.demo.compare import METHODS, Answer, Difference, Group
 from benchmarks.machine import git_revision, machine, versions
-from vllm_adadecode.counters import Counters, ExitCounters
+from vllm_adadecode.metrics.counters import Counters, ExitCounters
 
 TITLES = {"held_out": "held-out files", "second_stage": "trained files", "all": "all"}
 RATIOS = (

@@ -164,7 +164,7 @@ class Server:
         return choice
 
     def stats(self, reset: bool = False) -> dict[str, Any]:
-        """What the worker counted (`vllm_adadecode.counters`); AdaDecode's server only."""
+        """What the worker counted (`vllm_adadecode.metrics.counters`); AdaDecode's server only."""
         body = {"method": "adadecode_stats", "kwargs": {"reset": reset}}
         result: dict[str, Any] = self.post("/collective_rpc", body)["results"][0]
         return result

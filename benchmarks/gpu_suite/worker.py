@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_suite.syncs import RoundCounter
-from vllm_adadecode.device_loop import Steps
+from vllm_adadecode.draft.device_loop import Steps
+from vllm_adadecode.draft.policy import Action, Cutoffs, DraftPolicy
 from vllm_adadecode.kernels.draft_state import DraftRows
-from vllm_adadecode.policy import Action, Cutoffs, DraftPolicy
 
 
 class SuiteWorker:

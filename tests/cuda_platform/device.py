@@ -221,9 +221,9 @@ def _stand_in_for_vllm() -> None:
 
 def _stand_in_for_method() -> None:
     """The method asks tensors where they are."""
-    from vllm_adadecode import proposer
+    from vllm_adadecode.engine import speculator as proposer
     from vllm_adadecode.kernels import tuning
-    from vllm_adadecode.lm_head import HeadProjection
+    from vllm_adadecode.model.draft_lm_head import HeadProjection
 
     resolve, init = proposer.resolve_draft_loop, HeadProjection.__init__
     blocks = tuning.default_config

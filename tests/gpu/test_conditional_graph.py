@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_adadecode.conditional_graph import IfNode, check_conditional_nodes
+from vllm_adadecode.draft.conditional_graph import IfNode, check_conditional_nodes
 
 
 def test_steps_run_where_their_condition_holds() -> None:

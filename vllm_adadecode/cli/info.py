@@ -127,7 +127,7 @@ def _target_of(
 def _checks(report: Report, problem: str | None) -> list[Check]:
     from vllm_adadecode.cli.checks import Check
     from vllm_adadecode.heads import find_mismatches, target_fingerprint
-    from vllm_adadecode.staged import check_architectures
+    from vllm_adadecode.model.target import check_architectures
 
     config, target = report.config, report.target
     checks = [_check_weights(report)]

@@ -21,7 +21,7 @@ such kernel in NumPy and torch, one file for each vLLM module that it serves:
 
 ``enable_model_runner_v2`` makes vLLM choose that runner on a CPU; ``support`` says for which
 configurations, and ``install`` puts the twins in place in the worker process. What is changed in
-vLLM to that end stands in ``vllm_adadecode/patches_cpu.py``.
+vLLM to that end stands in ``vllm_adadecode/vllm_patches/cpu_runner.py``.
 
 This module imports nothing of vLLM, so that the plugin's entry point can import it in any process.
 """
@@ -43,7 +43,7 @@ def enable_model_runner_v2() -> None:
     if not current_platform.is_cpu() or HAS_TRITON or envs.VLLM_USE_V2_MODEL_RUNNER is False:
         return
 
-    from vllm_adadecode.patches_cpu import CPU_PATCHES
+    from vllm_adadecode.vllm_patches.cpu_runner import CPU_PATCHES
 
     for patch in CPU_PATCHES:
         patch.apply()

@@ -1,6 +1,7 @@
 """Heads checkpoints: their format, how they are saved, loaded, found and matched to a target.
 
-Nothing here knows the engine: applying the target's norm and LM head is `vllm_adadecode.staged`'s.
+Nothing here knows the engine: applying the target's norm and LM head is
+`vllm_adadecode.model.target`'s.
 """
 
 from vllm_adadecode.heads.checkpoint import (

@@ -112,7 +112,7 @@ class Request:
 
 def heads_config(request: Request, folder: Path) -> HeadsConfig:
     """The config before there is anything to tell about the run; checks all choices at once."""
-    from vllm_adadecode.staged import check_architectures
+    from vllm_adadecode.model.target import check_architectures
 
     info, wanted = read_target(folder), request.heads
     check_architectures(info.architectures)

@@ -24,29 +24,29 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_adadecode.budget import DraftBudget
+from vllm_adadecode.adaptive.budget import DraftBudget
 from vllm_adadecode.config import resolve_draft_loop
-from vllm_adadecode.counters import Counters
-from vllm_adadecode.device_loop import Steps
-from vllm_adadecode.device_round import DeviceRounds
-from vllm_adadecode.draft_graphs import MOST_ROWS_WHOLE, DraftGraphs
-from vllm_adadecode.draft_loop import DraftLoop, DraftState
-from vllm_adadecode.draws import Draws, draft_columns
+from vllm_adadecode.draft.buffers import LoopBuffers, pass_states
+from vllm_adadecode.draft.device_loop import Steps
+from vllm_adadecode.draft.graphs import MOST_ROWS_WHOLE, DraftGraphs
+from vllm_adadecode.draft.host_loop import DraftLoop, DraftState
+from vllm_adadecode.draft.policy import DraftPolicy, ThresholdPolicy
+from vllm_adadecode.draft.sampling import Draws, draft_columns
+from vllm_adadecode.draft.windows import PendingWindow, PendingWindows
+from vllm_adadecode.engine.device_rounds import DeviceRounds
+from vllm_adadecode.engine.warmup import launch_kernels, run_everything
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.fused_head import FusedHeads
 from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.warmup import register_warmup
-from vllm_adadecode.lm_head import HeadProjection
-from vllm_adadecode.loop_buffers import LoopBuffers, pass_states
-from vllm_adadecode.policy import DraftPolicy, ThresholdPolicy
-from vllm_adadecode.rehearsal import launch_kernels, run_everything
-from vllm_adadecode.span_runner import SpanRunner
-from vllm_adadecode.staged import StagedTarget
-from vllm_adadecode.static_spans import StaticSpans, why_not_captured
-from vllm_adadecode.verification_graphs import VerificationGraphs
-from vllm_adadecode.verification_passes import VerificationPasses
-from vllm_adadecode.windows import PendingWindow, PendingWindows
+from vllm_adadecode.metrics.counters import Counters
+from vllm_adadecode.model.draft_lm_head import HeadProjection
+from vllm_adadecode.model.fused_head import FusedHeads
+from vllm_adadecode.model.target import StagedTarget
+from vllm_adadecode.spans.padded import StaticSpans, why_not_captured
+from vllm_adadecode.spans.ragged import SpanRunner
+from vllm_adadecode.verify.graphs import VerificationGraphs
+from vllm_adadecode.verify.passes import VerificationPasses
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.dp_utils import DPSyncState

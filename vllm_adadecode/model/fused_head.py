@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from vllm_adadecode.draws import Draws
+from vllm_adadecode.draft.policy import PassesGate
+from vllm_adadecode.draft.sampling import Draws
 from vllm_adadecode.heads import EarlyHead
 from vllm_adadecode.heads.transform import Transform
 from vllm_adadecode.kernels.gate import MAX_ORDERED_ROWS, head_input, live_first
 from vllm_adadecode.kernels.sampling import head_sample
-from vllm_adadecode.policy import PassesGate
 
 if TYPE_CHECKING:
-    from vllm_adadecode.staged import StagedTarget
+    from vllm_adadecode.model.target import StagedTarget
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_adadecode.device_round import DeviceRounds
-from vllm_adadecode.draft_ids import attach_drafts
-from vllm_adadecode.metrics import UnsentCounts, attach_counts
-from vllm_adadecode.open_round import OpenPlan
-from vllm_adadecode.proposer import AdaDecodeSpeculator
-from vllm_adadecode.scorer import Scorer, VerificationPlan, make_plan
+from vllm_adadecode.engine.device_rounds import DeviceRounds
+from vllm_adadecode.engine.speculator import AdaDecodeSpeculator
+from vllm_adadecode.metrics.draft_ids import attach_drafts
+from vllm_adadecode.metrics.prometheus import UnsentCounts, attach_counts
+from vllm_adadecode.verify.forward import Scorer, VerificationPlan, make_plan
+from vllm_adadecode.verify.overlapped_plan import OpenPlan
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base

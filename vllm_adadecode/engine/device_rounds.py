@@ -24,18 +24,18 @@ from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.workspace import use_workspace_lane
 
-from vllm_adadecode.device_loop import DeviceLoop, Drafting
+from vllm_adadecode.draft.buffers import LoopBuffers
+from vllm_adadecode.draft.device_loop import DeviceLoop, Drafting
+from vllm_adadecode.draft.readback import RoundCopy, RoundResult
+from vllm_adadecode.draft.step_guard import AskHost
+from vllm_adadecode.draft.windows import PendingWindow
 from vllm_adadecode.kernels.draft_state import STOPPED
-from vllm_adadecode.loop_buffers import LoopBuffers
-from vllm_adadecode.open_round import MOST_PLACES, NextBatch, OpenPlan
-from vllm_adadecode.round_copy import RoundCopy, RoundResult
-from vllm_adadecode.span_runner import CHECK_KV_BOUNDS
-from vllm_adadecode.static_spans import StaticSpans
-from vllm_adadecode.step_guard import AskHost
-from vllm_adadecode.windows import PendingWindow
+from vllm_adadecode.spans.padded import StaticSpans
+from vllm_adadecode.spans.ragged import CHECK_KV_BOUNDS
+from vllm_adadecode.verify.overlapped_plan import MOST_PLACES, NextBatch, OpenPlan
 
 if TYPE_CHECKING:
-    from vllm_adadecode.proposer import AdaDecodeSpeculator
+    from vllm_adadecode.engine.speculator import AdaDecodeSpeculator
 
 
 @dataclass

@@ -19,11 +19,11 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_adadecode.conditional_graph import IfNode
+from vllm_adadecode.draft.conditional_graph import IfNode
+from vllm_adadecode.draft.step_guard import RunAlways, StepGuard
 from vllm_adadecode.kernels.draft_state import RoundStatus
-from vllm_adadecode.scorer import VerificationPlan
-from vllm_adadecode.step_guard import RunAlways, StepGuard
-from vllm_adadecode.verification_passes import VerificationPasses
+from vllm_adadecode.verify.forward import VerificationPlan
+from vllm_adadecode.verify.passes import VerificationPasses
 
 # From one number of tokens that has a graph to the next, at least.
 STEP = 1.25

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_adadecode.draft.policy import gate_at
 from vllm_adadecode.kernels.confidence import top1_confidence
-from vllm_adadecode.policy import gate_at
-from vllm_adadecode.span_runner import run_span
+from vllm_adadecode.spans.ragged import run_span
 
 if TYPE_CHECKING:
-    from vllm_adadecode.proposer import AdaDecodeSpeculator
+    from vllm_adadecode.engine.speculator import AdaDecodeSpeculator
 
 
 def run_everything(

@@ -24,11 +24,11 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.math_utils import next_power_of_2
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_adadecode.conditional_graph import IfNode
-from vllm_adadecode.device_loop import DeviceLoop, Steps
-from vllm_adadecode.loop_buffers import LoopBuffers, padded_size
-from vllm_adadecode.policy import DraftPolicy
-from vllm_adadecode.step_guard import RunAlways
+from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
+from vllm_adadecode.draft.conditional_graph import IfNode
+from vllm_adadecode.draft.device_loop import DeviceLoop, Steps
+from vllm_adadecode.draft.policy import DraftPolicy
+from vllm_adadecode.draft.step_guard import RunAlways
 
 # Larger batches draft without graphs, if at all: there the passes, not their launches, take time.
 MOST_ROWS = 32

@@ -10,12 +10,12 @@ from unittest.mock import patch
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_adadecode.budget import DraftBudget
-from vllm_adadecode.counters import Counters
-from vllm_adadecode.patches import apply_worker_patches, check_not_refused
+from vllm_adadecode.adaptive.budget import DraftBudget
+from vllm_adadecode.adaptive.profile import measure_round_costs, rank_0
+from vllm_adadecode.engine.model_runner import AdaDecodeRunnerMixin
+from vllm_adadecode.metrics.counters import Counters
 from vllm_adadecode.plugin import register
-from vllm_adadecode.runner import AdaDecodeRunnerMixin
-from vllm_adadecode.startup_costs import measure_round_costs, rank_0
+from vllm_adadecode.vllm_patches.config_and_cli import apply_worker_patches, check_not_refused
 
 # vLLM only logs a plugin that fails to load, and a vLLM that has moved makes it refuse the method;
 # a worker that is ours must not start in either case.

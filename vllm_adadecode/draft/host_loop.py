@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from vllm.v1.utils import record_function_or_nullcontext
 
-from vllm_adadecode.counters import Counters, ExitCounters
-from vllm_adadecode.fused_head import FusedHeads
+from vllm_adadecode.draft.policy import Action, DraftPolicy, gate_at
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
-from vllm_adadecode.policy import Action, DraftPolicy, gate_at
-from vllm_adadecode.span_runner import SpanRunner
-from vllm_adadecode.staged import StagedTarget
+from vllm_adadecode.metrics.counters import Counters, ExitCounters
+from vllm_adadecode.model.fused_head import FusedHeads
+from vllm_adadecode.model.target import StagedTarget
+from vllm_adadecode.spans.ragged import SpanRunner
 
 # (logits [rows, vocab], slots [rows], positions [rows], draft number) -> token ids [rows]
 DraftSampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]

@@ -17,16 +17,16 @@ import torch
 from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_adadecode.counters import Counters
+from vllm_adadecode.draft.windows import PendingWindow
 from vllm_adadecode.kernels.deferred import DeferredStates
-from vllm_adadecode.span_runner import SpanRunner, find_moe_layers_by_name
-from vllm_adadecode.staged import StagedTarget
-from vllm_adadecode.windows import PendingWindow
+from vllm_adadecode.metrics.counters import Counters
+from vllm_adadecode.model.target import StagedTarget
+from vllm_adadecode.spans.ragged import SpanRunner, find_moe_layers_by_name
 
 if TYPE_CHECKING:
-    from vllm_adadecode.open_round import OpenPlan, PrefillPart
-    from vllm_adadecode.verification_graphs import VerificationGraphs
-    from vllm_adadecode.verification_passes import VerificationPasses
+    from vllm_adadecode.verify.graphs import VerificationGraphs
+    from vllm_adadecode.verify.overlapped_plan import OpenPlan, PrefillPart
+    from vllm_adadecode.verify.passes import VerificationPasses
 
 
 @dataclass

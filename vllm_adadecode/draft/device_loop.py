@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.v1.utils import record_function_or_nullcontext
 
-from vllm_adadecode.draws import Draws
-from vllm_adadecode.fused_head import FusedHeads
+from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
+from vllm_adadecode.draft.policy import DraftPolicy, PassesGate
+from vllm_adadecode.draft.sampling import Draws
+from vllm_adadecode.draft.step_guard import LeadingGuard, StepGuard
 from vllm_adadecode.kernels.answer import note_answers
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_step import draft_step
-from vllm_adadecode.loop_buffers import LoopBuffers, padded_size
-from vllm_adadecode.policy import DraftPolicy, PassesGate
-from vllm_adadecode.staged import StagedTarget
-from vllm_adadecode.static_spans import StaticSpans
-from vllm_adadecode.step_guard import LeadingGuard, StepGuard
+from vllm_adadecode.model.fused_head import FusedHeads
+from vllm_adadecode.model.target import StagedTarget
+from vllm_adadecode.spans.padded import StaticSpans
 
 if TYPE_CHECKING:
-    from vllm_adadecode.draft_graphs import DraftGraphs
+    from vllm_adadecode.draft.graphs import DraftGraphs
 
 
 class DeviceLoop:

@@ -18,7 +18,7 @@ from vllm.utils.math_utils import cdiv
 from vllm_adadecode.heads.config import Quantization
 from vllm_adadecode.kernels.confidence import head_confidence, top1_confidence
 from vllm_adadecode.kernels.head_weight import HeadWeight
-from vllm_adadecode.lm_head_rows import own_rows, read_rows, stored_weight
+from vllm_adadecode.model.lm_head_rows import own_rows, read_rows, stored_weight
 
 # Largest magnitude that a row's largest weight is mapped to.
 _STORED: dict[Quantization, tuple[torch.dtype, float]] = {

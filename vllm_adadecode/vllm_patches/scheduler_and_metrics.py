@@ -10,15 +10,15 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.patches import Patch
+from vllm_adadecode.vllm_patches.config_and_cli import Patch
 
 # Loaded in the engine's process before vLLM loads plugins there; the scheduler is only afterwards.
 ENGINE = "vllm.v1.engine.core"
 
 
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_adadecode.draft_ids import hand_over
-    from vllm_adadecode.metrics import pass_on
+    from vllm_adadecode.metrics.draft_ids import hand_over
+    from vllm_adadecode.metrics.prometheus import pass_on
 
     @functools.wraps(original)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -31,7 +31,7 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _post_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_adadecode.draft_ids import has_taken
+    from vllm_adadecode.metrics.draft_ids import has_taken
 
     @functools.wraps(original)
     def post_step(self: Any, model_executed: bool) -> None:
@@ -43,7 +43,7 @@ def _post_step(original: Callable[..., Any]) -> Callable[..., Any]:
 def _annotations(original: dict[str, Any]) -> dict[str, Any]:
     from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-    from vllm_adadecode.metrics import AdaDecodeStats
+    from vllm_adadecode.metrics.prometheus import AdaDecodeStats
 
     present = original.get("spec_decoding_stats")
     if not any(
@@ -57,13 +57,13 @@ def _annotations(original: dict[str, Any]) -> dict[str, Any]:
 
 
 def _logging(original: type) -> type:
-    from vllm_adadecode.metrics import AdaDecodeLogging
+    from vllm_adadecode.metrics.prometheus import AdaDecodeLogging
 
     return AdaDecodeLogging
 
 
 def _prom(original: type) -> type:
-    from vllm_adadecode.metrics import AdaDecodeProm
+    from vllm_adadecode.metrics.prometheus import AdaDecodeProm
 
     return AdaDecodeProm
 

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats
 
-from vllm_adadecode.counters import Counters
+from vllm_adadecode.metrics.counters import Counters
 
 # Under vLLM's logger, whose level and format users know.
 logger = init_logger(f"vllm.{__name__}")

@@ -15,8 +15,8 @@ from vllm.config import VllmConfig
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import EarlyHead
-from vllm_adadecode.lm_head import HeadProjection
-from vllm_adadecode.span_module import make_span
+from vllm_adadecode.model.draft_lm_head import HeadProjection
+from vllm_adadecode.model.span_module import make_span
 
 # Architectures whose decoder layers are `layer(positions, hidden, residual)` between
 # `embed_input_ids` and `norm(hidden, residual)`, each proven equal to its uncut self by a test.

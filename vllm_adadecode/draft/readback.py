@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vllm_adadecode.draft_loop import DraftState
-from vllm_adadecode.loop_buffers import LoopBuffers
+from vllm_adadecode.draft.buffers import LoopBuffers
+from vllm_adadecode.draft.host_loop import DraftState
 
 
 @dataclass

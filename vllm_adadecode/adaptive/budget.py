@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_adadecode.draft_statistics import DraftStatistics
-from vllm_adadecode.round_times import Factors, Kind, OpenOrSettled, RoundClock, RoundTimes
+from vllm_adadecode.adaptive.acceptance import DraftStatistics
+from vllm_adadecode.adaptive.step_times import Factors, Kind, OpenOrSettled, RoundClock, RoundTimes
 
 # Once in so many rounds of a batch size, a few do something else, to see what that takes and brings
 # by now: none where there were drafts, more where there were some, and where there were none, all

@@ -22,12 +22,12 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_adadecode.counters import Counters
+from vllm_adadecode.metrics.counters import Counters
 
 if TYPE_CHECKING:
-    from vllm_adadecode.device_loop import Drafting
-    from vllm_adadecode.staged import StagedTarget
-    from vllm_adadecode.windows import PendingWindow
+    from vllm_adadecode.draft.device_loop import Drafting
+    from vllm_adadecode.draft.windows import PendingWindow
+    from vllm_adadecode.model.target import StagedTarget
 
 
 # A batch that verifies an open round runs LM head and sampler on every place for a draft, vacant or

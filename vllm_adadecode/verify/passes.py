@@ -23,10 +23,10 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import DraftRows
 from vllm_adadecode.kernels.verification_plan import PassPlans, plan_verification
-from vllm_adadecode.open_round import MOST_PLACES, OpenPlan, PrefillPart
-from vllm_adadecode.scorer import VerificationPlan
-from vllm_adadecode.staged import StagedTarget
-from vllm_adadecode.static_spans import StaticSpans
+from vllm_adadecode.model.target import StagedTarget
+from vllm_adadecode.spans.padded import StaticSpans
+from vllm_adadecode.verify.forward import VerificationPlan
+from vllm_adadecode.verify.overlapped_plan import MOST_PLACES, OpenPlan, PrefillPart
 
 
 class VerificationPasses:

@@ -24,10 +24,10 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
-from vllm_adadecode.span_runner import SpanRunner, run_span
+from vllm_adadecode.spans.ragged import SpanRunner, run_span
 
 if TYPE_CHECKING:
-    from vllm_adadecode.open_round import PrefillPart
+    from vllm_adadecode.verify.overlapped_plan import PrefillPart
 
 
 def why_not_captured(

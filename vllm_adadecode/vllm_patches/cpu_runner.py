@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_adadecode.patches import Patch
+from vllm_adadecode.vllm_patches.config_and_cli import Patch
 
 
 def _triton_not_needed(original: bool) -> bool:

@@ -130,7 +130,7 @@ def _build(engine_args: Any, options: dict[str, Any], model_config: Any, paralle
         options, model_config, parallel, enable_lora=bool(engine_args.enable_lora)
     )
     platform = "CPU" if current_platform.is_cpu() else "GPU"
-    parallel.worker_cls = f"vllm_adadecode.worker.AdaDecode{platform}Worker"
+    parallel.worker_cls = f"vllm_adadecode.engine.worker.AdaDecode{platform}Worker"
     return config
 
 
@@ -140,7 +140,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         config = original(*args, **kwargs)
         if config.speculative_config is not None and config.speculative_config.method == METHOD:
             from vllm_adadecode.config import check_device_loop, check_runner
-            from vllm_adadecode.patches_metrics import apply_metrics_patches
+            from vllm_adadecode.vllm_patches.scheduler_and_metrics import apply_metrics_patches
 
             check_runner(config)
             check_device_loop(config)
@@ -198,7 +198,7 @@ def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
         if vllm_config.speculative_config.method != METHOD:
             return original(vllm_config, device, req_states)
-        from vllm_adadecode.proposer import AdaDecodeSpeculator
+        from vllm_adadecode.engine.speculator import AdaDecodeSpeculator
 
         return AdaDecodeSpeculator(vllm_config, device, req_states)
 

@@ -1,0 +1,1 @@
+"""The draft phase: which tokens wait unverified, and the two loops that draft them."""

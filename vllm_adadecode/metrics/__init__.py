@@ -1,0 +1,1 @@
+"""What the method counts, and how counts get to vLLM's statistics, log and Prometheus metrics."""
