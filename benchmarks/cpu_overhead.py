@@ -1,4 +1,4 @@
-"""Plain decoding on a CPU: Model Runner V2 with our twins against vLLM's default, the V1 runner.
+"""Plain decoding on a CPU: Model Runner V2 with our kernels against vLLM's default, V1.
 
 What AdaDecode gains on a CPU is measured on top of the V2 runner, so this says what getting there
 costs. Each measurement is a process of its own; the two runners take turns, so that a change in the

@@ -76,7 +76,7 @@ class _Recorder:
 def record() -> list[Launch]:
     """Every launch of `_variants`, each kernel and variant once."""
     from vllm_adadecode.kernels import projection
-    from vllm_adadecode.kernels.launch import TWINS
+    from vllm_adadecode.kernels.launch import REFERENCES
 
     launches: list[Launch] = []
     for variant, architectures, run in _variants():
@@ -95,7 +95,7 @@ def record() -> list[Launch]:
             # Where no device answers, wrappers read FP8 as bits.
             if variant == "fp8":
                 stack.enter_context(patch.object(projection, "fp8_as_bits", lambda _: False))
-            for full_name in TWINS:
+            for full_name in REFERENCES:
                 module_name, _, attribute = full_name.rpartition(".")
                 module = __import__(module_name, fromlist=[attribute])
                 short = f"{module_name.rpartition('.')[2]}.{attribute}"

@@ -30,7 +30,7 @@ from benchmarks.kernel_launches import (
     use_triton_without_device,
 )
 from benchmarks.machine import command, git_revision, machine, versions
-from tests.cpu_kernels.running import compare_apart
+from tests.kernels.cpu.running import compare_apart
 from vllm_adadecode.files import write_json
 
 

@@ -10,7 +10,7 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import next_power_of_2
 
-from vllm_adadecode.kernels.launch import register_twins
+from vllm_adadecode.kernels.launch import register_references
 
 
 # The exit is no constant: a round would have a kernel for each, and pointers of each alignment.
@@ -94,7 +94,7 @@ def note_answers(
     )
 
 
-def _note_answers_twin(
+def _note_answers_reference(
     token_out: torch.Tensor,
     confident: torch.Tensor,
     checked: torch.Tensor,
@@ -113,4 +113,4 @@ def _note_answers_twin(
     asked[exit_index].add_(live.any())
 
 
-register_twins(__name__, {"_note_answers_kernel": _note_answers_twin})
+register_references(__name__, {"_note_answers_kernel": _note_answers_reference})

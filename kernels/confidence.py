@@ -16,9 +16,9 @@ from vllm_adadecode.kernels.merge import (
     merge_partials,
     merge_shards,
 )
-from vllm_adadecode.kernels.merge_twin import HeadResult
+from vllm_adadecode.kernels.merge_reference import HeadResult
 from vllm_adadecode.kernels.projection import head_partials
-from vllm_adadecode.kernels.projection_twin import head_logits
+from vllm_adadecode.kernels.projection_reference import head_logits
 from vllm_adadecode.kernels.tuning import HeadBlocks
 
 __all__ = [

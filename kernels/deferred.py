@@ -11,7 +11,7 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv, next_power_of_2
 
-from vllm_adadecode.kernels.launch import check_matrix, register_twins, rows_contiguous
+from vllm_adadecode.kernels.launch import check_matrix, register_references, rows_contiguous
 
 BLOCK_D = 1024
 
@@ -194,7 +194,7 @@ class DeferredStates:
 # --- reference -----------------------------------------------------------------------------------
 
 
-def _store_states_twin(
+def _store_states_reference(
     kept_hidden: torch.Tensor,
     kept_residual: torch.Tensor,
     kept_stride_0: int,
@@ -214,7 +214,7 @@ def _store_states_twin(
     kept_residual[slots, offsets] = residual
 
 
-def _gather_states_twin(
+def _gather_states_reference(
     hidden: torch.Tensor,
     hidden_stride: int,
     residual: torch.Tensor,
@@ -232,7 +232,10 @@ def _gather_states_twin(
     residual[rows] = kept_residual[slots[rows], offsets[rows]]
 
 
-register_twins(
+register_references(
     __name__,
-    {"_store_states_kernel": _store_states_twin, "_gather_states_kernel": _gather_states_twin},
+    {
+        "_store_states_kernel": _store_states_reference,
+        "_gather_states_kernel": _gather_states_reference,
+    },
 )

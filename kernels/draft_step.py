@@ -14,8 +14,8 @@ from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import next_power_of_2
 
 from vllm_adadecode.kernels.draft_state import DraftRows, KVBlocks, PassInputs, RoundStatus
-from vllm_adadecode.kernels.draft_step_twin import draft_step_twin
-from vllm_adadecode.kernels.launch import register_twins
+from vllm_adadecode.kernels.draft_step_reference import draft_step_reference
+from vllm_adadecode.kernels.launch import register_references
 
 # In place of an exit index: no head was evaluated. Differs from STOPPED.
 NO_EXIT = -2
@@ -269,4 +269,4 @@ def draft_step(
     )
 
 
-register_twins(__name__, {"_draft_step_kernel": draft_step_twin})
+register_references(__name__, {"_draft_step_kernel": draft_step_reference})

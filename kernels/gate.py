@@ -12,7 +12,7 @@ from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import next_power_of_2
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.kernels.launch import check_matrix, register_twins, rows_contiguous
+from vllm_adadecode.kernels.launch import check_matrix, register_references, rows_contiguous
 
 # Inside the root of the gate's norm, whatever the target's own norm adds.
 GATE_NORM_EPS = 1e-6
@@ -207,7 +207,7 @@ def _rms_norm(
     return (normed.to(weight.dtype) * weight).to(h.dtype)
 
 
-def _head_input_twin(
+def _head_input_reference(
     x: torch.Tensor | None,
     gate: torch.Tensor | None,
     hidden: torch.Tensor,
@@ -232,7 +232,7 @@ def _head_input_twin(
         x.copy_(_rms_norm(h, norm_weight, norm_eps))
 
 
-def _live_first_twin(
+def _live_first_reference(
     order: torch.Tensor,
     num_live: torch.Tensor,
     gate: torch.Tensor,
@@ -245,7 +245,7 @@ def _live_first_twin(
     num_live.fill_(int(live.sum()))
 
 
-register_twins(
+register_references(
     __name__,
-    {"_head_input_kernel": _head_input_twin, "_live_first_kernel": _live_first_twin},
+    {"_head_input_kernel": _head_input_reference, "_live_first_kernel": _live_first_reference},
 )

@@ -1,7 +1,7 @@
-"""What all kernels share: how a twin takes a kernel's place, and checks on inputs.
+"""What all kernels share: how a reference takes a kernel's place, and checks on inputs.
 
-Owns the registration of torch twins with vLLM's kernel dispatcher on platforms without Triton, and
-the checks on inputs that every wrapper makes. It knows no kernel.
+Owns the registration of torch references with vLLM's kernel dispatcher on platforms without Triton,
+and the checks on inputs that every wrapper makes. It knows no kernel.
 """
 
 import sys
@@ -13,15 +13,15 @@ from vllm.triton_utils.dispatcher import KernelOverride
 
 from vllm_adadecode.errors import AdaDecodeError
 
-# A twin: takes a kernel's launch arguments, and ignores launch options such as `num_warps`.
-Twin = Callable[..., None]
+# A reference: takes a kernel's launch arguments, and ignores launch options such as `num_warps`.
+Reference = Callable[..., None]
 
-# Every kernel of this package by its full name, and its twin.
-TWINS: dict[str, Twin] = {}
+# Every kernel of this package by its full name, and its reference.
+REFERENCES: dict[str, Reference] = {}
 
 
-def register_twins(module: str, twins: Mapping[str, Twin]) -> None:
-    """Declare the twins of a module's kernels; without Triton they run in the kernels' place.
+def register_references(module: str, references: Mapping[str, Reference]) -> None:
+    """Declare the references of a module's kernels; without Triton they run in the kernels' place.
 
     Called at the end of each kernel module, so importing the module is all that a caller does.
     What launches a kernel then meets the stand-in of vLLM's dispatcher. `register_kernels` would
@@ -29,13 +29,13 @@ def register_twins(module: str, twins: Mapping[str, Twin]) -> None:
 
     Args:
         module: the module's ``__name__``.
-        twins: kernel attribute of that module -> function that takes its launch arguments.
+        references: kernel attribute of that module -> function that takes its launch arguments.
     """
     namespace = vars(sys.modules[module])
-    for kernel, twin in twins.items():
-        TWINS[f"{module}.{kernel}"] = twin
+    for kernel, reference in references.items():
+        REFERENCES[f"{module}.{kernel}"] = reference
         if not HAS_TRITON:
-            namespace[kernel] = KernelOverride(namespace[kernel], twin)
+            namespace[kernel] = KernelOverride(namespace[kernel], reference)
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import next_power_of_2
 
-from vllm_adadecode.kernels.launch import register_twins
-from vllm_adadecode.kernels.merge_twin import HeadResult, merge_partials_twin
+from vllm_adadecode.kernels.launch import register_references
+from vllm_adadecode.kernels.merge_reference import HeadResult, merge_partials_reference
 from vllm_adadecode.kernels.projection import NO_TOKEN, PARTIAL_WORDS, finite_shift
 
 # [rows, words] of every rank -> [ranks * rows, words], ranks in order.
@@ -257,4 +257,4 @@ def merge_shards(
     )
 
 
-register_twins(__name__, {"_merge_partials_kernel": merge_partials_twin})
+register_references(__name__, {"_merge_partials_kernel": merge_partials_reference})

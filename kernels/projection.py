@@ -15,8 +15,8 @@ from vllm.utils.math_utils import cdiv
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels.head_weight import FP8, HeadWeight
-from vllm_adadecode.kernels.launch import check_matrix, register_twins, rows_contiguous
-from vllm_adadecode.kernels.projection_twin import head_partials_twin
+from vllm_adadecode.kernels.launch import check_matrix, register_references, rows_contiguous
+from vllm_adadecode.kernels.projection_reference import head_partials_reference
 from vllm_adadecode.kernels.tuning import HeadBlocks, head_blocks
 
 # Words of a partial result: largest logit and sum of exponentials (float32 bits), token id.
@@ -286,4 +286,4 @@ def head_partials(
     return partials
 
 
-register_twins(__name__, {"_head_partials_kernel": head_partials_twin})
+register_references(__name__, {"_head_partials_kernel": head_partials_reference})

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.sample.gumbel import (
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels.head_weight import HeadWeight
-from vllm_adadecode.kernels.launch import register_twins
+from vllm_adadecode.kernels.launch import register_references
 from vllm_adadecode.kernels.merge import (
     empty_result,
     load_partial,
@@ -32,7 +32,7 @@ from vllm_adadecode.kernels.merge import (
     store_dead,
     store_result,
 )
-from vllm_adadecode.kernels.merge_twin import HeadResult
+from vllm_adadecode.kernels.merge_reference import HeadResult
 from vllm_adadecode.kernels.projection import (
     NO_TOKEN,
     check_head_inputs,
@@ -42,7 +42,10 @@ from vllm_adadecode.kernels.projection import (
     live_rows,
     online_top,
 )
-from vllm_adadecode.kernels.sampling_twin import merge_samples_twin, sample_partials_twin
+from vllm_adadecode.kernels.sampling_reference import (
+    merge_samples_reference,
+    sample_partials_reference,
+)
 from vllm_adadecode.kernels.tuning import HeadBlocks, head_blocks
 
 # A row of a tile also holds its noise, so tiles are narrower than those that do not draw.
@@ -376,10 +379,10 @@ def head_sample(
     return result
 
 
-register_twins(
+register_references(
     __name__,
     {
-        "_sample_partials_kernel": sample_partials_twin,
-        "_merge_samples_kernel": merge_samples_twin,
+        "_sample_partials_kernel": sample_partials_reference,
+        "_merge_samples_kernel": merge_samples_reference,
     },
 )

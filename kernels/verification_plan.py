@@ -14,8 +14,8 @@ from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import next_power_of_2
 
 from vllm_adadecode.kernels.draft_state import DraftRows
-from vllm_adadecode.kernels.launch import register_twins
-from vllm_adadecode.kernels.verification_plan_twin import verification_plan_twin
+from vllm_adadecode.kernels.launch import register_references
+from vllm_adadecode.kernels.verification_plan_reference import verification_plan_reference
 
 # --- kernel --------------------------------------------------------------------------------------
 
@@ -210,4 +210,4 @@ def plan_verification(
     )
 
 
-register_twins(__name__, {"_verification_plan_kernel": verification_plan_twin})
+register_references(__name__, {"_verification_plan_kernel": verification_plan_reference})

@@ -18,7 +18,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from tests.engines import DEMO_MODEL, EnginePool
+from tests.support.engines import DEMO_MODEL, EnginePool
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The kernels on a GPU: equal to their twins, the same to the bit in any batch, fit for graphs."""
+"""The kernels on a GPU: equal to their references, bitwise equal in any batch, fit for graphs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 import tests.kernels.head_cases as head_cases
 import tests.kernels.loop_cases as loop_cases
-from tests.cpu_kernels.running import difference, run
 from tests.gpu.device import on_device
 from tests.kernels.checks import CHECKS
+from tests.kernels.cpu.running import difference, run
 from tests.kernels.registry import CASES, floats
-from vllm_adadecode.kernels import draft_step, projection_twin, sampling
+from vllm_adadecode.kernels import draft_step, projection_reference, sampling
 from vllm_adadecode.kernels.confidence import head_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.gate import head_input, live_first
-from vllm_adadecode.kernels.launch import TWINS
+from vllm_adadecode.kernels.launch import REFERENCES
 
-assert all((loop_cases, draft_step, sampling)), "imported for their cases and twins"
+assert all((loop_cases, draft_step, sampling)), "imported for their cases and references"
 PACKAGE = "vllm_adadecode.kernels."
 
 
@@ -28,11 +28,11 @@ def exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_twin(name: str) -> None:
+def test_equals_reference(name: str) -> None:
     case = CASES[name]
-    twins = {PACKAGE + kernel: TWINS[PACKAGE + kernel] for kernel in case.kernels}
-    with patch.object(projection_twin, "project", exact):
-        expected, _ = run(case, twins)
+    references = {PACKAGE + kernel: REFERENCES[PACKAGE + kernel] for kernel in case.kernels}
+    with patch.object(projection_reference, "project", exact):
+        expected, _ = run(case, references)
     with on_device("cuda"):
         found, _ = run(case, {})
     differences = {

@@ -1,4 +1,4 @@
-"""What is asked of the kernels alone, not of their twins: run by compare.py."""
+"""What is asked of the kernels alone, not of their references: run by compare.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def same_draw_as_vllm() -> str:
     """The draw is what vLLM's own kernel draws from the stored logits."""
     from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
-    from vllm_adadecode.kernels.projection_twin import head_logits
+    from vllm_adadecode.kernels.projection_reference import head_logits
     from vllm_adadecode.kernels.sampling import head_sample
 
     rng = torch.Generator("cpu").manual_seed(3)

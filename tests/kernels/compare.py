@@ -1,9 +1,9 @@
-"""Runs every case with our kernels under Triton's interpreter, and with their twins.
+"""Runs every case with our kernels under Triton's interpreter, and with their references.
 
 A process of its own: the interpreter must be chosen, and Triton be told of a CPU, before vLLM is
 imported. Prints one JSON object: ``differences`` maps each case to what differs (empty: nothing);
-``kernels`` says which kernels each launches; ``noticed`` lists those whose twin's doing nothing
-makes a case differ; ``checks`` maps what is asked of the kernels alone to what is wrong.
+``kernels`` says which kernels each launches; ``noticed`` lists those whose reference's doing
+nothing makes a case differ; ``checks`` maps what is asked of the kernels alone to what is wrong.
 
     python -m tests.kernels.compare [PART OF A CASE'S NAME]
 """
@@ -22,8 +22,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from tests.cpu_kernels.compare import _pretend_cpu_backend
-from tests.cpu_kernels.running import idle, problems, run
+from tests.kernels.cpu.compare import _pretend_cpu_backend
+from tests.kernels.cpu.running import idle, problems, run
 
 PACKAGE = "vllm_adadecode.kernels"
 
@@ -68,8 +68,8 @@ def main() -> None:
     from tests.kernels.head_cases import HEAD
     from tests.kernels.loop_cases import SAMPLE
     from tests.kernels.registry import CASES
-    from vllm_adadecode.kernels import projection_twin
-    from vllm_adadecode.kernels.launch import TWINS
+    from vllm_adadecode.kernels import projection_reference
+    from vllm_adadecode.kernels.launch import REFERENCES
 
     assert HEAD
     assert SAMPLE
@@ -82,16 +82,16 @@ def main() -> None:
 
     differences: dict[str, str] = {}
     noticed: set[str] = set()
-    with patch.object(projection_twin, "project", exact):
+    with patch.object(projection_reference, "project", exact):
         for name, case in CASES.items():
             if sys.argv[1:] and sys.argv[1] not in name:
                 continue
             expected, _ = run(case, {})
-            twins = {f"{PACKAGE}.{k}": TWINS[f"{PACKAGE}.{k}"] for k in case.kernels}
-            differences[name] = problems(case, expected, twins)
+            references = {f"{PACKAGE}.{k}": REFERENCES[f"{PACKAGE}.{k}"] for k in case.kernels}
+            differences[name] = problems(case, expected, references)
             torch.use_deterministic_algorithms(True, warn_only=True)
-            for kernel in twins.keys() - noticed:
-                if problems(case, expected, {**twins, kernel: idle}):
+            for kernel in references.keys() - noticed:
+                if problems(case, expected, {**references, kernel: idle}):
                     noticed.add(kernel)
             torch.use_deterministic_algorithms(False)
     checks = {name: check() for name, check in {**CHECKS, **INTERPRETER_CHECKS}.items()}

@@ -1,4 +1,4 @@
-"""What became of drafts: what is counted of draft loops and verifications, for the draft budget.
+"""What becomes of draft tokens: counts of draft phase and verification, to choose lengths by.
 
 A round that used all exits also says what it would have drafted with the first few of them: the
 same, up to the first draft of a deeper exit. So one round tells about all that it could have been.
@@ -20,7 +20,7 @@ _KEEP = 0.5 ** (1 / HALF_LIFE)
 
 
 @dataclass
-class DraftStatistics:
+class AcceptanceStatistics:
     """Counts that fade: the newer ones weigh more.
 
     Rows are numbers of exits that a round might have used, from 1.

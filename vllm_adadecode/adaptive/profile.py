@@ -17,7 +17,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from vllm_adadecode.adaptive.budget import RoundCosts
+from vllm_adadecode.adaptive.draft_length import RoundCosts
 from vllm_adadecode.draft.policy import Action, Cutoffs, DraftPolicy, ThresholdPolicy, otherwise
 
 # Under vLLM's logger, whose level and format users know.

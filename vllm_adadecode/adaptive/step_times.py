@@ -69,7 +69,7 @@ class _Sums:
 
 
 @dataclass
-class RoundTimes:
+class StepTimes:
     """Seconds of rounds by batch size, to powers of two, and kind."""
 
     _sums: dict[tuple[int, Kind], _Sums] = field(default_factory=dict)

@@ -1,10 +1,10 @@
 """Model Runner V2 on a machine without a GPU, and without Triton.
 
-vLLM's Model Runner V2 writes its bookkeeping as Triton kernels. This package holds a *twin* of each
-such kernel in NumPy and torch, one file for each vLLM module that it serves:
+vLLM's Model Runner V2 writes its bookkeeping as Triton kernels. This package holds a *replacement*
+of each such kernel in NumPy and torch, one file for each vLLM module that it serves:
 
 ==================== =============================================================================
-``registry``         the table of twins
+``registry``         the table of replacements
 ``memory``           views on the memory that kernels are handed
 ``tokens``           helpers on bit masks and token sequences
 ``noise``            the random numbers: murmur3 and Philox
@@ -20,8 +20,8 @@ such kernel in NumPy and torch, one file for each vLLM module that it serves:
 ==================== =============================================================================
 
 ``enable_model_runner_v2`` makes vLLM choose that runner on a CPU; ``support`` says for which
-configurations, and ``install`` puts the twins in place in the worker process. What is changed in
-vLLM to that end stands in ``vllm_adadecode/vllm_patches/cpu_runner.py``.
+configurations, and ``install`` puts the replacements in place in the worker process. What is
+changed in vLLM to that end stands in ``vllm_adadecode/vllm_patches/cpu_runner.py``.
 
 This module imports nothing of vLLM, so that the plugin's entry point can import it in any process.
 """

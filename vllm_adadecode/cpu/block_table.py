@@ -1,4 +1,4 @@
-"""Twins of the kernels in ``gpu/block_table.py``: the paged KV cache's tables and slots."""
+"""Replacements of the kernels in ``gpu/block_table.py``: the paged KV cache's tables and slots."""
 # ruff: noqa: N803 (arguments bear the kernels' names)
 
 from __future__ import annotations
@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from vllm_adadecode.cpu.memory import int32_table
-from vllm_adadecode.cpu.registry import twin
+from vllm_adadecode.cpu.registry import replacement
 
 
-@twin("block_table._gather_block_tables_kernel")
+@replacement("block_table._gather_block_tables_kernel")
 def gather_block_tables(
     batch_idx_to_req_idx: torch.Tensor,  # [num_reqs]
     src_block_table_ptrs: torch.Tensor,  # [num_kv_cache_groups]
@@ -38,11 +38,12 @@ def gather_block_tables(
         # wide as the widest row serves all rows.
         width = int(num_blocks[req_idx].max(initial=0))
         dst[:num_reqs, :width] = src[req_idx, :width]
-        # The number of padded rows is in the grid, which a twin is not given: clear all of them.
+        # The number of padded rows is in the grid, which a replacement is not given: clear all of
+        # them.
         dst[num_reqs:] = 0
 
 
-@twin("block_table._compute_slot_mappings_kernel")
+@replacement("block_table._compute_slot_mappings_kernel")
 def compute_slot_mappings(
     max_num_tokens: int,
     idx_mapping: torch.Tensor,  # [num_reqs], -1: a row without blocks
@@ -62,7 +63,7 @@ def compute_slot_mappings(
     TRITON_BLOCK_SIZE: int,
 ) -> None:
     if CP_SIZE != 1:
-        raise NotImplementedError("context parallelism has no CPU twin")
+        raise NotImplementedError("context parallelism has no CPU replacement")
     req_idx = idx_mapping.numpy()
     num_reqs = req_idx.shape[0]
     starts = query_start_loc.numpy()[: num_reqs + 1]

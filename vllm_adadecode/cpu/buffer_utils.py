@@ -1,4 +1,4 @@
-"""Twin of the kernel in ``gpu/buffer_utils.py``: staged writes into request-state tables."""
+"""Replacement of the kernel in ``gpu/buffer_utils.py``: staged writes into request-state tables."""
 # ruff: noqa: N803 (arguments bear the kernels' names)
 
 from __future__ import annotations
@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 
 from vllm_adadecode.cpu.memory import int32_table
-from vllm_adadecode.cpu.registry import twin
+from vllm_adadecode.cpu.registry import replacement
 
 
-@twin("buffer_utils._apply_write_kernel")
+@replacement("buffer_utils._apply_write_kernel")
 def apply_write(
     output_ptr: torch.Tensor,  # the table, or [num_groups] addresses of tables
     output_stride: int | torch.Tensor,  # of a row, or [num_groups]

@@ -1,4 +1,4 @@
-"""Twins of the kernels that rule tokens out or in before sampling, by editing logits in place.
+"""Replacements of the kernels that rule tokens out or in before sampling, by editing logits.
 
 They serve ``gpu/sample/{min_p,logit_bias,bad_words}.py`` and ``gpu/structured_outputs.py``.
 """
@@ -10,13 +10,13 @@ from itertools import pairwise
 
 import torch
 
-from vllm_adadecode.cpu.registry import twin
+from vllm_adadecode.cpu.registry import replacement
 from vllm_adadecode.cpu.tokens import effective_tokens, ends_with, unpack_bits
 
 _NEG_INF = float("-inf")
 
 
-@twin("sample.min_p._min_p_kernel")
+@replacement("sample.min_p._min_p_kernel")
 def min_p(
     logits_ptr: torch.Tensor,  # [num_tokens, vocab_size]
     logits_stride: int,
@@ -31,7 +31,7 @@ def min_p(
     logits_ptr.masked_fill_(logits_ptr < threshold, _NEG_INF)
 
 
-@twin("sample.logit_bias._bias_kernel")
+@replacement("sample.logit_bias._bias_kernel")
 def logit_bias(
     logits_ptr: torch.Tensor,  # [num_tokens, vocab_size]
     logits_stride: int,
@@ -81,7 +81,7 @@ def logit_bias(
                 logits[token_ids[possible]] = stops[possible]
 
 
-@twin("sample.bad_words._bad_words_kernel")
+@replacement("sample.bad_words._bad_words_kernel")
 def bad_words(
     logits_ptr: torch.Tensor,  # [num_tokens, vocab_size]
     logits_stride: int,
@@ -119,7 +119,7 @@ def bad_words(
                 logits_ptr[row, tokens[end - 1]] = _NEG_INF
 
 
-@twin("structured_outputs._apply_grammar_bitmask_kernel")
+@replacement("structured_outputs._apply_grammar_bitmask_kernel")
 def apply_grammar_bitmask(
     logits_ptr: torch.Tensor,  # [num_logits, vocab_size]
     logits_stride: int,

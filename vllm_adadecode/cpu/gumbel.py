@@ -1,4 +1,4 @@
-"""Twins of the kernels in ``gpu/sample/gumbel.py``: temperature, and sampling by Gumbel noise.
+"""Replacements of the kernels in ``gpu/sample/gumbel.py``: temperature, Gumbel sampling.
 
 Also owns the argmax per vocabulary block that resampling after a rejection shares.
 """
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from vllm_adadecode.cpu.noise import DRAFT_NOISE_SALT, gumbel_noise
-from vllm_adadecode.cpu.registry import twin
+from vllm_adadecode.cpu.registry import replacement
 
 
-@twin("sample.gumbel._temperature_kernel")
+@replacement("sample.gumbel._temperature_kernel")
 def temperature(
     logits_ptr: torch.Tensor,  # [num_tokens, vocab_size]
     logits_stride: int,
@@ -54,7 +54,7 @@ def block_argmax(
         largest[:, num_full] = tail[np.arange(num_rows), idx]
 
 
-@twin("sample.gumbel._gumbel_sample_kernel")
+@replacement("sample.gumbel._gumbel_sample_kernel")
 def gumbel_sample(
     local_argmax_ptr: torch.Tensor,  # [num_tokens, num_blocks]
     local_argmax_stride: int,

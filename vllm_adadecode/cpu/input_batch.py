@@ -1,4 +1,4 @@
-"""Twins of the kernels in ``gpu/input_batch.py``: what a step feeds the model, and what it leaves.
+"""Replacements of the kernels in ``gpu/input_batch.py``: what a step feeds the model, and leaves.
 
 Batches are described by ``idx_mapping`` [num_reqs] (batch row -> request slot) and by
 ``query_start_loc`` / ``cu_num_logits`` [num_reqs + 1] (where a row's tokens / logits begin).
@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_adadecode.cpu.registry import twin
+from vllm_adadecode.cpu.registry import replacement
 
 
-@twin("input_batch._prepare_prefill_inputs_kernel")
+@replacement("input_batch._prepare_prefill_inputs_kernel")
 def prepare_prefill_inputs(
     input_ids_ptr: torch.Tensor,  # [max_num_tokens]
     next_prefill_tokens_ptr: torch.Tensor,  # [num_lookahead, max_num_reqs]
@@ -46,7 +46,7 @@ def prepare_prefill_inputs(
         next_prefill_tokens[len(lookahead) : num_lookahead, slot] = 0
 
 
-@twin("input_batch._prepare_pos_seq_lens_kernel")
+@replacement("input_batch._prepare_pos_seq_lens_kernel")
 def prepare_pos_seq_lens(
     pos_ptr: torch.Tensor,  # [max_num_tokens]
     seq_lens_ptr: torch.Tensor,  # [max_num_reqs]
@@ -76,7 +76,7 @@ def prepare_pos_seq_lens(
         pos[:num_tokens] += np.repeat(num_computed - starts[:-1], query_lens)
 
 
-@twin("input_batch._combine_sampled_and_draft_tokens_kernel")
+@replacement("input_batch._combine_sampled_and_draft_tokens_kernel")
 def combine_sampled_and_draft_tokens(
     input_ids_ptr: torch.Tensor,  # [max_num_tokens]
     idx_mapping_ptr: torch.Tensor,  # [num_reqs]
@@ -127,7 +127,7 @@ def combine_sampled_and_draft_tokens(
         input_ids[ends[row] - n : ends[row]] = draft_tokens[req_idx[row], :n]
 
 
-@twin("input_batch._get_num_sampled_and_rejected_kernel")
+@replacement("input_batch._get_num_sampled_and_rejected_kernel")
 def get_num_sampled_and_rejected(
     num_sampled_ptr: torch.Tensor,  # [num_reqs], updated
     num_rejected_ptr: torch.Tensor,  # [num_reqs]
@@ -147,7 +147,7 @@ def get_num_sampled_and_rejected(
     num_rejected[mid_prefill] = 0
 
 
-@twin("input_batch._post_update_kernel")
+@replacement("input_batch._post_update_kernel")
 def post_update(
     idx_mapping_ptr: torch.Tensor,  # [num_reqs], -1: leave the row alone
     num_computed_tokens_ptr: torch.Tensor,  # [max_num_reqs]
@@ -193,7 +193,7 @@ def post_update(
     total_len[req_idx] += num_sampled
 
 
-@twin("input_batch._post_update_num_computed_tokens_kernel")
+@replacement("input_batch._post_update_num_computed_tokens_kernel")
 def post_update_num_computed_tokens(
     idx_mapping_ptr: torch.Tensor,  # [num_reqs]
     num_computed_tokens_ptr: torch.Tensor,  # [max_num_reqs]
@@ -204,7 +204,7 @@ def post_update_num_computed_tokens(
     num_computed_tokens_ptr.numpy()[req_idx] += starts[1:] - starts[:-1]
 
 
-@twin("input_batch._expand_idx_mapping_kernel")
+@replacement("input_batch._expand_idx_mapping_kernel")
 def expand_idx_mapping(
     idx_mapping_ptr: torch.Tensor,  # [num_reqs]
     expanded_idx_mapping_ptr: torch.Tensor,  # [num_logits]

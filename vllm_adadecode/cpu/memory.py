@@ -1,6 +1,6 @@
 """Views on the memory that kernels are handed as tensors or as bare addresses.
 
-A twin works on NumPy views: they share the tensors' memory, and one NumPy operation on a few
+A replacement works on NumPy views: they share the tensors' memory, and one NumPy operation on a few
 elements costs a fraction of a torch operation.
 """
 

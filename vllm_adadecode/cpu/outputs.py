@@ -1,4 +1,4 @@
-"""Twins of the kernels that report on sampling: log-probabilities, ranks, masks, prompt scores.
+"""Replacements of the kernels that report on sampling: log-probabilities, ranks, prompt scores.
 
 They serve ``gpu/sample/{logprob,prompt_logprob,output,trace_replay}.py`` and
 ``gpu/metrics/logits.py``.
@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_adadecode.cpu.registry import twin
+from vllm_adadecode.cpu.registry import replacement
 
 
-@twin("sample.logprob._topk_log_softmax_kernel")
+@replacement("sample.logprob._topk_log_softmax_kernel")
 def topk_log_softmax(
     output_ptr: torch.Tensor,  # [num_rows, topk]
     logits_ptr: torch.Tensor,  # [num_rows, vocab_size]
@@ -30,7 +30,7 @@ def topk_log_softmax(
     output_ptr.sub_(logits.logsumexp(-1, keepdim=True))
 
 
-@twin("sample.logprob._ranks_kernel")
+@replacement("sample.logprob._ranks_kernel")
 def ranks(
     output_ptr: torch.Tensor,  # [num_rows]
     logits_ptr: torch.Tensor,  # [num_rows, vocab_size]
@@ -44,7 +44,7 @@ def ranks(
     torch.sum(logits_ptr >= chosen, dim=-1, out=output_ptr)
 
 
-@twin("sample.logprob._fill_logprob_token_ids_kernel")
+@replacement("sample.logprob._fill_logprob_token_ids_kernel")
 def fill_logprob_token_ids(
     out_token_ids_ptr: torch.Tensor,  # [num_rows, 1 + num_cols]
     out_token_ids_stride: int,
@@ -74,7 +74,7 @@ def fill_logprob_token_ids(
             out_valid_mask_ptr[row, 1 : n + 1] = True
 
 
-@twin("sample.prompt_logprob._prompt_logprobs_token_ids_kernel")
+@replacement("sample.prompt_logprob._prompt_logprobs_token_ids_kernel")
 def prompt_logprobs_token_ids(
     prompt_logprobs_token_ids_ptr: torch.Tensor,  # [num_tokens]
     query_start_loc_ptr: torch.Tensor,  # [>= num_reqs + 1]
@@ -95,7 +95,7 @@ def prompt_logprobs_token_ids(
         out[starts[row] : starts[row] + len(tokens)] = tokens
 
 
-@twin("sample.trace_replay._trace_replay_kernel")
+@replacement("sample.trace_replay._trace_replay_kernel")
 def trace_replay(
     sampled_ptr: torch.Tensor,  # [num_reqs]
     idx_mapping_ptr: torch.Tensor,  # [num_reqs], -1: leave the row alone
@@ -113,7 +113,7 @@ def trace_replay(
     sampled_ptr.numpy()[rows] = trace_token_ids_ptr.numpy()[req_idx[rows], steps[rows]]
 
 
-@twin("sample.output._compact_sampling_mask_kernel")
+@replacement("sample.output._compact_sampling_mask_kernel")
 def compact_sampling_mask(
     logits_ptr: torch.Tensor,  # [num_logits, vocab_size]
     logits_row_stride: int,
@@ -146,7 +146,7 @@ def compact_sampling_mask(
         packed_mask[row] = np.packbits(kept, bitorder="little")
 
 
-@twin("metrics.logits._num_nans_kernel")
+@replacement("metrics.logits._num_nans_kernel")
 def num_nans(
     logits_ptr: torch.Tensor,  # [num_rows, vocab_size]
     logits_stride: int,

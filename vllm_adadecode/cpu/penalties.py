@@ -1,4 +1,4 @@
-"""Twins of the kernels in ``gpu/sample/penalties.py``: repetition, frequency, presence."""
+"""Replacements of the kernels in ``gpu/sample/penalties.py``: repetition, frequency, presence."""
 # ruff: noqa: N803 (arguments bear the kernels' names)
 
 from __future__ import annotations
@@ -6,11 +6,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_adadecode.cpu.registry import twin
+from vllm_adadecode.cpu.registry import replacement
 from vllm_adadecode.cpu.tokens import unpack_bits
 
 
-@twin("sample.penalties._penalties_kernel")
+@replacement("sample.penalties._penalties_kernel")
 def penalties(
     logits_ptr: torch.Tensor,  # [num_tokens, vocab_size]
     logits_stride: int,
@@ -60,7 +60,7 @@ def penalties(
         logits_ptr[row, tokens] = values.to(logits_ptr.dtype)
 
 
-@twin("sample.penalties._bincount_kernel")
+@replacement("sample.penalties._bincount_kernel")
 def bincount(
     expanded_idx_mapping_ptr: torch.Tensor,  # [num_reqs]
     all_token_ids_ptr: torch.Tensor,  # [max_num_reqs, max_model_len]

@@ -1,4 +1,4 @@
-"""Twins of the kernels in ``gpu/spec_decode/rejection_sampler*.py``: verification of drafts.
+"""Replacements of the kernels in ``gpu/spec_decode/rejection_sampler*.py``: verification of drafts.
 
 A request's logits rows are its drafts' rows followed by one bonus row. ``draft_sampled`` holds the
 input token of each row, so the draft that row i verifies is at i + 1; -1 marks a placeholder that
@@ -16,7 +16,7 @@ import torch
 
 from vllm_adadecode.cpu.gumbel import block_argmax
 from vllm_adadecode.cpu.noise import gumbel_noise, philox_uniform
-from vllm_adadecode.cpu.registry import twin
+from vllm_adadecode.cpu.registry import replacement
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -24,7 +24,7 @@ _NEG_INF = float("-inf")
 _UTILS = "spec_decode.rejection_sampler_utils"
 
 
-@twin("spec_decode.rejection_sampler._flatten_sampled_kernel")
+@replacement("spec_decode.rejection_sampler._flatten_sampled_kernel")
 def flatten_sampled(
     flat_sampled_ptr: torch.Tensor,  # [num_logits]
     sampled_ptr: torch.Tensor,  # [num_reqs, num_speculative_steps + 1]
@@ -40,7 +40,7 @@ def flatten_sampled(
     flat_sampled_ptr.numpy()[cu_num_logits_ptr.numpy()[rows] + steps] = sampled[rows, steps]
 
 
-@twin("spec_decode.rejection_sampler._gather_draft_sampled_kernel")
+@replacement("spec_decode.rejection_sampler._gather_draft_sampled_kernel")
 def gather_draft_sampled(
     draft_sampled_ptr: torch.Tensor,  # [num_logits]
     pos_ptr: torch.Tensor,  # [num_logits]
@@ -86,7 +86,7 @@ def _block_max_and_sumexp(
         out_sumexp[rows, block] = (values - finite.unsqueeze(-1)).exp_().sum(-1)
 
 
-@twin(f"{_UTILS}._compute_local_logits_stats_kernel")
+@replacement(f"{_UTILS}._compute_local_logits_stats_kernel")
 def compute_local_logits_stats(
     target_local_argmax_ptr: torch.Tensor,  # [num_logits, num_blocks]
     target_local_argmax_stride: int,
@@ -135,7 +135,7 @@ def compute_local_logits_stats(
         )
 
 
-@twin(f"{_UTILS}._compute_cumulative_log_p_kernel")
+@replacement(f"{_UTILS}._compute_cumulative_log_p_kernel")
 def compute_cumulative_log_p(
     cumulative_log_p_ptr: torch.Tensor,  # [num_logits]
     target_logits_ptr: torch.Tensor,  # [num_logits, vocab_size]
@@ -186,7 +186,7 @@ def compute_cumulative_log_p(
             cumulative_log_p[i] = log_p
 
 
-@twin(f"{_UTILS}._compute_local_residual_mass_kernel")
+@replacement(f"{_UTILS}._compute_local_residual_mass_kernel")
 def compute_local_residual_mass(
     local_residual_mass_ptr: torch.Tensor,  # [num_logits, num_blocks]
     local_residual_mass_stride: int,
@@ -234,7 +234,7 @@ def compute_local_residual_mass(
             local_residual_mass_ptr[i, block] = values.sum()
 
 
-@twin(f"{_UTILS}._rejection_kernel")
+@replacement(f"{_UTILS}._rejection_kernel")
 def rejection(
     sampled_ptr: torch.Tensor,  # [num_reqs, num_speculative_steps + 1]
     sampled_stride: int,
@@ -352,7 +352,7 @@ def rejection(
         draft_rejected_logsumexp_ptr[row] = draft_lse
 
 
-@twin(f"{_UTILS}._resample_kernel")
+@replacement(f"{_UTILS}._resample_kernel")
 def resample(
     resampled_local_argmax_ptr: torch.Tensor,  # [num_reqs, num_blocks]
     resampled_local_argmax_stride: int,
@@ -389,7 +389,7 @@ def resample(
     DEDUPLICATE_CONTEXTS: bool,
 ) -> None:
     if WATERMARK:
-        raise NotImplementedError("watermarking has no CPU twin")
+        raise NotImplementedError("watermarking has no CPU replacement")
     drafts = draft_sampled_ptr.tolist()
     slots = expanded_idx_mapping_ptr.tolist()
     temperatures, seeds, positions = temp_ptr.numpy(), seed_ptr.numpy(), pos_ptr.numpy()
@@ -430,7 +430,7 @@ def resample(
         )
 
 
-@twin(f"{_UTILS}._insert_resampled_kernel")
+@replacement(f"{_UTILS}._insert_resampled_kernel")
 def insert_resampled(
     sampled_ptr: torch.Tensor,  # [num_reqs, num_speculative_steps + 1]
     sampled_stride: int,

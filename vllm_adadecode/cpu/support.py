@@ -1,4 +1,4 @@
-"""Which configurations Model Runner V2 serves on a CPU, and which kernels therefore need no twin.
+"""Which configurations Model Runner V2 serves on a CPU; kernels that therefore need no replacement.
 
 vLLM's V1 runner keeps the other configurations, as without the plugin.
 """
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def unsupported_features(vllm_config: VllmConfig) -> list[str]:
-    """What of a configuration needs kernels that have no CPU twin, in words for a log line."""
+    """Features of a configuration whose kernels have no CPU replacement, worded for the log."""
     unsupported = []
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "adadecode":
@@ -45,8 +45,9 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     return unsupported
 
 
-# Triton kernels below vllm/v1/worker/gpu that have no twin, by module, and why none is needed.
-WITHOUT_TWIN = {
+# Triton kernels below vllm/v1/worker/gpu that have no replacement, by module, and why none is
+# needed.
+WITHOUT_REPLACEMENT = {
     "cp_utils": "context parallelism",
     "mm.rope": "multimodal models",
     "model_states.mamba_hybrid": "state-space models",

@@ -1,4 +1,4 @@
-"""Twins of the kernels in ``gpu/sample/thinking_budget.py``: an end forced on long reasoning."""
+"""Replacements of the kernels in ``gpu/sample/thinking_budget.py``: reasoning that is ended."""
 # ruff: noqa: N803 (arguments bear the kernels' names)
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_adadecode.cpu.registry import twin
+from vllm_adadecode.cpu.registry import replacement
 from vllm_adadecode.cpu.tokens import effective_tokens, ends_with
 
 
@@ -19,7 +19,7 @@ def _last_match(tokens: Sequence[int], marker: Sequence[int], first: int) -> int
     return -1
 
 
-@twin("sample.thinking_budget._update_committed_marker_cache_kernel")
+@replacement("sample.thinking_budget._update_committed_marker_cache_kernel")
 def update_committed_marker_cache(
     req_ids_ptr: torch.Tensor,  # [num_reqs]
     thinking_token_budget_ptr: torch.Tensor,  # [max_num_reqs], -1: none
@@ -68,7 +68,7 @@ def update_committed_marker_cache(
         scan_pos[slot] = max(0, total_len - (MAX_LEN - 1))
 
 
-@twin("sample.thinking_budget._thinking_budget_kernel")
+@replacement("sample.thinking_budget._thinking_budget_kernel")
 def thinking_budget(
     logits_ptr: torch.Tensor,  # [num_tokens, vocab_size]
     logits_stride: int,

@@ -1,4 +1,4 @@
-"""Small helpers on bit masks and on a request's tokens that several twins share.
+"""Small helpers on bit masks and on a request's tokens that several replacements share.
 
 With drafts, a request has several rows of logits: row ``local_pos`` sees the drafts before it, and
 ``input_ids`` [num_tokens] holds each row's input token (the committed last token at local position

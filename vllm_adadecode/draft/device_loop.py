@@ -20,7 +20,7 @@ from vllm.v1.utils import record_function_or_nullcontext
 
 from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
 from vllm_adadecode.draft.policy import DraftPolicy, PassesGate
-from vllm_adadecode.draft.sampling import Draws
+from vllm_adadecode.draft.sampling import DraftSampler
 from vllm_adadecode.draft.step_guard import LeadingGuard, StepGuard
 from vllm_adadecode.kernels.answer import note_answers
 from vllm_adadecode.kernels.confidence import top1_confidence
@@ -28,7 +28,7 @@ from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_step import draft_step
 from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.model.target import StagedTarget
-from vllm_adadecode.spans.padded import StaticSpans
+from vllm_adadecode.spans.padded import PaddedSpans
 
 if TYPE_CHECKING:
     from vllm_adadecode.draft.graphs import DraftGraphs
@@ -53,7 +53,7 @@ class DeviceLoop:
     def __init__(
         self,
         staged: StagedTarget,
-        spans: StaticSpans,
+        spans: PaddedSpans,
         deferred: DeferredStates,
         buffers: LoopBuffers,
         leader: LeadingGuard,
@@ -153,7 +153,7 @@ class DeviceLoop:
         round_: LoopBuffers,
         policy: DraftPolicy,
         max_drafts: int,
-        draws: Draws | None,
+        draws: DraftSampler | None,
         fused: FusedHeads | None,
         captured: "DraftGraphs | None" = None,
     ) -> "Drafting":
@@ -163,7 +163,7 @@ class DeviceLoop:
             round_: from `begin`; updated.
             policy: that of `begin`.
             max_drafts: no limit is above it.
-            draws: as for `draft_loop.DraftLoop`; None: the most likely token.
+            draws: as for `draft_loop.HostLoop`; None: the most likely token.
             fused: heads by the fused kernels; None: from stored logits.
             captured: graphs that run in place of a round or a step where they have it.
         """
@@ -263,7 +263,7 @@ class Steps:
     loop: DeviceLoop
     round_: LoopBuffers
     policy: DraftPolicy
-    draws: Draws | None
+    draws: DraftSampler | None
     fused: FusedHeads | None
 
     def run(self, row_tokens: int, exit_index: int) -> None:

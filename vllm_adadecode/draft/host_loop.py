@@ -18,7 +18,7 @@ from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.metrics.counters import Counters, ExitCounters
 from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.model.target import StagedTarget
-from vllm_adadecode.spans.ragged import SpanRunner
+from vllm_adadecode.spans.ragged import RaggedSpans
 
 # (logits [rows, vocab], slots [rows], positions [rows], draft number) -> token ids [rows]
 DraftSampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -46,7 +46,7 @@ class DraftState:
 
 
 @dataclass
-class DraftLoop:
+class HostLoop:
     """One round's drafting; all collaborators are the proposer's.
 
     Attributes:
@@ -55,7 +55,7 @@ class DraftLoop:
     """
 
     staged: StagedTarget
-    spans: SpanRunner
+    spans: RaggedSpans
     deferred: DeferredStates
     policy: DraftPolicy
     counters: Counters

@@ -14,7 +14,7 @@ from vllm_adadecode.draft.host_loop import DraftState
 
 
 @dataclass
-class RoundCopy:
+class RoundReadback:
     """What the host needs of a round, in one tensor of int64 on its way from the device.
 
     Attributes:
@@ -35,10 +35,10 @@ class RoundCopy:
         round_: LoopBuffers | None,
         # [num_reqs]
         num_sampled: torch.Tensor,
-    ) -> "RoundCopy":
+    ) -> "RoundReadback":
         """Copy a round, or with ``round_`` None what the verification before it sampled."""
         if round_ is None:
-            return RoundCopy._of(num_sampled[:num_reqs].to(torch.int64), num_reqs, 0, 0)
+            return RoundReadback._of(num_sampled[:num_reqs].to(torch.int64), num_reqs, 0, 0)
         rows = round_.rows
         by_row = torch.cat(
             [
@@ -55,12 +55,12 @@ class RoundCopy:
         counted = torch.stack([round_.checked, round_.asked, round_.passes], dim=1)
         by_exit = torch.cat([rows.counts, counted], dim=1)
         device = torch.cat([by_row.flatten(), by_exit.flatten()])
-        return RoundCopy._of(device, num_reqs, len(by_exit), rows.tokens.shape[1])
+        return RoundReadback._of(device, num_reqs, len(by_exit), rows.tokens.shape[1])
 
     @staticmethod
-    def _of(values: torch.Tensor, num_reqs: int, num_exits: int, window: int) -> "RoundCopy":
+    def _of(values: torch.Tensor, num_reqs: int, num_exits: int, window: int) -> "RoundReadback":
         host = values.to("cpu", non_blocking=True, copy=True)
-        copy = RoundCopy(num_reqs, num_exits, window, host)
+        copy = RoundReadback(num_reqs, num_exits, window, host)
         if values.is_cuda:
             copy.done = torch.cuda.Event()
             copy.done.record()

@@ -1,7 +1,7 @@
 """Probabilistic drafts: what a draw from a head's distribution needs, and the draw itself.
 
 Owns the cache of logits that rejection sampling divides by, as far as a round writes it: by vLLM's
-sampler from stored logits (`Draws.sample`) or by the fused kernels (fused_head.py).
+sampler from stored logits (`DraftSampler.sample`) or by the fused kernels (fused_head.py).
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def draft_columns(num_drafts: int, device: torch.device) -> list[torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Draws:
+class DraftSampler:
     """How drafts are drawn in one round.
 
     Attributes:

@@ -26,11 +26,11 @@ from vllm.v1.worker.workspace import use_workspace_lane
 
 from vllm_adadecode.draft.buffers import LoopBuffers
 from vllm_adadecode.draft.device_loop import DeviceLoop, Drafting
-from vllm_adadecode.draft.readback import RoundCopy, RoundResult
+from vllm_adadecode.draft.readback import RoundReadback, RoundResult
 from vllm_adadecode.draft.step_guard import AskHost
 from vllm_adadecode.draft.windows import PendingWindow
 from vllm_adadecode.kernels.draft_state import STOPPED
-from vllm_adadecode.spans.padded import StaticSpans
+from vllm_adadecode.spans.padded import PaddedSpans
 from vllm_adadecode.spans.ragged import CHECK_KV_BOUNDS
 from vllm_adadecode.verify.overlapped_plan import MOST_PLACES, NextBatch, OpenPlan
 
@@ -47,7 +47,7 @@ class _Round:
         verified: windows that this verified, by request.
         num_sampled: ``[>= num_reqs]`` that it sampled.
         used_exits: that the round might use.
-        timed: whether its requests did as the budget said.
+        timed: whether its requests did as adaptive draft length said.
         samples: whether each of its requests has a window: it is not in the midst of its prompt.
         drafting: its steps; None: it drafted nothing.
         caps: most drafts of each request.
@@ -68,7 +68,7 @@ class _Round:
     samples: np.ndarray
     drafting: Drafting | None = None
     caps: dict[str, int] = field(default_factory=dict)
-    copy: RoundCopy | None = None
+    copy: RoundReadback | None = None
     verifies: "_Round | None" = None
     verified_as: OpenPlan | None = None
     left_out: set[str] = field(default_factory=set)
@@ -101,7 +101,7 @@ class DeviceRounds:
 
     Attributes:
         most_places: of a batch that verifies an open round, vacant ones among them; of a larger one
-            the budget says whether it does.
+            adaptive draft length says whether it does.
     """
 
     most_places = MOST_PLACES
@@ -125,7 +125,7 @@ class DeviceRounds:
     def make(
         cls, speculator: "AdaDecodeSpeculator", states: tuple[torch.Tensor, torch.Tensor]
     ) -> Self:
-        """With buffers for the largest batch; see `StaticSpans` for what is refused.
+        """With buffers for the largest batch; see `PaddedSpans` for what is refused.
 
         Args:
             states: from `pass_states`.
@@ -137,7 +137,7 @@ class DeviceRounds:
             speculator.block_tables.num_kv_cache_groups,
             states,
         )
-        spans = StaticSpans(speculator.spans, speculator.max_model_len)
+        spans = PaddedSpans(speculator.spans, speculator.max_model_len)
         loop = DeviceLoop(speculator.model, spans, speculator.deferred, buffers, AskHost())
         config = speculator.vllm_config
         return cls(
@@ -228,7 +228,7 @@ class DeviceRounds:
     def _end(self, this: _Round) -> None:
         """Queue the copy of what comes of a round, which is queued to its end."""
         round_ = this.drafting.round_ if this.drafting is not None else None
-        this.copy = RoundCopy.start(this.input_batch.num_reqs, round_, this.num_sampled)
+        this.copy = RoundReadback.start(this.input_batch.num_reqs, round_, this.num_sampled)
         opened = this.verified_as is not None
         self.speculator.end_round(this.input_batch, this.timed, opened)
 
@@ -262,7 +262,7 @@ class DeviceRounds:
 
     def _stays_open(self, this: _Round, batch: NextBatch) -> bool:
         """Whether this batch verifies the round unseen, as it might."""
-        passes, budget = self.speculator.verification_passes, self.speculator.budget
+        passes, draft_length = self.speculator.verification_passes, self.speculator.draft_length
         assert passes is not None
         places = sum(1 + this.caps[r] for r in batch.decoding)
         if places > passes.most_tokens or (batch.prefills and not passes.static.takes_prefill):
@@ -270,7 +270,7 @@ class DeviceRounds:
         if places <= self.most_places:
             return True
         # A round that has ended has been timed as one that is settled.
-        return this.copy is None and budget is not None and budget.opens()
+        return this.copy is None and draft_length is not None and draft_length.opens()
 
     def _stop_rows(self, this: _Round, req_ids: list[str]) -> None:
         """Have requests that are gone draft no more: their blocks may become others'."""
@@ -350,8 +350,8 @@ class DeviceRounds:
     ) -> tuple[np.ndarray, int, bool]:
         """Most drafts of each request, and the exits that all use.
 
-        Also whether all requests do as the budget says: one with a seed of its own has the others
-        use all exits with it.
+        Also whether all requests do as adaptive draft length says: one with a seed of its own
+        has the others use all exits with it.
         """
         speculator = self.speculator
         caps, exits = speculator.allowed(input_batch.req_ids, samples, max_drafts)
@@ -400,13 +400,13 @@ class DeviceRounds:
                 return
             self._book(self._unsettled.popleft(), this.copy)
 
-    def _is_due(self, copy: RoundCopy) -> bool:
+    def _is_due(self, copy: RoundReadback) -> bool:
         """Whether the first unsettled round may be booked, which nobody is in need of."""
         if self.num_ranks == 1:
             return copy.has_arrived()
         return len(self._unsettled) > ROUNDS_LATE
 
-    def _book(self, this: _Round, copy: RoundCopy) -> None:
+    def _book(self, this: _Round, copy: RoundReadback) -> None:
         input_batch, result = this.input_batch, copy.wait()
         speculator = self.speculator
         if this.verifies is not None:
@@ -421,8 +421,8 @@ class DeviceRounds:
             speculator.spans.check_kv_bounds(this.kv_capacity, lengths)
         self._count(result, this.used_exits)
         used_exits = np.full_like(result.limits, this.used_exits)
-        if speculator.budget is not None:
-            statistics = speculator.budget.statistics
+        if speculator.draft_length is not None:
+            statistics = speculator.draft_length.statistics
             checked = np.zeros(statistics.num_exits, dtype=np.int64)
             checked[: len(result.checked)] = result.checked
             statistics.add_round(

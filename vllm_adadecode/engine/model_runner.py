@@ -25,7 +25,7 @@ from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.speculator import AdaDecodeSpeculator
 from vllm_adadecode.metrics.draft_ids import attach_drafts
 from vllm_adadecode.metrics.prometheus import UnsentCounts, attach_counts
-from vllm_adadecode.verify.forward import Scorer, VerificationPlan, make_plan
+from vllm_adadecode.verify.forward import VerificationForward, VerificationPlan, make_plan
 from vllm_adadecode.verify.overlapped_plan import OpenPlan
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class AdaDecodeRunnerMixin(_Base):
         assert self.cudagraph_manager is not None
         self._keep_from_replay(self.cudagraph_manager)
         speculator = self.speculator
-        self.scorer = Scorer(
+        self.scorer = VerificationForward(
             speculator.model,
             speculator.spans,
             speculator.deferred,

@@ -24,14 +24,14 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_adadecode.adaptive.budget import DraftBudget
+from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength
 from vllm_adadecode.config import resolve_draft_loop
 from vllm_adadecode.draft.buffers import LoopBuffers, pass_states
 from vllm_adadecode.draft.device_loop import Steps
 from vllm_adadecode.draft.graphs import MOST_ROWS_WHOLE, DraftGraphs
-from vllm_adadecode.draft.host_loop import DraftLoop, DraftState
+from vllm_adadecode.draft.host_loop import DraftState, HostLoop
 from vllm_adadecode.draft.policy import DraftPolicy, ThresholdPolicy
-from vllm_adadecode.draft.sampling import Draws, draft_columns
+from vllm_adadecode.draft.sampling import DraftSampler, draft_columns
 from vllm_adadecode.draft.windows import PendingWindow, PendingWindows
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.warmup import launch_kernels, run_everything
@@ -43,8 +43,8 @@ from vllm_adadecode.metrics.counters import Counters
 from vllm_adadecode.model.draft_lm_head import HeadProjection
 from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.model.target import StagedTarget
-from vllm_adadecode.spans.padded import StaticSpans, why_not_captured
-from vllm_adadecode.spans.ragged import SpanRunner
+from vllm_adadecode.spans.padded import PaddedSpans, why_not_captured
+from vllm_adadecode.spans.ragged import RaggedSpans
 from vllm_adadecode.verify.graphs import VerificationGraphs
 from vllm_adadecode.verify.passes import VerificationPasses
 
@@ -68,7 +68,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             config.confidence_threshold, config.gate_threshold
         )
         # Set once rounds have been measured; None: always as many drafts as there may be.
-        self.budget: DraftBudget | None = None
+        self.draft_length: AdaptiveDraftLength | None = None
         # Requests whose samples must not depend on what rounds take: their user gave a seed, and
         # what is drawn depends on which drafts there were.
         self.seeded: set[str] = set()
@@ -132,7 +132,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             super().set_attn(*args, **kwargs)
         finally:
             self.draft_attn_layer_names = set()
-        self.spans = SpanRunner(
+        self.spans = RaggedSpans(
             self.vllm_config,
             self.device,
             self.model,
@@ -161,7 +161,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         return VerificationPasses(
             self.vllm_config,
             self.model,
-            StaticSpans(self.spans, self.max_model_len),
+            PaddedSpans(self.spans, self.max_model_len),
             self.deferred,
             self.target_input_buffers,
             self.block_tables,
@@ -278,7 +278,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             return self.no_drafts(num_reqs)
 
         draws, fused = self.heads(temperature, seeds)
-        loop = DraftLoop(
+        loop = HostLoop(
             staged=self.model,
             spans=self.spans,
             deferred=self.deferred,
@@ -299,9 +299,9 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                 seq_lens_upper=input_batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs],
             )
 
-        if self.budget is not None:
+        if self.draft_length is not None:
             checked = self.counters.checked(self.policy.num_used_exits) - checked
-            self.budget.statistics.add_round(
+            self.draft_length.statistics.add_round(
                 limits, used_exits, state.num_drafts, state.exits, checked
             )
         self.keep_windows(input_batch, sampled_np, limits, used_exits, state)
@@ -359,15 +359,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         }
 
     def end_round(self, input_batch: InputBatch, timed: bool = True, opened: bool = False) -> None:
-        """Tell the budget that drafting has ended.
+        """Tell adaptive draft length that drafting has ended.
 
         Args:
             timed: whether all requests did as it said.
-            opened: as for `DraftBudget.round_ended`.
+            opened: as for `AdaptiveDraftLength.round_ended`.
         """
-        if self.budget is not None:
+        if self.draft_length is not None:
             timed &= not input_batch.has_prefill
-            self.budget.round_ended(input_batch.req_ids if timed else None, opened)
+            self.draft_length.round_ended(input_batch.req_ids if timed else None, opened)
 
     def _draft_limits(
         self,
@@ -401,7 +401,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         may_draft: np.ndarray,
         max_drafts: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What policy and budget let each request draft in this round, ``[num_reqs]`` each.
+        """Most drafts of each request in this round, by policy and adaptive draft length.
 
         Returns:
             most drafts, and exits that may give them, from the first. Of requests that may not
@@ -409,24 +409,24 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         """
         caps = np.full(len(req_ids), max_drafts if self.policy.num_used_exits else 0)
         used_exits = np.full(len(req_ids), self.policy.num_used_exits)
-        if self.budget is None or not caps.any():
+        if self.draft_length is None or not caps.any():
             return caps, used_exits
         free = may_draft
         if self.seeded:
             free = free & [req_id not in self.seeded for req_id in req_ids]
         if drafting := int(np.count_nonzero(free)):
-            choice = self.budget.choose(drafting)
+            choice = self.draft_length.choose(drafting)
             caps[free] = np.minimum(max_drafts, choice.drafts)
             used_exits[free] = choice.exits
         return caps, used_exits
 
     def heads(
         self, temperature: torch.Tensor, seeds: torch.Tensor
-    ) -> tuple[Draws | None, FusedHeads | None]:
+    ) -> tuple[DraftSampler | None, FusedHeads | None]:
         """How drafts are drawn (None for `greedy`, the argmax), and heads by the fused kernels."""
         draws = None
         if self.draft_logits is not None:
-            draws = Draws(
+            draws = DraftSampler(
                 temperature, seeds, self.draft_logits, self.draft_columns, self.use_fp64_gumbel
             )
         return draws, FusedHeads.make(self.model, draws, self.dtype)
@@ -453,9 +453,9 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                 counters.tokens += accepted + 1
             window = windows.get(req_id)
             if window is not None:
-                if self.budget is not None:
+                if self.draft_length is not None:
                     kept = min(accepted, window.num_drafts)
-                    self.budget.statistics.add_window(
+                    self.draft_length.statistics.add_window(
                         window.limit, window.used_exits, window.exits, kept
                     )
                 for i, exit_index in enumerate(window.exits[:verified]):

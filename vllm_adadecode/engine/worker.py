@@ -10,7 +10,7 @@ from unittest.mock import patch
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_adadecode.adaptive.budget import DraftBudget
+from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength
 from vllm_adadecode.adaptive.profile import measure_round_costs, rank_0
 from vllm_adadecode.engine.model_runner import AdaDecodeRunnerMixin
 from vllm_adadecode.metrics.counters import Counters
@@ -50,7 +50,7 @@ class _AdaDecodeWorkerMixin(Worker):
             speculator.windows.clear()
             self.model_runner.start_counting()
             if costs is not None:
-                speculator.budget = DraftBudget(
+                speculator.draft_length = AdaptiveDraftLength(
                     costs,
                     speculator.num_speculative_steps,
                     speculator.policy.num_used_exits,

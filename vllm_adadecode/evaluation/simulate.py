@@ -7,7 +7,8 @@ plus all layers once.
 
 Behind a wrong draft the engine goes on drafting on a text that no trace has: until the round ends,
 what it does there is read off the true text. Emitted tokens, verifications and accepted drafts do
-not depend on it; layer passes and checks do, a little (tests/test_simulate_engine.py compares).
+not depend on it; layer passes and checks do, a little (tests/engine/test_simulate_engine.py
+compares).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from vllm_adadecode.draft.policy import PassesGate
-from vllm_adadecode.draft.sampling import Draws
+from vllm_adadecode.draft.sampling import DraftSampler
 from vllm_adadecode.heads import EarlyHead
 from vllm_adadecode.heads.transform import Transform
 from vllm_adadecode.kernels.gate import MAX_ORDERED_ROWS, head_input, live_first
@@ -47,12 +47,14 @@ class FusedHeads:
         draws: for probabilistic drafts; None for the most likely token.
     """
 
-    def __init__(self, staged: "StagedTarget", draws: Draws | None) -> None:
+    def __init__(self, staged: "StagedTarget", draws: DraftSampler | None) -> None:
         self.staged = staged
         self.draws = draws
 
     @classmethod
-    def make(cls, staged: "StagedTarget", draws: Draws | None, dtype: torch.dtype) -> Self | None:
+    def make(
+        cls, staged: "StagedTarget", draws: DraftSampler | None, dtype: torch.dtype
+    ) -> Self | None:
         """None where kernels do not run, or can't do what is asked.
 
         The same answer on every tensor-parallel rank.
@@ -86,7 +88,7 @@ class FusedHeads:
         """Gate and head of every row; rows that fail the gate never load the LM head.
 
         Args:
-            draft: number of the draft in the window, as for `Draws.column`.
+            draft: number of the draft in the window, as for `DraftSampler.column`.
             passes_gate: None to leave the gate out.
         """
         head: EarlyHead = self.staged.head(exit_index)

@@ -24,7 +24,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
-from vllm_adadecode.spans.ragged import SpanRunner, run_span
+from vllm_adadecode.spans.ragged import RaggedSpans, run_span
 
 if TYPE_CHECKING:
     from vllm_adadecode.verify.overlapped_plan import PrefillPart
@@ -85,7 +85,7 @@ def in_any_order(attn_groups: list[list[AttentionGroup]]) -> bool:
     )
 
 
-class StaticSpans:
+class PaddedSpans:
     """Runs spans for the draft loop on the device, and for captured verifications.
 
     Args:
@@ -97,7 +97,7 @@ class StaticSpans:
         AdaDecodeError: the attention backend has to know the lengths on the host.
     """
 
-    def __init__(self, spans: SpanRunner, max_model_len: int) -> None:
+    def __init__(self, spans: RaggedSpans, max_model_len: int) -> None:
         backend = get_query_lens_mismatch_unsupported_backend(spans.attn_groups)
         if backend is not None:
             raise AdaDecodeError(

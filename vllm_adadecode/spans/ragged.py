@@ -72,7 +72,7 @@ def find_moe_layers_by_name() -> None:
     get_forward_context().all_moe_layers = None
 
 
-class SpanRunner:
+class RaggedSpans:
     """Runs spans below the last one on ragged batches of suffixes."""
 
     def __init__(

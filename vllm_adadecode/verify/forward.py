@@ -21,7 +21,7 @@ from vllm_adadecode.draft.windows import PendingWindow
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.metrics.counters import Counters
 from vllm_adadecode.model.target import StagedTarget
-from vllm_adadecode.spans.ragged import SpanRunner, find_moe_layers_by_name
+from vllm_adadecode.spans.ragged import RaggedSpans, find_moe_layers_by_name
 
 if TYPE_CHECKING:
     from vllm_adadecode.verify.graphs import VerificationGraphs
@@ -85,7 +85,7 @@ def make_plan(
     )
 
 
-class Scorer:
+class VerificationForward:
     """Runs planned verifications in place of the target's forward pass.
 
     Args:
@@ -97,7 +97,7 @@ class Scorer:
     def __init__(
         self,
         staged: StagedTarget,
-        spans: SpanRunner,
+        spans: RaggedSpans,
         deferred: DeferredStates,
         counters: Counters,
         graphs: "Callable[[], VerificationGraphs | None]",

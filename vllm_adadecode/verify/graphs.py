@@ -152,7 +152,7 @@ class VerificationGraphs(CudaGraphManager):
         return found
 
     def run(self, plan: VerificationPlan, passes: Sequence[PassDescriptor]) -> torch.Tensor:
-        """Final hidden states of all tokens, ``[num_tokens, hidden_size]``; see `Scorer.forward`.
+        """Final hidden states, ``[num_tokens, hidden_size]``; see `VerificationForward.forward`.
 
         Args:
             passes: from `descriptors`.

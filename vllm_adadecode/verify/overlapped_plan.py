@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # A batch that verifies an open round runs LM head and sampler on every place for a draft, vacant or
 # not. For about so many rows that is bound by the reading of weights on a large GPU; for more of
 # them, waiting for the round may cost less than arithmetic on what is not there: both are tried and
-# timed (`DraftBudget.opens`), or without a budget the round is settled.
+# timed (`AdaptiveDraftLength.opens`), or without adaptive draft length the round is settled.
 MOST_PLACES = 192
 
 

@@ -24,7 +24,7 @@ from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import DraftRows
 from vllm_adadecode.kernels.verification_plan import PassPlans, plan_verification
 from vllm_adadecode.model.target import StagedTarget
-from vllm_adadecode.spans.padded import StaticSpans
+from vllm_adadecode.spans.padded import PaddedSpans
 from vllm_adadecode.verify.forward import VerificationPlan
 from vllm_adadecode.verify.overlapped_plan import MOST_PLACES, OpenPlan, PrefillPart
 
@@ -49,7 +49,7 @@ class VerificationPasses:
         self,
         vllm_config: VllmConfig,
         staged: StagedTarget,
-        static: StaticSpans,
+        static: PaddedSpans,
         deferred: DeferredStates,
         buffers: InputBuffers,
         block_tables: BlockTables,

@@ -28,10 +28,10 @@ def _unsupported_features(original: Callable[[Any], list[str]]) -> Callable[[Any
 def _register_triton_kernel_overrides(original: Any) -> Any:
     @functools.wraps(original.__func__)
     def register_triton_kernel_overrides(cls: type) -> None:
-        from vllm_adadecode.cpu.install import install_twins
+        from vllm_adadecode.cpu.install import install_replacements
 
         original.__func__(cls)
-        install_twins()
+        install_replacements()
 
     return classmethod(register_triton_kernel_overrides)
 
@@ -48,18 +48,18 @@ CPU_PATCHES = (
     Patch(
         "cpu-without-triton",
         "vllm.config.vllm:HAS_TRITON",
-        "the V2 runner is refused without Triton, which its kernels' twins make needless; "
+        "the V2 runner is refused without Triton, which its kernels' replacements make needless; "
         "the module reads the name for nothing else",
         _triton_not_needed,
     ),
     Patch(
         "cpu-limits",
         "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",
-        "models whose kernels have no twin must stay on the V1 runner, as without the plugin",
+        "models whose kernels have no replacement stay on the V1 runner, as without us",
         _unsupported_features,
     ),
     Patch(
-        "cpu-twins",
+        "cpu-replacements",
         "vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides",
         "this is vLLM's place to replace kernels, called in a worker before it loads the runner; "
         "a platform plugin could override it, but would have to stand in for the whole platform",

@@ -1,0 +1,72 @@
+"""vLLM's GPU worker with the method, on a CPU taken for a CUDA device (tests/cuda_stand_in).
+
+What other tests leave out: start-up as on a GPU (memory profiling, which has the KV caches and all
+graphs made twice; vLLM's warm-up), FlashAttention's schedules, Triton's kernels in vLLM's batches.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LOOPS = ("auto", "graph")
+
+
+@pytest.fixture(scope="module")
+def served() -> dict[str, Any]:
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.cuda_stand_in.serve", *LOOPS],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_output_is_vanillas(served: dict[str, Any], loop: str) -> None:
+    """With prompts in chunks beside requests that decode, from replays."""
+    assert served[loop]["tokens"] == served["vanilla"]
+    stats = served[loop]["stats"]
+    assert stats["accepted"] > 10
+    assert stats["mixed_batches"] > 0
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_runs_as_on_a_gpu(served: dict[str, Any], loop: str) -> None:
+    found = served[loop]
+    assert "vllm.v1.worker.gpu.model_runner" in found["runner"]
+    assert not any("cpu" in module for module in found["runner"])
+    assert found["draft_loop"] == {"auto": "device"}.get(loop, loop)
+    assert found["fused_heads"]
+    assert found["async_scheduling"]
+    # The next batch is prepared while a round still drafts.
+    assert found["stats"]["open_batches"] > 10
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_graphs_are_captured_at_the_start_alone(served: dict[str, Any], loop: str) -> None:
+    found = served[loop]
+    assert found["captured"] > 0
+    assert found["captured_while_serving"] == 0
+    assert found["replayed"] > found["stats"]["deferred_batches"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_attention_is_scheduled_for_its_batch(served: dict[str, Any], loop: str) -> None:
+    """In every call: the stand-in refuses a schedule that is not of the lengths it is given."""
+    assert set(served[loop]["attention"]) == {"scheduled"}
+
+
+def test_a_stale_schedule_is_noticed(served: dict[str, Any]) -> None:
+    """Negative control: replays that keep the schedule of their capture."""
+    assert served["stale_schedule_noticed"]

@@ -1,0 +1,581 @@
+"""What can't work is refused at start-up, in the front-end process, in one line that says why.
+
+All but the last test go through vLLM's own `EngineArgs.create_engine_config`, without an engine.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save_file
+from transformers import GPT2Config, PreTrainedConfig, WhisperConfig
+from vllm import LLM, EngineArgs, envs
+from vllm.config import ModelConfig, SpeculativeConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models import registry
+
+from tests.support.engines import (
+    DEMO_MODEL,
+    EnginePool,
+    assert_same,
+    generate,
+    greedy,
+    speculative,
+    stats,
+)
+from tests.support.heads_samples import edit_config, heads_fields, make_heads, make_target
+from vllm_adadecode import config, plugin
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads import target_fingerprint
+from vllm_adadecode.versions import vllm_version
+from vllm_adadecode.vllm_patches import config_and_cli as patches
+from vllm_adadecode.vllm_patches.config_and_cli import parse_speculative_config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    """The plugin loaded, as vLLM loads it."""
+    plugin.register()
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 4 layers without heads."""
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+def create(model: Path | str, spec: dict[str, Any] | None = None, **options: Any) -> Any:
+    """The engine's configuration for adadecode with these speculative and engine options."""
+    return EngineArgs(
+        **(
+            {
+                "model": str(model),
+                "dtype": "float32",
+                "max_model_len": 64,
+                "skip_tokenizer_init": True,
+                "speculative_config": speculative(**(spec or {})),
+            }
+            | options
+        )
+    ).create_engine_config()
+
+
+def refused(model: Path | str, spec: dict[str, Any] | None = None, **options: Any) -> str:
+    """The one line with which these options are refused."""
+    with pytest.raises(AdaDecodeError) as error:
+        create(model, spec, **options)
+    message = str(error.value)
+    assert "\n" not in message
+    # Not a complaint of pydantic's, with its link.
+    assert "http" not in message
+    return message
+
+
+def test_the_options_of_the_cases_are_the_only_trouble(target: Path) -> None:
+    heads = make_heads(target / "heads")[0]
+    resolved = create(target, {"model": str(heads)}).speculative_config
+    assert (resolved.exit_layers, resolved.confidence_threshold) == ([1, 3], [0.5, 0.75])
+    assert create(DEMO_MODEL).speculative_config.exit_layers == [2, 4, 6]
+
+
+# --- what the user writes ----------------------------------------------------------------------
+
+BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
+    # Thresholds.
+    ({"confidence_threshold": 1.01}, ["confidence_threshold", "[0, 1]", "1.01"]),
+    ({"confidence_threshold": -0.1}, ["confidence_threshold", "[0, 1]"]),
+    ({"confidence_threshold": float("nan")}, ["confidence_threshold", "[0, 1]", "nan"]),
+    ({"confidence_threshold": [0.5, 0.5, float("inf")]}, ["confidence_threshold", "[0, 1]"]),
+    ({"confidence_threshold": [0.5, 0.5]}, ["2 values for 3 exit layers", "give one number"]),
+    ({"confidence_threshold": []}, ["0 values for 3 exit layers", "give one number"]),
+    ({"confidence_threshold": "0.5"}, ["confidence_threshold", "number", "'0.5'"]),
+    ({"confidence_threshold": True}, ["confidence_threshold", "number", "True"]),
+    ({"confidence_threshold": {"2": 0.5}}, ["confidence_threshold", "number"]),
+    # K.
+    ({"num_speculative_tokens": 0}, ["num_speculative_tokens", ">= 1", "0"]),
+    ({"num_speculative_tokens": -3}, ["num_speculative_tokens", ">= 1", "-3"]),
+    ({"num_speculative_tokens": 2.0}, ["num_speculative_tokens", "whole number", "2.0"]),
+    ({"num_speculative_tokens": "5"}, ["num_speculative_tokens", "whole number", "'5'"]),
+    ({"num_speculative_tokens": True}, ["num_speculative_tokens", "whole number", "True"]),
+    ({"num_speculative_tokens": 129}, ["num_speculative_tokens is 129", "at most 128"]),
+    # Exit layers of heads that sit after 2, 4 and 6.
+    ({"exit_layers": [2, 3]}, ["no head after layer 3", "2, 4, 6", "choose"]),
+    ({"exit_layers": [2, 99]}, ["no head after layer 99", "2, 4, 6"]),
+    ({"exit_layers": [4, 2]}, ["exit_layers", "strictly increasing", "[4, 2]"]),
+    ({"exit_layers": [2, 2]}, ["exit_layers", "strictly increasing"]),
+    ({"exit_layers": []}, ["exit_layers must be a list of layer numbers"]),
+    ({"exit_layers": 4}, ["exit_layers must be a list of layer numbers"]),
+    ({"exit_layers": "2,4"}, ["exit_layers must be a list of layer numbers"]),
+    ({"exit_layers": [2.0]}, ["exit_layers must be a list of layer numbers"]),
+    ({"exit_layers": [[2]]}, ["no head after layer [2]"]),
+    # Where the heads are.
+    ({"model": "/no/such/folder"}, ["/no/such/folder", "not found", "give the folder"]),
+    ({"model": str(DEMO_MODEL)}, ["holds no AdaDecode heads", "logit lens"]),
+    ({"model": str(DEMO_MODEL / "config.json")}, ["is a file", "give the folder"]),
+    ({"model": 7}, ["model must be a string", "7"]),
+    ({"revision": 7}, ["revision must be a string", "7"]),
+    # Who drives the draft loop.
+    ({"draft_loop": "gpu"}, ["draft_loop", "'host', 'device' or 'graph'", "'gpu'"]),
+    ({"draft_loop": True}, ["draft_loop", "'host', 'device' or 'graph'", "True"]),
+    # The PyTorch of the tests is for CPUs.
+    ({"draft_loop": "graph"}, ["conditional nodes"]),
+    # Options that do not exist, or are other methods'.
+    ({"confidence_treshold": 0.5}, ["unknown options", "confidence_treshold", "known:"]),
+    ({"draft_tensor_parallel_size": 1, "prompt_lookup_max": 2}, ["unknown", "draft_tensor_par"]),
+    ({"enable_adaptive_verification": True}, ["unknown options", "enable_adaptive_verification"]),
+    # vLLM's options, checked by vLLM's rules.
+    ({"draft_sample_method": "random"}, ["draft_sample_method", "'greedy' or 'probabilistic'"]),
+    ({"rejection_sample_method": "never"}, ["rejection_sample_method", "'standard'", "'never'"]),
+    ({"rejection_sample_method": "synthetic"}, ["requires exactly one", "acceptance_rates"]),
+    ({"synthetic_acceptance_rates": [0.5] * 5}, ["only valid with rejection_sample_method"]),
+    (
+        {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.5]},
+        ["synthetic_acceptance_rates must have length 16"],
+    ),
+    (
+        {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 99},
+        ["synthetic_acceptance_length"],
+    ),
+    ({"num_speculative_tokens_per_batch_size": "1-4:5"}, ["per_batch_size", "list"]),
+    ({"num_speculative_tokens_per_batch_size": []}, ["per_batch_size", "not be empty"]),
+    ({"num_speculative_tokens_per_batch_size": [[1, 4]]}, ["per_batch_size", "3-item"]),
+    ({"num_speculative_tokens_per_batch_size": [[2, 4, 5]]}, ["must start at 1"]),
+    ({"num_speculative_tokens_per_batch_size": [[1, 4, 5], [3, 8, 2]]}, ["non-overlapping"]),
+    ({"num_speculative_tokens_per_batch_size": [[1, 4, -1]]}, ["must be >= 0"]),
+]
+
+
+@pytest.mark.parametrize(("spec", "words"), BAD_OPTIONS, ids=lambda v: str(v)[:60])
+def test_options(spec: dict[str, Any], words: list[str]) -> None:
+    message = refused(DEMO_MODEL, spec)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (1.5, ["[0, 1]", "1.5"]),
+        (-1, ["[0, 1]", "-1"]),
+        (float("nan"), ["[0, 1]", "nan"]),
+        ("0.5", ["number", "'0.5'"]),
+        (False, ["number", "False"]),
+        ([0.5], ["1 values for 2 exit layers [1, 3]", "one per exit layer"]),
+        ([0.5, None], ["number", "None"]),
+    ],
+    ids=str,
+)
+def test_gate_threshold(target: Path, tmp_path: Path, value: Any, words: list[str]) -> None:
+    heads = make_heads(tmp_path / "heads", gate=True)[0]
+    message = refused(target, {"model": str(heads), "gate_threshold": value})
+    for word in ["gate_threshold", *words]:
+        assert word in message
+
+
+def test_gate_threshold_is_the_users_or_the_heads(target: Path, tmp_path: Path) -> None:
+    heads = str(make_heads(tmp_path / "heads", gate=True, gate_threshold=[0.2, 0.4])[0])
+
+    def resolved(**spec: Any) -> Any:
+        return create(target, {"model": heads, **spec}).speculative_config.gate_threshold
+
+    assert resolved() == [0.2, 0.4]
+    assert resolved(exit_layers=[3]) == [0.4]
+    assert resolved(gate_threshold=0) == [0.0, 0.0]
+    assert resolved(gate_threshold=[0.1, 1]) == [0.1, 1.0]
+    without = str(make_heads(tmp_path / "without")[0])
+    assert create(target, {"model": without}).speculative_config.gate_threshold is None
+    message = refused(target, {"model": without, "gate_threshold": 0.5})
+    for word in ("gate_threshold", "heads with a gate", "drop it"):
+        assert word in message
+
+
+def test_where_the_draft_loop_can_be_on_the_device(target: Path) -> None:
+    spec = {"draft_loop": "device", "num_speculative_tokens": 7, "cost_aware": True}
+    fits: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 128}
+    config = create(target, spec, **fits).speculative_config
+    assert (config.draft_loop, config.cost_aware) == ("device", True)
+    message = refused(target, spec, **fits | {"max_num_batched_tokens": 127})
+    for word in ("draft_loop 'device'", "128 tokens", "--max-num-batched-tokens", "is 127"):
+        assert word in message
+    create(target, spec | {"draft_loop": "host"}, **fits | {"max_num_batched_tokens": 127})
+    create(target, spec, tensor_parallel_size=2, **fits)
+    message = refused(target, spec | {"draft_loop": "graph"}, tensor_parallel_size=2)
+    for word in ("draft_loop 'graph'", "tensor parallelism", "draft_loop 'device'"):
+        assert word in message
+
+
+def test_who_drives_the_draft_loop_by_itself(target: Path) -> None:
+    """The device, where a GPU would wait for the host and all that it takes is there."""
+
+    def driver(device: str, graphs: bool = True, **options: Any) -> str:
+        made = create(target, {"num_speculative_tokens": 7}, max_num_seqs=16, **options)
+        mode = CUDAGraphMode.FULL_AND_PIECEWISE if graphs else CUDAGraphMode.NONE
+        made.compilation_config.cudagraph_mode = mode
+        return config.resolve_draft_loop(made, device)
+
+    assert driver("cuda") == "device"
+    assert driver("cpu") == "host"
+    assert driver("cuda", graphs=False) == "host"
+    assert driver("cuda", max_num_batched_tokens=127) == "host"
+    assert driver("cuda", tensor_parallel_size=2) == "device"
+    for loop in ("host", "device"):
+        made = create(target, {"draft_loop": loop}, max_num_seqs=2)
+        assert [config.resolve_draft_loop(made, d) for d in ("cuda", "cpu")] == [loop, loop]
+
+
+@pytest.mark.parametrize(
+    ("exit_layers", "words"),
+    [
+        ([4], ["exit layer 4 is out of range", "4 layers", "after 3"]),
+        ([1, 200], ["exit layer 200 is out of range"]),
+        ([0], ["from 1 up", "[0]"]),
+        ([-1], ["from 1 up", "[-1]"]),
+        ([2, 1], ["strictly increasing"]),
+        (["a"], ["layer numbers"]),
+        ([True], ["layer numbers"]),
+    ],
+    ids=str,
+)
+def test_exit_layers_of_the_logit_lens(
+    target: Path, exit_layers: list[Any], words: list[str]
+) -> None:
+    message = refused(target, {"exit_layers": exit_layers})
+    for word in words:
+        assert word in message
+
+
+def test_logit_lens_needs_two_layers(tmp_path: Path) -> None:
+    model = make_target(tmp_path, num_hidden_layers=1)
+    assert "1 layers has no intermediate layer" in refused(model)
+
+
+def test_two_flags_for_one_thing() -> None:
+    message = refused(DEMO_MODEL, {"num_speculative_tokens": 3}, spec_tokens=4)
+    assert message.startswith("--spec-tokens and --speculative-config's 'num_speculative_tokens'")
+    assert "--spec-model" in refused(DEMO_MODEL, {"model": "a"}, spec_model="b")
+    assert "--spec-method" in refused(DEMO_MODEL, spec_method="adadecode")
+
+
+# --- heads of another model, damaged heads -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "word"),
+    [
+        ({"hidden_size": 128}, "hidden size (heads: 128, target: 64)"),
+        ({"vocab_size": 256}, "vocabulary (heads: 256, target: 128)"),
+        ({"num_hidden_layers": 5}, "layer count (heads: 5, target: 4)"),
+    ],
+)
+def test_heads_of_another_shape(
+    target: Path, tmp_path: Path, shape: dict[str, int], word: str
+) -> None:
+    other = heads_fields()["target"] | shape
+    message = refused(target, {"model": str(make_heads(tmp_path / "heads", target=other)[0])})
+    assert word in message
+    assert "adadecode train" in message
+
+
+def test_heads_of_another_model_of_this_shape(target: Path, tmp_path: Path) -> None:
+    other = make_target(tmp_path / "other", seed=1)
+    fields = heads_fields()["target"] | {"fingerprint": target_fingerprint(other)}
+    heads = make_heads(tmp_path / "heads", target=fields)[0]
+    message = refused(target, {"model": str(heads)})
+    assert "fingerprint" in message
+    assert "adadecode train" in message
+    create(other, {"model": str(heads)})
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def truncate_header(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:20])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def to_pickle(file: Path) -> None:
+    torch.save(load(file.read_bytes()), file)
+
+
+def drop_tensor(file: Path) -> None:
+    tensors = load(file.read_bytes())
+    del tensors["exit_3.up"]
+    save_file(tensors, file)
+
+
+def add_tensor(file: Path) -> None:
+    save_file(load(file.read_bytes()) | {"exit_2.up": torch.zeros(2)}, file)
+
+
+def transpose(file: Path) -> None:
+    save_file({name: t.T.contiguous() for name, t in load(file.read_bytes()).items()}, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate, ["damaged or no safetensors file", "copy it again"]),
+        (truncate_header, ["damaged or no safetensors file", "copy it again"]),
+        (empty, ["damaged or no safetensors file", "copy it again"]),
+        (to_pickle, ["damaged or no safetensors file", "copy it again"]),
+        (drop_tensor, ["lacks exit_3.up", "one checkpoint"]),
+        (add_tensor, ["unexpected exit_2.up", "one checkpoint"]),
+        (transpose, ["has shape [64, 4]", "says [4, 64]", "one checkpoint"]),
+        (Path.unlink, ["model.safetensors does not exist", "copy the whole folder"]),
+    ],
+)
+def test_damaged_weights(target: Path, tmp_path: Path, damage: Any, words: list[str]) -> None:
+    heads = make_heads(tmp_path / "heads")[0]
+    damage(heads / "model.safetensors")
+    # A selection of the exits does not hide what is wrong with the others.
+    for spec in ({}, {"exit_layers": [1]}):
+        message = refused(target, {"model": str(heads), **spec})
+        for word in ["model.safetensors", *words]:
+            assert word in message
+
+
+def test_damaged_config(target: Path, tmp_path: Path) -> None:
+    heads = make_heads(target / "adadecode")[0]
+    try:
+        edit_config(heads, exit_layers=[1, 4])
+        assert "exit layer 4 is out of range" in refused(target)
+        # Cut short, it is still found beside the target, and not taken for absent.
+        (heads / "config.json").write_text("{")
+        assert "can't be read as JSON" in refused(target)
+    finally:
+        shutil.rmtree(heads)
+
+
+# --- what the method can't be combined with ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pipeline_parallel_size": 2}, ["pipeline parallelism", "--tensor-parallel-size"]),
+        ({"enable_lora": True}, ["LoRA", "drop --enable-lora"]),
+        ({"runner": "pooling"}, ["not pooling", "drop the method"]),
+        ({"worker_cls": "my.Worker"}, ["own worker", "drop --worker-cls my.Worker"]),
+        (
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            ["decode context parallelism"],
+        ),
+        ({"enable_dbo": True}, ["microbatches", "drop --enable-dbo"]),
+        ({"ubatch_size": 2}, ["microbatches", "--ubatch-size"]),
+        # vLLM would choose its V1 runner, and the worker would break.
+        ({"enable_prompt_embeds": True}, ["Model Runner V2", "prompt embeddings", "drop"]),
+    ],
+    ids=str,
+)
+def test_combinations(options: dict[str, Any], words: list[str]) -> None:
+    message = refused(DEMO_MODEL, **options)
+    for word in words:
+        assert word in message
+
+
+def test_runner_v1_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As the variable is read: an engine in this process has made vLLM remember its environment.
+    monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", False)
+    message = refused(DEMO_MODEL)
+    assert "Model Runner V2" in message
+    assert "unset VLLM_USE_V2_MODEL_RUNNER" in message
+
+
+@pytest.mark.parametrize(
+    ("model_config", "architecture", "words"),
+    [
+        (GPT2Config(n_embd=32, n_layer=2, n_head=2), "GPT2LMHeadModel", ["can't cut GPT2LMHead"]),
+        (WhisperConfig(), "WhisperForConditionalGeneration", ["decoder-only", "encoder-decoder"]),
+    ],
+    ids=["gpt2", "whisper"],
+)
+def test_models(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_config: PreTrainedConfig,
+    architecture: str,
+    words: list[str],
+) -> None:
+    # vLLM imports a model's module in a process of its own, which takes half a minute.
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
+    model_config.architectures = [architecture]
+    model_config.save_pretrained(tmp_path)
+    message = refused(tmp_path)
+    for word in words:
+        assert word in message
+
+
+def test_multimodal(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A real one needs torchvision, which has no place beside CPU torch.
+    monkeypatch.setattr(ModelConfig, "is_multimodal_model", True)
+    assert "text-only" in refused(DEMO_MODEL)
+
+
+# --- an unsupported vLLM -----------------------------------------------------------------------
+
+
+def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method is refused; everything else, vLLM's own methods included, is as without us."""
+    monkeypatch.setattr(plugin, "vllm_version", lambda: "0.99.0")
+    # Put back what refuse_method changes, and let it change a vLLM as it comes.
+    monkeypatch.setattr(patches, "_refusal", None)
+    monkeypatch.setattr(patches, "_applied", set())
+    original = inspect.unwrap(EngineArgs.create_speculative_config)
+    assert original.__module__ == EngineArgs.__module__
+    monkeypatch.setattr(EngineArgs, "create_speculative_config", original)
+    plugin.register()
+    plugin.register()
+    assert patches._applied == {"speculative-config"}
+    message = refused(DEMO_MODEL)
+    assert "0.99.0" in message
+    assert ">=0.32,<0.34" in message
+    assert "install a supported version" in message
+    assert create(DEMO_MODEL, speculative_config=None).speculative_config is None
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    assert type(create(DEMO_MODEL, speculative_config=ngram).speculative_config) is (
+        SpeculativeConfig
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "supported"),
+    [
+        ("0.31.9", False),
+        ("0.32.0", True),
+        ("0.32.0+cpu", True),
+        ("0.33.1.dev7+g1a2b3c", True),
+        ("0.34.0rc1", False),
+        ("1.0", False),
+        (None, False),
+    ],
+)
+def test_supported_versions(version: str | None, supported: bool) -> None:
+    assert plugin.is_supported(version) is supported
+
+
+# --- options that vLLM acts on -----------------------------------------------------------------
+
+
+def test_what_is_passed_on() -> None:
+    values: dict[str, Any] = {
+        "num_speculative_tokens": 5,
+        "revision": "main",
+        "draft_sample_method": "probabilistic",
+        "rejection_sample_method": "synthetic",
+        "synthetic_acceptance_rates": [0.9, 0.8, 0.7, 0.6, 0.5],
+        "num_speculative_tokens_per_batch_size": [(1, 4, 3), (5, 16, 0)],
+    }
+    resolved = create(DEMO_MODEL, values).speculative_config
+    for name, value in values.items():
+        assert getattr(resolved, name) == value
+    values |= {"synthetic_acceptance_rates": None, "synthetic_acceptance_length": 2.5}
+    resolved = create(DEMO_MODEL, values).speculative_config
+    # vLLM turns a length into rates.
+    assert sum(resolved.synthetic_acceptance_rates) > 0
+    assert set(values) == config.PASSED_ON | {"num_speculative_tokens"}
+
+
+def test_revision_is_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def find_heads(*args: Any) -> None:
+        seen.append(args)
+
+    monkeypatch.setattr(config, "find_heads", find_heads)
+    create(DEMO_MODEL, {"model": "org/heads", "revision": "v2"})
+    assert seen == [("org/heads", str(DEMO_MODEL), "v2")]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_tokens_per_batch_size(engines: EnginePool, prompts: list[str], asynchronous: bool) -> None:
+    """vLLM's schedule of K by batch size: 5, then 2, then none from 5 requests on."""
+    schedule = [(1, 2, 5), (3, 4, 2), (5, 16, 0)]
+    options: dict[str, Any] = {"async_scheduling": True} if asynchronous else {}
+    engine: LLM = engines.get(
+        speculative_config=speculative(
+            confidence_threshold=0.0,
+            # Every head is asked.
+            gate_threshold=0.0,
+            num_speculative_tokens=5,
+            num_speculative_tokens_per_batch_size=schedule,
+        ),
+        **options,
+    )
+    vanilla = engines.get()
+    for batch, most in ((1, 5), (4, 2), (12, 0)):
+        stats(engine, reset=True)
+        ours = generate(engine, prompts[:12], greedy(24), batch=batch)
+        assert_same(vanilla, ours, generate(vanilla, prompts[:12], greedy(24)))
+        counts = stats(engine)
+        assert counts["drafted"] <= most * (counts["verifications"] + 12)
+        if most:
+            # Threshold 0 drafts to the limit.
+            assert counts["drafted"] > (most - 1) * counts["verifications"]
+
+
+@pytest.mark.parametrize("options", [{"min_p": 0.1}, {"logit_bias": {1: 1.0}}], ids=str)
+def test_sampling_options_that_vllm_refuses(
+    engines: EnginePool, prompts: list[str], options: dict[str, Any]
+) -> None:
+    """By vLLM's rule for all speculative methods; the request fails, the engine lives."""
+    engine = engines.get(speculative_config=speculative())
+    with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
+        generate(engine, prompts[:1], greedy(4, temperature=1.0, **options))
+    assert generate(engine, prompts[:1], greedy(4))[0].finished
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_one_line_for_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
+    for option in ("enable_lora", "enable_prompt_embeds"):
+        with pytest.raises(SystemExit) as stop:
+            create(DEMO_MODEL, {}, **{option: True})
+        assert str(stop.value.code).startswith("vllm: error: adadecode ")
+        assert "\n" not in str(stop.value.code)
+        assert stop.value.__suppress_context__
+
+
+def test_serve(tmp_path: Path) -> None:
+    """The real command: exit code 1, one line, no stack of frames."""
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        # The CPU build is a distribution of another name, under which the command misses itself.
+        version = f"{vllm_version()}+cpu"
+        file = tmp_path / f"vllm-{version}.dist-info" / "METADATA"
+        file.parent.mkdir()
+        file.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    spec = json.dumps(speculative(confidence_threshold=2))
+    run = subprocess.run(
+        [Path(sys.executable).parent / "vllm", "serve", DEMO_MODEL, "--speculative-config", spec],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        "vllm: error: confidence_threshold must lie in [0, 1], not 2"
+    )
+    assert "Traceback" not in run.stderr
+
+
+def test_value_of_the_flag() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="not JSON"):
+        parse_speculative_config('{"method": adadecode}')

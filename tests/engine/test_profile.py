@@ -1,0 +1,163 @@
+"""Costs measured at start: what is asked of the engine, and what is made of the times.
+
+The engine's part runs on a real one: its first requests must not notice that there were others.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.support.engines import EnginePool, assert_same, generate, greedy, speculative, stats
+from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength, Choice, RoundCosts
+from vllm_adadecode.adaptive.profile import SamePolicy, _costs
+from vllm_adadecode.draft.policy import Action, ThresholdPolicy
+
+REAL = ThresholdPolicy((0.7, 1.0, 0.9, 1.0), (0.5, 0.5, 0.0, 0.5))
+
+
+class TestSamePolicy:
+    def test_it_asks_what_the_real_one_asks(self) -> None:
+        same = SamePolicy(REAL)
+        assert same.num_used_exits == 3
+        assert [same.uses(e) for e in range(4)] == [REAL.uses(e) for e in range(4)]
+        assert [same.uses_gate(e) for e in range(4)] == [REAL.uses_gate(e) for e in range(4)]
+
+    @pytest.mark.parametrize("follow", [None, 0, 2])
+    def test_all_rows_do_the_same(self, follow: int | None) -> None:
+        same = SamePolicy(REAL, follow)
+        for e in (0, 2):
+            action = {True: Action.EXTEND, False: Action.STOP if e == 2 else Action.PROMOTE}
+            expected = [int(action[e == follow])] * 3
+            assert same.decide(e, torch.tensor([0.0, 0.5, float("nan")])).tolist() == expected
+            assert same.passes_gate(e, torch.tensor([0.0, 1.0])).tolist() == [e == follow] * 2
+        assert SamePolicy(REAL, follow, open_gates=True).passes_gate(0, torch.zeros(2)).all()
+
+
+def test_costs_are_differences_of_rounds() -> None:
+    # Without drafts, in vain, a draft at each of three exits, in vain with open gates.
+    table = [(1, [10.0, 11.0, 20.0, 10.0, 60.0, 15.0]), (4, [20.0, 19.0, 70.0, 20.0, 60.0, 29.0])]
+    found = _costs(table, drafts=5, exits=3, real=REAL, gated=True)
+    assert found == RoundCosts(
+        batch_sizes=(1, 4),
+        plain=(10.0, 20.0),
+        failed=(1.0, 0.0),
+        # The second exit is turned off; at 4, the third seemed cheaper than the first.
+        extended=((2.0, 2.0, 10.0), (10.0, 10.0, 10.0)),
+        check=(2.0, 5.0),
+    )
+    without_gates = [(size, times[:-1]) for size, times in table]
+    assert _costs(without_gates, 5, 3, REAL, gated=False).check == (0.0, 0.0)
+
+
+def _budget(worker: Any) -> dict[str, Any]:
+    speculator = worker.model_runner.speculator
+    windows = speculator.windows
+    return {
+        "costs": speculator.draft_length.costs,
+        "statistics": speculator.draft_length.statistics,
+        "windows": len(windows._windows),
+        "policy": type(speculator.policy).__name__,
+        "requests": len(worker.model_runner.req_states.req_id_to_index),
+    }
+
+
+def _make_drafts_dear(worker: Any) -> None:
+    """Drafts that cost a hundred rounds each."""
+    draft_length = worker.model_runner.speculator.draft_length
+    costs = draft_length.costs
+    exits = len(costs.extended[0])
+    dear = tuple((100 * seconds,) * exits for seconds in costs.plain)
+    draft_length.costs = RoundCosts(costs.batch_sizes, costs.plain, costs.plain, dear, costs.check)
+    draft_length._plans.clear()
+
+
+class TestEngine:
+    @pytest.fixture(
+        params=[("host", False), ("host", True), ("device", True)],
+        ids=["host-sync", "host-async", "device-async"],
+    )
+    def engine(self, request: pytest.FixtureRequest, engines: EnginePool) -> Any:
+        loop, async_scheduling = request.param
+        return engines.get(
+            speculative_config=speculative(cost_aware=True, draft_loop=loop),
+            async_scheduling=async_scheduling,
+        )
+
+    def test_measured_before_the_first_request(self, engine: Any) -> None:
+        found = engine.collective_rpc(_budget)[0]
+        costs = found["costs"]
+        assert costs.batch_sizes[0] == 1
+        assert all(seconds > 0 for seconds in costs.plain)
+        assert all(list(row) == sorted(row) for row in costs.extended)
+        assert found["policy"] == "ThresholdPolicy"
+        assert found["requests"] == found["windows"] == 0
+
+    def test_output_is_vanilla_s_whatever_is_chosen(
+        self, engine: Any, engines: EnginePool, prompts: list[str]
+    ) -> None:
+        vanilla = engines.get()
+        reference = generate(vanilla, prompts[:12], greedy())
+        for batch in (1, 12):
+            stats(engine, reset=True)
+            assert_same(vanilla, generate(engine, prompts[:12], greedy(), batch), reference)
+        assert stats(engine)["tokens"] > 0
+
+    def test_output_is_vanilla_s_with_any_choices(
+        self,
+        engine: Any,
+        engines: EnginePool,
+        prompts: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        rng, made = random.Random(0), []
+
+        def any_choice(draft_length: AdaptiveDraftLength, num_reqs: int) -> Choice:
+            made.append(Choice(rng.randint(0, draft_length.most.drafts), rng.randint(1, 3)))
+            return made[-1]
+
+        monkeypatch.setattr(AdaptiveDraftLength, "choose", any_choice)
+        vanilla = engines.get()
+        reference = generate(vanilla, prompts[:12], greedy())
+        stats(engine, reset=True)
+        assert_same(vanilla, generate(engine, prompts[:12], greedy(), 12), reference)
+        assert {choice.exits for choice in made} == {1, 2, 3}
+        exits = stats(engine)["exits"].values()
+        assert all(counts["accepted"] > 0 for counts in exits)
+
+    def test_drafts_that_do_not_pay_are_not_made(
+        self, engine: Any, engines: EnginePool, prompts: list[str]
+    ) -> None:
+        prompts = prompts[:12]
+        # Enough windows for an opinion.
+        generate(engine, prompts, greedy())
+        engine.collective_rpc(_make_drafts_dear)
+        stats(engine, reset=True)
+        vanilla = engines.get()
+        reference = generate(vanilla, prompts, greedy())
+        assert_same(vanilla, generate(engine, prompts, greedy(), 4), reference)
+        counted = stats(engine)
+        # All but the rounds that probe.
+        assert counted["early_prediction_rate"] < 0.1
+        assert counted["verifications"] > 0.9 * counted["tokens"]
+
+    def test_requests_with_a_seed_draft_all_the_same(
+        self, engine: Any, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def never(draft_length: AdaptiveDraftLength, num_reqs: int) -> Choice:
+            return Choice(0, 1)
+
+        monkeypatch.setattr(AdaptiveDraftLength, "choose", never)
+        for params, drafts in (
+            (greedy(), False),
+            (greedy(seed=1), False),
+            (SamplingParams(temperature=0.8, max_tokens=16, ignore_eos=True), False),
+            (SamplingParams(temperature=0.8, max_tokens=16, ignore_eos=True, seed=1), True),
+        ):
+            stats(engine, reset=True)
+            generate(engine, prompts[:2], params)
+            assert (stats(engine)["drafted"] > 0) == drafts, params

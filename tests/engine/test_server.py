@@ -1,0 +1,283 @@
+"""The method as users meet it: a real `vllm serve` process and its HTTP API, and the command line.
+
+The server is the demo's, one for all tests of this module; the last of them stops it.
+"""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from vllm import LLM
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from benchmarks.demo.server import Server, ServerError, free_port, vllm_command
+from tests.support.engines import DEFAULTS, DEMO_MODEL, EnginePool
+
+TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    # Drafts in every round, whatever other work makes them cost.
+    method = json.dumps({"method": "adadecode", "cost_aware": False})
+    with Server(DEMO_MODEL, ["--speculative-config", method], log) as server:
+        server.wait_until_ready()
+        yield server
+
+
+@pytest.fixture(scope="module")
+def alone(server: Server, prompts: list[str]) -> list[list[int]]:
+    """What each of 16 prompts gives when nothing else is running."""
+    return [server.complete(prompt, TOKENS)["token_ids"] for prompt in prompts[:16]]
+
+
+def stream(server: Server, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The first choice of each event of a streamed answer."""
+    with server.client.stream("POST", path, json=body | {"stream": True}) as answer:
+        assert answer.status_code == 200
+        for line in answer.iter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                yield json.loads(line[len("data: ") :])["choices"][0]
+
+
+def counter(server: Server, name: str) -> float:
+    """A vLLM counter as /metrics shows it."""
+    text = server.client.get("/metrics").text
+    found = re.search(rf"^vllm:{name}_total{{.*}} (\S+)$", text, re.MULTILINE)
+    assert found, f"/metrics has no {name}"
+    return float(found[1])
+
+
+def test_lists_its_model(server: Server) -> None:
+    models = server.client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in models] == ["demo"]
+
+
+def test_uses_the_method(server: Server) -> None:
+    """The heads were found beside the model, and the log says what runs."""
+    log = server.log.read_text()
+    assert "AdaDecodeSpeculativeConfig(heads=" in log
+    assert "logit lens" not in log
+
+
+def test_streaming_is_the_same_text(server: Server, prompts: list[str]) -> None:
+    body = {"model": "demo", "prompt": prompts[0], "max_tokens": TOKENS, "temperature": 0}
+    whole = server.post("/v1/completions", body)["choices"][0]
+    events = list(stream(server, "/v1/completions", body))
+    assert "".join(event["text"] for event in events) == whole["text"]
+    assert events[-1]["finish_reason"] == whole["finish_reason"]
+    # Accepted drafts arrive together: fewer events than tokens.
+    assert 1 < len(events) < TOKENS
+
+
+def test_chat(server: Server, prompts: list[str]) -> None:
+    """The demo's chat template is the bare message, so a chat continues it like a completion."""
+    body: dict[str, Any] = {"model": "demo", "max_tokens": TOKENS, "temperature": 0}
+    chat = {"messages": [{"role": "user", "content": prompts[0]}]}
+    answer = server.post("/v1/chat/completions", body | chat)["choices"][0]
+    completion = server.post("/v1/completions", body | {"prompt": prompts[0]})["choices"][0]
+    assert answer["message"]["content"] == completion["text"]
+    deltas = stream(server, "/v1/chat/completions", body | chat)
+    assert "".join(d["delta"].get("content") or "" for d in deltas) == completion["text"]
+
+
+def test_sixteen_at_once(server: Server, prompts: list[str], alone: list[list[int]]) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda prompt: server.complete(prompt, TOKENS), prompts[:16]))
+    assert [choice["token_ids"] for choice in together] == alone
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"max_tokens": 0},
+        {"n": 0},
+        {"max_tokens": 100_000},
+        {"logprobs": -5},
+        {"model": "another"},
+        {"prompt": 5},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_bad_parameters_are_refused(server: Server, options: dict[str, Any]) -> None:
+    body = {"model": "demo", "prompt": "import", "max_tokens": 4} | options
+    answer = server.client.post("/v1/completions", json=body)
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["error"]["message"]
+    assert server.is_healthy()
+
+
+def test_client_leaves_in_mid_stream(
+    server: Server, prompts: list[str], alone: list[list[int]]
+) -> None:
+    """Requests are aborted with drafts pending; those that come after are not disturbed."""
+    body = {"model": "demo", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+    for prompt in prompts[:4]:
+        events = stream(server, "/v1/completions", body | {"prompt": prompt})
+        assert next(events)["finish_reason"] is None
+        events.close()  # type: ignore[attr-defined]
+    assert server.is_healthy()
+    assert server.complete(prompts[0], TOKENS)["token_ids"] == alone[0]
+
+
+def test_metrics_rise(server: Server, prompts: list[str]) -> None:
+    names = ("drafts", "draft_tokens", "accepted_tokens")
+    before = [counter(server, f"spec_decode_num_{name}") for name in names]
+    counts = server.stats()
+    server.complete(prompts[1], TOKENS)
+    after = [counter(server, f"spec_decode_num_{name}") for name in names]
+    assert all(a > b for a, b in zip(after, before, strict=True))
+    # vLLM's counts and ours are of the same drafts.
+    drafted = server.stats()["drafted"] - counts["drafted"]
+    assert after[1] - before[1] == drafted
+
+
+def test_metrics_by_exit_layer(server: Server, prompts: list[str]) -> None:
+    def of_exits() -> dict[str, dict[str, float]]:
+        """Our counters by exit layer, as the names that `adadecode_stats` gives them."""
+        names = {"gate_checks": "gated", "head_checks": "checked"}
+        found: dict[str, dict[str, float]] = {}
+        for metric in text_string_to_metric_families(server.client.get("/metrics").text):
+            for sample in metric.samples:
+                name = re.fullmatch(r"vllm:adadecode_(\w+)_total", sample.name)
+                if name and "exit_layer" in sample.labels:
+                    counts = found.setdefault(sample.labels["exit_layer"], {})
+                    counts[names.get(name[1], name[1])] = sample.value
+        return found
+
+    def accepted() -> float:
+        return sum(counts["accepted"] for counts in of_exits().values())
+
+    # From the start of the server: whatever was aborted in between, nothing is counted twice or
+    # lost on the way.
+    assert of_exits() == server.stats()["exits"]
+    ours, vllms = accepted(), counter(server, "spec_decode_num_accepted_tokens")
+    server.complete(prompts[2], TOKENS)
+    assert of_exits() == server.stats()["exits"]
+    # vLLM leaves out what a step accepts for a request that ended meanwhile; here is none.
+    rise = accepted() - ours
+    assert rise == counter(server, "spec_decode_num_accepted_tokens") - vllms > 0
+    assert counter(server, "adadecode_deferred_tokens") == server.stats()["deferred_tokens"] > 0
+
+
+def test_ends_cleanly(server: Server) -> None:
+    """The last test of the server: SIGTERM while a request runs; no process is left."""
+    processes = server.processes()
+    assert len(processes) > 1
+    body = {"model": "demo", "prompt": "import", "max_tokens": 400, "ignore_eos": True}
+    events = stream(server, "/v1/completions", body)
+    assert next(events)
+    so_far = len(server.log.read_text())
+    assert server.process is not None
+    server.process.terminate()
+    # vLLM, with or without the method, may wait for as long as a client waits for it.
+    events.close()  # type: ignore[attr-defined]
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
+    assert server.process.wait(5) in (0, -15)
+    # The front end, where none of our code runs by then, may log that the engine is gone.
+    log = server.log.read_text()[so_far:].splitlines()
+    assert not [line for line in log if "Traceback" in line and "(APIServer" not in line]
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def resolved(*arguments: str) -> Any:
+    """The speculative configuration that an engine started with these arguments would have."""
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    given = ["--model", str(DEMO_MODEL), "--dtype", "float32", "--max-model-len", "512"]
+    args = EngineArgs.from_cli_args(parser.parse_args([*given, *arguments]))
+    return args.create_engine_config().speculative_config
+
+
+def settings(config: Any) -> dict[str, Any]:
+    names = (
+        *("method", "model", "heads_path", "num_speculative_tokens", "exit_layers"),
+        *("confidence_threshold", "draft_sample_method", "rejection_sample_method"),
+    )
+    return {name: getattr(config, name) for name in names}
+
+
+FORMS = {
+    "word": ["--speculative-config", "adadecode"],
+    "short": ["-sc", "adadecode"],
+    "json": ["--speculative-config", '{"method": "adadecode"}'],
+    "short json": ["-sc", '{"method": "adadecode"}'],
+    "dotted": ["--speculative-config.method", "adadecode"],
+    "method flag": ["--spec-method", "adadecode"],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_the_option_agree(form: str, engines: EnginePool) -> None:
+    engine: LLM = engines.get(speculative_config={"method": "adadecode"})
+    from_python = engine.llm_engine.vllm_config.speculative_config
+    assert settings(resolved(*FORMS[form])) == settings(from_python)
+
+
+def test_bare_word_in_python() -> None:
+    options = {name: DEFAULTS[name] for name in ("dtype", "max_model_len")}
+    args = EngineArgs(str(DEMO_MODEL), speculative_config="adadecode", **options)
+    config = args.create_engine_config().speculative_config
+    assert settings(config) == settings(resolved("-sc", "adadecode"))
+
+
+def test_dotted_options() -> None:
+    config = resolved(
+        *("--speculative-config.method", "adadecode"),
+        *("--speculative-config.confidence_threshold", "0.5"),
+        *("--speculative-config.num_speculative_tokens", "3"),
+    )
+    assert config.confidence_threshold == [0.5] * len(config.exit_layers)
+    assert config.num_speculative_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--speculative-config", '{"method": "adadecode", "confidence_threshold": 2}'],
+            "confidence_threshold must lie in [0, 1], not 2",
+        ),
+        (
+            ["--speculative-config", '{"method": "adadecode", "treshold": 0.5}'],
+            "unknown options for adadecode: treshold",
+        ),
+    ],
+    ids=["wrong", "unknown"],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
+    command = [vllm_command(), "serve", str(DEMO_MODEL), *arguments, "--port", str(free_port())]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert ended.returncode != 0
+    assert "Traceback" not in ended.stdout + ended.stderr
+    errors = [line for line in ended.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1, ended.stderr
+    assert message in errors[0]
+    assert ended.stderr.rstrip().splitlines()[-1] == errors[0]
+
+
+def test_a_server_that_does_not_start_is_reported(tmp_path: Path) -> None:
+    """By the demo: in a few lines, and soon."""
+    with (
+        Server(DEMO_MODEL, ["--no-such-flag"], tmp_path / "log") as server,
+        pytest.raises(ServerError, match="no-such-flag") as caught,
+    ):
+        server.wait_until_ready(timeout=120)
+    assert len(str(caught.value).splitlines()) <= 15
+    assert server.processes() == []
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://127.0.0.1:{server.port}/health", timeout=5)

@@ -1,0 +1,146 @@
+"""Two tensor-parallel ranks, each its own process, decide alike and say what vLLM's two say."""
+
+import time
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from vllm import LLM, RequestOutput, SamplingParams
+
+from tests.support.engines import (
+    DEFAULTS,
+    DEMO_MODEL,
+    EnginePool,
+    assert_same,
+    async_scheduling_on_cpu,
+    generate,
+    greedy,
+    speculative,
+    stop,
+)
+from tests.support.heads_samples import demo_heads
+
+# Few seats and small steps: prefill in chunks beside pending tokens.
+OPTIONS: dict[str, Any] = DEFAULTS | {
+    "tensor_parallel_size": 2,
+    "max_num_seqs": 6,
+    "max_num_batched_tokens": 64,
+}
+SPEC = speculative(num_speculative_tokens=5, exit_layers=[2, 4, 6], confidence_threshold=0.5)
+
+
+@pytest.fixture(scope="module")
+def plain_heads(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Without a draft vocabulary: they read each rank's part of the target's own LM head."""
+    return demo_heads(tmp_path_factory.mktemp("plain") / "heads")
+
+
+def requests(prompts: list[str]) -> tuple[list[str], list[SamplingParams]]:
+    return [prompts[i] * (1 + i % 3) for i in range(10)], [greedy(8 + 3 * i) for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def reference(prompts: list[str]) -> list[RequestOutput]:
+    """vLLM's own two ranks."""
+    engine = LLM(str(DEMO_MODEL), **OPTIONS)
+    try:
+        return generate(engine, *requests(prompts))
+    finally:
+        stop(engine)
+
+
+def note_rounds(worker: Any) -> None:
+    """Have a rank keep every window that it drafts, and what it lets each round draft."""
+    speculator = worker.model_runner.speculator
+    windows_of, allowed = speculator.windows_of, speculator.allowed
+    speculator.noted = []
+
+    def noted_windows(*args: Any) -> Any:
+        windows = windows_of(*args)
+        speculator.noted.append(
+            [(r, w.depths.tolist(), w.exits.tolist(), w.limit) for r, w in windows.items()]
+        )
+        return windows
+
+    def noted_allowed(*args: Any) -> Any:
+        caps, exits = allowed(*args)
+        speculator.noted.append((caps.tolist(), exits.tolist()))
+        return caps, exits
+
+    speculator.windows_of, speculator.allowed = noted_windows, noted_allowed
+
+
+def see_copies_at_different_times(worker: Any) -> None:
+    """As of a GPU: what has come from the device is not the same on all ranks, nor their times."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from vllm_adadecode.draft.readback import RoundReadback
+
+    rank = get_tp_group().rank_in_group
+    looks = iter(range(1 << 30))
+
+    def has_arrived(_: RoundReadback) -> bool:
+        return next(looks) % 3 == rank
+
+    patch.object(RoundReadback, "has_arrived", has_arrived).start()
+    speculator = worker.model_runner.speculator
+    if (draft_length := speculator.draft_length) is not None:
+        ended = draft_length.round_ended
+
+        def late(*args: Any) -> None:
+            time.sleep(0.002 * rank)
+            ended(*args)
+
+        draft_length.round_ended = late
+
+
+@pytest.mark.parametrize(
+    ("options", "of_the_demo"),
+    [
+        ({}, False),
+        # With a draft vocabulary, whose copy of the LM head is spread over the ranks.
+        ({"draft_sample_method": "probabilistic"}, True),
+        ({"draft_loop": "device", "cost_aware": True}, True),
+    ],
+    ids=["own-lm-head", "copy", "device"],
+)
+def test_ranks_decide_alike(
+    engines: EnginePool,
+    prompts: list[str],
+    reference: list[RequestOutput],
+    plain_heads: str,
+    options: dict[str, Any],
+    of_the_demo: bool,
+) -> None:
+    on_device = "draft_loop" in options
+    heads = {} if of_the_demo else {"model": plain_heads}
+    with async_scheduling_on_cpu() if on_device else nullcontext():
+        engine = LLM(
+            str(DEMO_MODEL),
+            **OPTIONS | {"async_scheduling": on_device},
+            speculative_config=SPEC | heads | options,
+        )
+    try:
+        engine.collective_rpc(note_rounds)
+        engine.collective_rpc(see_copies_at_different_times)
+        outputs = generate(engine, *requests(prompts))
+        sampled = SamplingParams(temperature=0.8, max_tokens=16, ignore_eos=True)
+        generate(engine, prompts[:6], sampled)
+        counts = engine.collective_rpc("adadecode_stats")
+        noted = engine.collective_rpc(lambda worker: worker.model_runner.speculator.noted)
+    finally:
+        stop(engine)
+    # One rank breaks a tie like two do, or not.
+    assert_same(engines.get(), outputs, reference)
+    assert len(noted) == len(counts) == 2
+    assert noted[0] == noted[1]
+    assert counts[0] == counts[1]
+    drafted = [w for of_round in noted[0] if isinstance(of_round, list) for w in of_round]
+    assert sum(len(exits) for _, _, exits, _ in drafted) == counts[0]["drafted"]
+    if on_device:
+        # How much drafting pays on this machine is not known; that it was tried is.
+        assert min(counts[0]["drafted"], counts[0]["open_batches"]) > 5
+    else:
+        assert counts[0]["drafted"] > 100
+        assert min(counts[0]["mixed_batches"], counts[0]["deferred_batches"]) > 5

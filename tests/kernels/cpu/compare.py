@@ -1,0 +1,99 @@
+"""Runs every case with vLLM's Triton kernels under Triton's interpreter, and with the replacements.
+
+A process of its own: the interpreter must be chosen, and Triton be told of a CPU, before vLLM is
+imported. Prints one JSON object: ``differences`` maps each case to what differs (empty: nothing);
+``noticed`` lists the replacements that the comparison is known to see, because some case differs
+once that replacement does nothing.
+
+    python -m tests.kernels.cpu.compare
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import triton.backends
+
+from tests.kernels.cpu.running import idle, problems, run
+
+
+def _pretend_cpu_backend() -> None:
+    """The least of a Triton backend by which vLLM takes Triton for usable on a CPU."""
+    driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
+    triton.backends.backends["cpu"] = type("Backend", (), {"driver": driver, "compiler": None})()
+
+
+def _interpretable() -> None:
+    """Make up for what the interpreter lacks of a GPU's device library."""
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    def elementwise(function: Any, dtype: Any = None) -> Any:
+        def apply(x: Any, *_: Any, **__: Any) -> Any:
+            import triton.language as tl
+
+            kind = tl.int1 if dtype is bool else x.dtype
+            data = function(x.handle.data)
+            return tl.tensor(TensorHandle(np.asarray(data), kind), _with(x.type, kind))
+
+        return apply
+
+    def _with(kind: Any, scalar: Any) -> Any:
+        import triton.language as tl
+
+        return tl.block_type(scalar, kind.shape) if kind.is_block() else scalar
+
+    def with_bool_mask(function: Any, position: int) -> Any:
+        # A boolean computed from a loaded one is held as an integer, which memory access refuses.
+        def apply(*args: Any) -> Any:
+            return function(*args[:position], args[position].astype(bool), *args[position + 1 :])
+
+        return apply
+
+    memory = triton.runtime.interpreter._interpreter
+    memory.load = with_bool_mask(memory.load, 1)
+    memory.store = with_bool_mask(memory.store, 2)
+
+    import vllm.v1.worker.gpu.metrics.logits as nans
+    import vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils as rejection
+
+    class Device:
+        log1p = staticmethod(elementwise(np.log1p))
+        isnan = staticmethod(elementwise(np.isnan, bool))
+
+    rejection.tldevice = Device
+    nans.libdevice = Device
+
+
+def main() -> None:
+    _pretend_cpu_backend()
+    import vllm.v1.worker.cpu.shm  # noqa: F401
+
+    from tests.kernels.cpu.cases import CASES
+    from vllm_adadecode.cpu.install import import_replacements
+
+    all_replacements = import_replacements()
+    _interpretable()
+    differences: dict[str, str] = {}
+    noticed: set[str] = set()
+    for case_name, case in CASES.items():
+        names = [f"vllm.v1.worker.gpu.{kernel}" for kernel in case.kernels]
+        replacements = {name: all_replacements[name] for name in names}
+        expected, _ = run(case, {})
+        differences[case_name] = problems(case, expected, replacements)
+        # Fresh memory may hold what the run before left there, which is the right answer: fill it.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        for kernel in replacements.keys() - noticed:
+            if problems(case, expected, {**replacements, kernel: idle}):
+                noticed.add(kernel)
+        torch.use_deterministic_algorithms(False)
+    print(json.dumps({"differences": differences, "noticed": sorted(noticed)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""CPU replacements of vLLM's Triton kernels: each equals the kernel itself, and none is missing."""
+
+from __future__ import annotations
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.cpu.cases import CASES
+from tests.kernels.cpu.running import compare_apart
+from vllm_adadecode.cpu.install import import_replacements
+from vllm_adadecode.cpu.registry import argument_mismatch
+from vllm_adadecode.cpu.support import WITHOUT_REPLACEMENT
+
+PACKAGE = "vllm.v1.worker.gpu"
+REPLACEMENTS = import_replacements()
+
+
+@pytest.fixture(scope="session")
+def comparison() -> dict[str, Any]:
+    """What compare.py found."""
+    assert find_spec("triton"), "the reference is Triton's interpreter: install the test extra"
+    return compare_apart("tests.kernels.cpu.compare")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_kernel(name: str, comparison: dict[str, Any]) -> None:
+    assert not comparison["differences"][name], comparison["differences"][name]
+
+
+def test_a_replacement_that_does_nothing_is_noticed(comparison: dict[str, Any]) -> None:
+    """Negative control: no replacement's work goes unseen in all of its cases."""
+    assert set(comparison["noticed"]) == set(REPLACEMENTS)
+
+
+def test_every_replacement_has_a_case() -> None:
+    launched = {f"{PACKAGE}.{kernel}" for case in CASES.values() for kernel in case.kernels}
+    assert launched == set(REPLACEMENTS)
+
+
+def _kernels() -> dict[str, list[str]]:
+    """Every kernel that vLLM launches below PACKAGE -> its arguments. Read, not imported."""
+    vllm = find_spec("vllm")
+    assert vllm is not None
+    assert vllm.origin is not None
+    root = Path(vllm.origin).parent / "v1/worker/gpu"
+    functions: dict[str, list[str]] = {}
+    launched: set[str] = set()
+    for path in root.rglob("*.py"):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(
+                "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
+            ):
+                functions[f"{module}.{node.name}"] = [arg.arg for arg in node.args.args]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launched.add(ast.unparse(node.func.value).rpartition(".")[2])
+    return {k: v for k, v in functions.items() if k.rpartition(".")[2] in launched}
+
+
+def test_no_kernel_is_missing() -> None:
+    kernels = _kernels()
+    missing = {
+        kernel
+        for kernel in kernels
+        if f"{PACKAGE}.{kernel}" not in REPLACEMENTS
+        and kernel.rpartition(".")[0] not in WITHOUT_REPLACEMENT
+    }
+    assert not missing, (
+        f"write a replacement, or say in WITHOUT_REPLACEMENT why none is needed: {missing}"
+    )
+    assert not {
+        module for module in WITHOUT_REPLACEMENT if not any(k.startswith(module) for k in kernels)
+    }
+
+
+def test_replacements_take_the_kernels_arguments() -> None:
+    kernels = _kernels()
+    mismatches = {}
+    for name, replacement in REPLACEMENTS.items():
+        arguments = kernels.get(name.removeprefix(f"{PACKAGE}."))
+        assert arguments is not None, f"{name} is gone"
+        if mismatch := argument_mismatch(replacement, arguments):
+            mismatches[name] = mismatch
+    assert not mismatches

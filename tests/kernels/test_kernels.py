@@ -1,0 +1,402 @@
+"""Triton kernels: each against its torch reference in the interpreter, the references against
+plain torch, and every kernel compiled for sm_80 and sm_90.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tests.kernels.head_cases as head_cases
+import tests.kernels.loop_cases as loop_cases
+from tests.gpu.device import on_device
+from tests.kernels.cpu.running import compare_apart
+from tests.kernels.registry import CASES, floats
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.kernels import (
+    answer,
+    confidence,
+    draft_step,
+    gate,
+    merge,
+    sampling,
+    verification_plan,
+)
+from vllm_adadecode.kernels.deferred import DeferredStates
+from vllm_adadecode.kernels.draft_state import DraftRows
+from vllm_adadecode.kernels.head_weight import HeadWeight
+from vllm_adadecode.kernels.launch import REFERENCES
+from vllm_adadecode.kernels.projection import head_partials
+
+assert loop_cases, "imported for its cases"
+assert all((answer, draft_step, verification_plan)), "imported for their references"
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "vllm_adadecode.kernels."
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(0)
+
+
+# --- kernels against their references -------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def comparison() -> dict[str, Any]:
+    """What compare.py found."""
+    assert find_spec("triton"), "the kernels run in Triton's interpreter: install the test extra"
+    return compare_apart("tests.kernels.compare")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_reference(name: str, comparison: dict[str, Any]) -> None:
+    assert not comparison["differences"][name], comparison["differences"][name]
+
+
+@pytest.mark.parametrize(
+    "name", ["batch_invariance", "same_draw_as_vllm", "dead_rows_load_nothing", "never_confident"]
+)
+def test_of_the_kernels_alone(name: str, comparison: dict[str, Any]) -> None:
+    assert comparison["checks"][name] == ""
+
+
+def test_a_reference_that_does_nothing_is_noticed(comparison: dict[str, Any]) -> None:
+    """Negative control: no kernel's work goes unseen in all of its cases."""
+    assert set(comparison["noticed"]) == set(REFERENCES)
+
+
+def _launched_kernels() -> set[str]:
+    """Every kernel that a wrapper launches, read from the source."""
+    jitted, launched = set(), set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(
+                "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
+            ):
+                jitted.add(f"{PACKAGE}{path.stem}.{node.name}")
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launched.add(f"{PACKAGE}{path.stem}.{ast.unparse(node.func.value)}")
+    return jitted & launched
+
+
+def test_every_kernel_has_a_reference_and_a_case() -> None:
+    assert _launched_kernels() == set(REFERENCES)
+    assert {PACKAGE + name for case in CASES.values() for name in case.kernels} == set(REFERENCES)
+
+
+def test_every_kernel_compiles(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    command = ["-m", "benchmarks.kernel_report", "--quick", "--no-compare", "--out", str(out)]
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    kernels = json.loads(out.read_text())["kernels"]
+    assert {PACKAGE + kernel["name"] for kernel in kernels} == set(REFERENCES)
+    for kernel in kernels:
+        assert kernel["compiled"] == ["sm_80", "sm_90"], kernel
+        assert all(0 < kernel["registers"][a] <= 255 for a in kernel["compiled"])
+        # Registers that spill to memory would cost what the fusion saves.
+        assert all(kernel["spilled"][a] == 0 for a in kernel["compiled"]), kernel
+
+
+def test_cases_for_a_gpu_have_the_same_inputs() -> None:
+    """What the tests in tests/gpu rely on, here with the CPU as the other device."""
+    case = CASES["deferred-plain"]
+    expected = case.run(torch.Generator("cpu").manual_seed(1))
+    with on_device("cpu"):
+        found = case.run(torch.Generator("cpu").manual_seed(1))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+# --- references against plain torch ---------------------------------------------------------------
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    # Sums in another order.
+    torch.testing.assert_close(found.p, expected.p, rtol=2e-5, atol=1e-7, equal_nan=True)
+    numeric = ~expected.p.isnan()
+    assert torch.equal(found.token[numeric], expected.token[numeric])
+    assert torch.equal(found.confident, expected.confident)
+    assert (found.token.dtype, found.p.dtype) == (torch.int64, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("extra", [{}, {"soft_cap": 3.0, "logit_scale": 0.5}])
+def test_head_confidence(rng: torch.Generator, dtype: torch.dtype, extra: dict[str, Any]) -> None:
+    head = head_cases.make_head(rng, 300, 64, dtype, **extra)
+    x = floats(rng, 5, 64)
+    weight = head.weight.float()
+    if head.row_scale is not None:
+        weight = weight * head.row_scale[:, None]
+    exact = confidence.head_confidence_reference(x, HeadWeight(weight, **extra), 0.2)
+    assert_same(confidence.head_confidence(x, head, 0.2), exact)
+
+
+def test_head_confidence_is_a_softmax(rng: torch.Generator) -> None:
+    head, x = head_cases.make_head(rng, 300, 64, torch.float32), floats(rng, 5, 64)
+    p, token = torch.softmax(x @ head.weight.T, dim=-1).max(dim=-1)
+    found = confidence.head_confidence(x, head, 0.2)
+    torch.testing.assert_close(found.p, p, rtol=2e-5, atol=0.0)
+    assert torch.equal(found.token, token)
+    assert torch.equal(found.confident, p > 0.2)
+
+
+def test_infinite_and_nan_rows() -> None:
+    x, weight = head_cases.extreme_rows()
+    head = HeadWeight(weight)
+    expected = confidence.head_confidence_reference(x, head, 0.0)
+    assert expected.p.isnan().tolist() == [False, True, False, True, True, True, False, True]
+    assert_same(confidence.head_confidence(x, head, 0.0), expected)
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("size", [1, 90])
+def test_draft_vocabulary(rng: torch.Generator, size: int, other: bool) -> None:
+    ids = torch.randperm(1000, generator=rng)[:size].sort().values
+    head = head_cases.make_head(rng, size, 64, torch.float32, vocab_ids=ids)
+    x, logit = floats(rng, 6, 64), floats(rng, 6) if other else None
+    found = confidence.head_confidence(x, head, 0.3, other=logit)
+    assert_same(found, confidence.head_confidence_reference(x, head, 0.3, other=logit))
+    assert set(found.token.tolist()) <= set(ids.tolist())
+    if size == 1 and not other:
+        assert found.p.tolist() == [1.0] * 6
+
+
+def test_thresholds_0_and_1(rng: torch.Generator) -> None:
+    head = head_cases.make_head(rng, 1, 8, torch.float32)
+    x = floats(rng, 3, 8)
+    assert confidence.head_confidence(x, head, 0.0).confident.all()
+    assert not confidence.head_confidence(x, head, 1.0).confident.any()
+
+
+def test_gated_rows(rng: torch.Generator) -> None:
+    head, x = head_cases.make_head(rng, 300, 64, torch.float32), floats(rng, 7, 64)
+    passes = torch.tensor([0.1, 0.9, 0.5, torch.nan, 0.7, 0.6, 0.0])
+    order, num_live = gate.live_first(passes, 0.5)
+    assert (order.tolist(), num_live.tolist()) == ([1, 4, 5, 0, 2, 3, 6], [3])
+    found = confidence.head_confidence(x, head, 0.2, order=order, num_live=num_live)
+    live = torch.tensor([False, True, False, False, True, True, False])
+    assert_same(found, confidence.head_confidence_reference(x, head, 0.2, live=live))
+
+
+def test_gate_threshold_0_lets_all_pass() -> None:
+    assert gate.live_first(torch.tensor([0.0, 0.4]), 0.0)[1].item() == 2
+
+
+@pytest.mark.parametrize("num_shards", [2, 3])
+def test_shards_are_merged(rng: torch.Generator, num_shards: int) -> None:
+    head, x = head_cases.make_head(rng, 300, 64, torch.float32), floats(rng, 9, 64)
+    parts, first = [], 0
+    for weight in head.weight.chunk(num_shards):
+        shard = HeadWeight(weight, first_id=first)
+        parts.append(merge.merge_partials(head_partials(x, shard)))
+        first += len(weight)
+    found = merge.merge_shards(parts[1], 0.2, lambda _: torch.cat(parts))
+    assert_same(found, confidence.head_confidence_reference(x, head, 0.2))
+
+
+def test_no_rows(rng: torch.Generator) -> None:
+    head = head_cases.make_head(rng, 50, 16, torch.float32)
+    x = torch.empty(0, 16)
+    assert confidence.head_confidence(x, head, 0.5).token.shape == (0,)
+    none = torch.empty(0, dtype=torch.int64)
+    drawn = sampling.head_sample(x, head, 0.5, none, none, torch.ones(1), torch.ones(1).long())
+    assert drawn.sampled.shape == (0,)
+    assert gate.live_first(torch.empty(0), 0.5)[1].item() == 0
+    normed, passes = gate.head_input(x, x)
+    assert normed.shape == (0, 16)
+    assert passes is None
+    states = DeferredStates(2, 3, 16, torch.float32, torch.device("cpu"))
+    states.store(none, none, x, x)
+    assert states.gather(none, none)[0].shape == (0, 16)
+    parts = merge.merge_partials(head_partials(x, head))
+    assert merge.merge_shards(parts, 0.5, lambda part: part).token.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda h: confidence.head_confidence(torch.ones(2, 9), h, 0.5), "must be [rows, 8]"),
+        (lambda h: confidence.head_confidence(torch.ones(2, 8).half(), h, 0.5), "cast one"),
+        (lambda h: HeadWeight(torch.ones(4, 8).to(torch.int8)), "has row scales"),
+        (lambda h: HeadWeight(torch.ones(4)), "non-empty [vocab_size, hidden_size]"),
+        (lambda h: HeadWeight(torch.ones(4, 8), vocab_ids=torch.arange(3)), "must be [4]"),
+        (lambda h: gate.live_first(torch.ones(10000), 0.5), "lower max_num_seqs"),
+        (lambda h: gate.head_input(torch.ones(2, 8), None, gate_weight=torch.ones(8)), "bias"),
+        (
+            lambda h: sampling.head_sample(
+                torch.ones(2, 8), HeadWeight(h.weight, first_id=4), 0.5, *[torch.zeros(2)] * 4
+            ),
+            "a shard of the LM head",
+        ),
+        (
+            lambda h: sampling.head_sample(
+                torch.ones(2, 8),
+                HeadWeight(h.weight, vocab_ids=torch.arange(8)),
+                0.5,
+                *[torch.zeros(2)] * 4,
+            ),
+            "a shard of the LM head",
+        ),
+    ],
+)
+def test_bad_input_is_refused(call: Callable[[HeadWeight], object], message: str) -> None:
+    with pytest.raises(AdaDecodeError) as error:
+        call(HeadWeight(torch.ones(4, 8)))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- bookkeeping against a plain account of the rules ---------------------------------------------
+
+
+@dataclass
+class Expected:
+    """Before a pass: tokens of each row in it, and what there is left to do."""
+
+    counts: list[int]
+    num_waiting: list[int]
+    num_pending: list[int]
+
+
+def account(rows: DraftRows, rng: torch.Generator) -> list[Expected]:
+    """The rules of the draft loop for single rows, pass by pass.
+
+    DraftSampler the same answers from ``rng`` as `round_of_steps`.
+    """
+    num_rows, window = rows.tokens.shape
+    num_exits = len(rows.counts)
+    drafts, waits = [0] * num_rows, [0 if n > 0 else -1 for n in rows.limits.tolist()]
+    waits = [w if slot >= 0 else -1 for w, slot in zip(waits, rows.slots.tolist(), strict=True)]
+    depths = [[0] * window for _ in range(num_rows)]
+
+    def expected(span: int) -> Expected:
+        pending = [depths[r][: drafts[r] + 1] for r in range(num_rows)]
+        there = [r for r in range(num_rows) if rows.slots[r] >= 0]
+        spans = range(num_exits + 1)
+        return Expected(
+            [sum(d <= span for d in pending[r]) * (waits[r] == span) for r in range(num_rows)],
+            # The last exit is not allowed (see `round_of_steps`); there are no rows at the others.
+            [waits.count(s) * (s < num_exits - 1) for s in spans],
+            [sum(d <= s for r in there for d in pending[r]) for s in (*spans, num_exits + 1)],
+        )
+
+    passes = [expected(0)]
+    for _ in range(window - 1):
+        for exit_index in range(num_exits):
+            torch.randint(100, 999, (num_rows,), generator=rng)
+            confident = torch.rand(num_rows, generator=rng) < 0.45
+            for r in range(num_rows):
+                if waits[r] != exit_index:
+                    continue
+                for w in range(drafts[r] + 1):
+                    depths[r][w] = max(depths[r][w], exit_index + 1)
+                if confident[r]:
+                    drafts[r] += 1
+                    waits[r] = 0 if drafts[r] < rows.limits[r] else -1
+                else:
+                    waits[r] = exit_index + 1 if exit_index + 1 < num_exits else -1
+            passes.append(expected((exit_index + 1) % num_exits))
+    assert rows.num_drafts.tolist() == drafts
+    assert rows.depths.tolist() == depths
+    return passes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_draft_steps_follow_the_rules(seed: int) -> None:
+    sizes = {"num_rows": 12, "max_drafts": 4, "num_exits": 3, "num_groups": 1}
+    rng = torch.Generator("cpu").manual_seed(seed)
+    rows, _, passes = loop_cases.round_of_steps(rng, **sizes)
+
+    again = torch.Generator("cpu").manual_seed(seed)
+    # What `round_of_steps` draws before the answers.
+    torch.randperm(16, generator=again)
+    torch.randint(0, 5, (12,), generator=again)
+    torch.randint(0, 600, (12,), generator=again)
+    torch.randint(0, 99, (12,), generator=again)
+    tables = loop_cases.block_tables(again, 1)[1]
+    for inputs, expected in zip(passes, account(rows, again), strict=True):
+        starts, counts = inputs["query_start_loc"], expected.counts
+        assert inputs["num_waiting"].tolist() == expected.num_waiting
+        assert inputs["waiting"].tolist() == [n > 0 for n in expected.num_waiting]
+        assert inputs["num_pending"].tolist() == expected.num_pending
+        assert inputs["missing"].tolist() == [n > 0 for n in expected.num_pending[:-1]]
+        assert starts.diff().tolist() == counts
+        total = int(starts[-1])
+        assert (inputs["token_slots"][total:] == -1).all()
+        assert (inputs["slot_mapping"][:, total:] == -1).all()
+        for r, count in enumerate(counts):
+            mine = slice(int(starts[r]), int(starts[r]) + count)
+            position = inputs["positions"][mine]
+            assert (position - rows.first_pos[r]).tolist() == inputs["offsets"][mine].tolist()
+            kv_slots = tables[0][rows.slots[r], position // 16] * 16 + position % 16
+            assert kv_slots.tolist() == inputs["slot_mapping"][0, mine].tolist()
+            if count:
+                assert inputs["newest"][r] == starts[r] + count - 1
+                assert inputs["seq_lens"][r] == position[-1] + 1
+            else:
+                assert (inputs["newest"][r], inputs["seq_lens"][r]) == (-1, 0)
+    assert rows.counts[:, 1].sum() == rows.num_drafts.sum()
+
+
+@pytest.mark.parametrize("every_prefilled", [None, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_verification_is_planned_token_by_token(seed: int, every_prefilled: int | None) -> None:
+    sizes = {"num_rows": 12, "max_drafts": 4, "num_exits": 3}
+    rows, _, _ = loop_cases.round_of_steps(
+        torch.Generator("cpu").manual_seed(seed), **sizes, num_groups=1
+    )
+    rng = torch.Generator("cpu").manual_seed(seed)
+    found = loop_cases.verification_plan(rng, num_reqs=8, **sizes, every_prefilled=every_prefilled)
+    starts = found["query_start_loc"].tolist()
+    passes: list[list[tuple[int, int, int]]] = [[] for _ in range(4)]
+    bounds: list[list[int]] = [[0] for _ in range(4)]
+    vacant = drafted = 0
+    for request, row in enumerate(found["row_of"].tolist()):
+        first, scheduled = starts[request], starts[request + 1] - starts[request]
+        if row < 0:
+            # It is prefilled: in no pass of these, and left as it is.
+            for span in range(4):
+                bounds[span].append(len(passes[span]))
+            assert found["input_ids"][first : first + scheduled].eq(-7).all()
+            assert not found["vacant"][first : first + scheduled].any()
+            assert found["seq_lens"][request] == -7
+            continue
+        length = min(1 + int(rows.num_drafts[row]), scheduled)
+        for span in range(4):
+            passes[span] += [
+                (first + w, int(rows.slots[row]), w)
+                for w in range(length)
+                if rows.depths[row, w] <= span
+            ]
+            bounds[span].append(len(passes[span]))
+        ids = found["input_ids"][first : first + scheduled].tolist()
+        assert ids == rows.tokens[row, :length].tolist() + [0] * (scheduled - length)
+        flags = found["vacant"][first : first + scheduled].tolist()
+        assert flags == [w >= length for w in range(scheduled)]
+        assert found["seq_lens"][request] == rows.first_pos[row] + length
+        vacant, drafted = vacant + sum(flags), drafted + length - 1
+    assert min(vacant, drafted) > 0
+    # Padding as far as passes go, and nothing written past it.
+    most_rows = len(found["seq_lens"])
+    num_places, most = starts[len(found["row_of"])] + 3, most_rows * 11
+    for span, plan in enumerate(found["plans"].tolist()):
+        tokens, slots, offsets = (plan[i * most : (i + 1) * most] for i in range(3))
+        n, rest = len(passes[span]), num_places - len(passes[span])
+        found_tokens = list(zip(tokens[:n], slots[:n], offsets[:n], strict=True))
+        assert found_tokens == passes[span]
+        assert tokens[n:num_places] == slots[n:num_places] == [-1] * rest
+        assert offsets[n:num_places] == [0] * rest
+        assert set(tokens[num_places:] + slots[num_places:] + offsets[num_places:]) == {-7}
+        assert plan[3 * most :] == bounds[span] + [n] * (most_rows + 1 - len(bounds[span]))

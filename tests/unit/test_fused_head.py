@@ -1,0 +1,104 @@
+"""Heads by the fused kernels (here their references), without an engine (test_cheap_heads.py).
+
+What they must give is what the module of a head gives (test_head_parts.py).
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.layernorm import RMSNorm
+
+from tests.support.heads_samples import HIDDEN, heads_fields, random_tensors
+from vllm_adadecode.draft.sampling import DraftSampler, draft_columns
+from vllm_adadecode.heads import EarlyHead, HeadsConfig
+from vllm_adadecode.heads import make_heads as new_heads
+from vllm_adadecode.model.fused_head import FusedHeads, fused_features
+
+
+def make_head(**changes: Any) -> EarlyHead:
+    config = HeadsConfig(**heads_fields(gate=True, **changes))
+    head = new_heads(config, torch.float32, "cpu")[1]
+    tensors = random_tensors(config)
+    for name, parameter in head.checkpoint_parameters().items():
+        parameter.data = tensors[f"exit_1.{name}"]
+    return head
+
+
+@pytest.fixture(scope="module")
+def norm() -> RMSNorm:
+    with set_current_vllm_config(VllmConfig()):
+        layer = RMSNorm(HIDDEN, eps=1e-5)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(layer.weight, 1.0, 0.1)
+    return layer
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("plain", [True, False], ids=["rms_norm", "other_norm"])
+@pytest.mark.parametrize("placement", ["before", "after", "none"])
+@pytest.mark.parametrize("transform", ["identity", "full", "adapter"])
+@torch.inference_mode()
+def test_features(norm: RMSNorm, transform: str, placement: str, plain: bool, gated: bool) -> None:
+    rank = 4 if transform == "adapter" else None
+    head = make_head(norm=placement, transform=transform, rank=rank)
+    used: Any = norm if plain else lambda x: 2 * norm(x).tanh()
+    # States of very different sizes: the norms' epsilons and the order of steps count.
+    sizes = torch.logspace(-3, 2, 6)[:, None]
+    hidden, residual = torch.randn(6, HIDDEN) * sizes, torch.randn(6, HIDDEN) * sizes
+    given = hidden.clone(), residual.clone()
+    x, gate = fused_features(
+        head, hidden, residual, used, (lambda gate: gate > 0.5) if gated else None
+    )
+    torch.testing.assert_close(x, head.features(hidden + residual, used), rtol=1e-5, atol=1e-6)
+    if gated:
+        logit = head.gate_logit(hidden + residual)
+        assert gate is not None
+        assert logit is not None
+        torch.testing.assert_close(gate, logit.sigmoid(), rtol=1e-5, atol=1e-6)
+        assert gate.max() - gate.min() > 0.1
+    else:
+        assert gate is None
+    assert torch.equal(hidden, given[0])
+    assert torch.equal(residual, given[1])
+
+
+def make(
+    *,
+    use_kernels: bool = True,
+    fits: bool = True,
+    ranks: int = 1,
+    draws: DraftSampler | None = None,
+) -> FusedHeads | None:
+    projection = SimpleNamespace(
+        use_kernels=use_kernels,
+        kernel_weight=lambda dtype: object() if fits else None,
+        num_ranks=lambda: ranks,
+    )
+    staged: Any = SimpleNamespace(projection=projection)
+    return FusedHeads.make(staged, draws, torch.float32)
+
+
+def make_draws(use_fp64: bool) -> DraftSampler:
+    empty = torch.empty(0)
+    return DraftSampler(empty, empty, empty, draft_columns(3, torch.device("cpu")), use_fp64)
+
+
+def test_where_kernels_can_not_do_it_logits_are_stored() -> None:
+    assert make() is not None
+    assert make(use_kernels=False) is None
+    assert make(fits=False) is None
+    # Ranks merge what they found, but can't draw from each other's tokens.
+    assert make(ranks=2) is not None
+    assert make(draws=make_draws(use_fp64=False)) is not None
+    assert make(draws=make_draws(use_fp64=False), ranks=2) is None
+    assert make(draws=make_draws(use_fp64=True)) is None
+
+
+def test_columns_of_drafts() -> None:
+    """Addresses that are multiples of 16: one kernel for all of them."""
+    columns = draft_columns(5, torch.device("cpu"))
+    assert [int(column) for column in columns] == list(range(5))
+    assert all(column.data_ptr() % 16 == 0 for column in columns)
