@@ -22,15 +22,15 @@ class Method:
     Attributes:
         drafter: folder inside the target's that holds what was trained for the method.
         must_have: whether it can't run without that folder.
-        options: its speculative configuration, without drafter and number of drafts.
-        drafts: whether `num_speculative_tokens` is to be given.
+        options: its speculative configuration, without drafter and draft length.
+        counted: whether `num_speculative_tokens` is to be given.
         environment: for the server.
     """
 
     drafter: str | None = None
     must_have: bool = True
     options: Mapping[str, Any] | None = None
-    drafts: bool = True
+    counted: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -39,15 +39,15 @@ METHODS: dict[str, Method] = {
     # What the methods that vLLM runs only on its older runner would have to be compared with, were
     # that runner the only one.
     "vanilla_v1": Method(environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}),
-    # Heads say themselves how many drafts they make; without heads the logit lens drafts.
-    "adadecode": Method("adadecode", must_have=False, options={}, drafts=False),
+    # Heads say themselves how many tokens they draft; without heads the logit lens drafts.
+    "adadecode": Method("adadecode", must_have=False, options={}, counted=False),
     "medusa": Method("medusa", options={}),
     "eagle3": Method("eagle3", options={}),
     "draft_model": Method("draft", options={}),
     "ngram": Method(options={"prompt_lookup_max": 4, "prompt_lookup_min": 2}),
     # Its trees say how long a draft is. Without a memory of earlier answers: the same prompts come
     # again and again here, and it would know what is said.
-    "suffix": Method(options={"suffix_decoding_max_cached_requests": 0}, drafts=False),
+    "suffix": Method(options={"suffix_decoding_max_cached_requests": 0}, counted=False),
 }
 
 
@@ -71,7 +71,7 @@ def kind(name: str) -> str:
 def arguments(
     name: str,
     target: str,
-    drafts: int = 5,
+    draft_tokens: int = 5,
     drafter: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Arguments:
@@ -79,7 +79,7 @@ def arguments(
     Args:
         name: of `METHODS`, or one of these with a label.
         target: folder or hub id of the model.
-        drafts: `num_speculative_tokens` of drafters that do not say it themselves.
+        draft_tokens: `num_speculative_tokens` of drafters that do not say it themselves.
         drafter: folder or hub id, in place of the one beside the target.
         options: added to the speculative configuration, or in place of what it has.
 
@@ -94,8 +94,8 @@ def arguments(
     if folder is not None:
         _check_target(name, folder, target)
         config["model"] = folder
-    if method.drafts:
-        config["num_speculative_tokens"] = _own_drafts(folder, drafts)
+    if method.counted:
+        config["num_speculative_tokens"] = _own_draft_tokens(folder, draft_tokens)
     config |= options or {}
     return Arguments(("--speculative-config", json.dumps(config)), method.environment)
 
@@ -133,14 +133,14 @@ def _remedy(name: str, target: str) -> str:
     )
 
 
-def _own_drafts(folder: str | None, drafts: int) -> int:
+def _own_draft_tokens(folder: str | None, otherwise: int) -> int:
     """What a drafter says itself: Medusa drafts one token with each head, neither more nor fewer,
     and speculators' drafters name a number."""
     config = {} if folder is None else _read_config(folder)
     if config.get("model_type") == "medusa":
         return int(config["num_heads"])
     proposals = config.get("speculators_config", {}).get("proposal_methods") or [{}]
-    return int(proposals[0].get("speculative_tokens", drafts))
+    return int(proposals[0].get("speculative_tokens", otherwise))
 
 
 def _read_config(folder: str) -> dict[str, Any]:
