@@ -6,7 +6,7 @@ Owns how an engine is started, kept and stopped, and how outputs of two engines 
 import gc
 import random
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.v1.engine import core
 
 DEMO_MODEL = Path(__file__).parents[2] / "benchmarks" / "demo" / "model"
-MAX_ENGINES = 4
+# With 96 MiB of KV cache each.
+MAX_ENGINES = 8
 # float32 logits of one token computed in batches of different shape differ by about 1e-5; two
 # candidates closer than this are a tie, which either engine may break.
 TIE_GAP = 1e-3
@@ -70,10 +71,15 @@ def slow_outputs(seconds: float = 0.005) -> Iterator[None]:
 
 
 class EnginePool:
-    """Starts engines on demand and keeps the last few."""
+    """Starts engines on demand and keeps the last few.
+
+    Attributes:
+        started: how often an engine was started, by the options that it has beside `DEFAULTS`.
+    """
 
     def __init__(self) -> None:
         self._engines: OrderedDict[str, LLM] = OrderedDict()
+        self.started: Counter[str] = Counter()
         # An engine that ends, here or when it is collected, would take down the process groups that
         # all engines of a process share, whatever another one is doing.
         core.cleanup_dist_env_and_memory = gc.collect
@@ -85,6 +91,7 @@ class EnginePool:
 
     def get(self, model: Path | str = DEMO_MODEL, **options: Any) -> LLM:
         """An engine with these options over `DEFAULTS`; the same one for the same options."""
+        name = f"{Path(model).name} {describe(options)}"
         options = DEFAULTS | options
         key = repr((str(model), sorted(options.items(), key=lambda item: item[0])))
         if key in self._engines:
@@ -99,11 +106,24 @@ class EnginePool:
         else:
             engine = LLM(str(model), **options)
         self._engines[key] = engine
+        self.started[name] += 1
         return engine
 
     def close(self) -> None:
         while self._engines:
             stop(self._engines.popitem()[1])
+
+
+def describe(options: dict[str, Any]) -> str:
+    """What sets an engine apart from one with `DEFAULTS`, in one line."""
+    words = []
+    for name, value in sorted(options.items()):
+        if name == "speculative_config" and isinstance(value, dict):
+            value = {k: v for k, v in value.items() if k not in ("method", "cost_aware")}
+            words.append(f"adadecode={value}" if value else "adadecode")
+        elif value != DEFAULTS.get(name):
+            words.append(f"{name}={value}")
+    return ", ".join(words) or "defaults"
 
 
 def stop(engine: LLM) -> None:
