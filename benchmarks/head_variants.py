@@ -190,7 +190,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _cell(metrics: dict[str, Any]) -> str:
-    kept = metrics["acceptance"]
+    kept = metrics["draft_acceptance_rate"]
     accepted = "no drafts" if kept is None else f"{kept:.0%}"
     return f"{metrics['ideal_speedup_with_head_cost']:.2f} ({accepted})"
 

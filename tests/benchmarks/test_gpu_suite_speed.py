@@ -43,7 +43,7 @@ def test_bytes_of_a_trace() -> None:
     heads, gates, lm_heads = 24 * 1.5, 40 * 0.01, 10 * 2.0
     assert reading.adadecode(snapshot(**TRACE)) == pytest.approx(160 + heads + gates + lm_heads)
     # A round without drafts reads what a vanilla step does.
-    plain = Counters(32, {8: ExitCounters()}, plain_batches=10, verify_layer_passes=320)
+    plain = Counters(32, {8: ExitCounters()}, plain_steps=10, verification_layers=320)
     assert reading.adadecode(plain.snapshot()) == reading.vanilla(10)
 
 
@@ -68,9 +68,9 @@ def test_efficiency(tmp_path: Path) -> None:
     assert found["efficiency"] == pytest.approx(2.0 / (21 * 34 / read))
     assert found["speedup_by_repeat"] == pytest.approx([2 / 1.1, 9.0, 2.2 / 1.3])
     assert found["tokens_per_second"]["adadecode"] == pytest.approx(42 / 1.1)
-    assert found["layer_passes_of_vanilla"] == pytest.approx(160 / (32 * 21))
+    assert found["layers_executed_of_vanilla"] == pytest.approx(160 / (32 * 21))
     assert found["of_bandwidth"] == {"vanilla": None, "adadecode": None}
-    assert (found["acceptance"], found["coverage"]) == (11 / 12, 12 / 25)
+    assert (found["draft_acceptance_rate"], found["coverage"]) == (11 / 12, 12 / 25)
     suite.result.parts["bandwidth"] = {"status": DONE, "data": {"bytes_per_second": 1e6}}
     found = speed.figures(suite, vanilla, ours)
     assert found["of_bandwidth"]["vanilla"] == pytest.approx(21 * 34 * 1000 / 2.2 / 1e6)
@@ -88,7 +88,7 @@ def test_decoding_leaves_prefill_out(tmp_path: Path) -> None:
     found = speed.decode(suite, "adadecode", PROMPTS, 5, 3)
     assert (found.seconds, found.steps, found.tokens) == (2 * 4 * 0.25, 8, 16)
     assert found.stats is not None
-    assert found.stats["tokens"] == 2 * 21
+    assert found.stats["generated_tokens"] == 2 * 21
 
 
 def test_speed_repeats_while_there_is_time(tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_controlled_coverage_on_the_device(monkeypatch: pytest.MonkeyPatch) -> N
         # Confidences, which are never enough, are not looked at.
         counters = runs.draft(lambda *_: 0.1, [5] * 4, slots, shift=first).counters
         exits = list(counters.exits.values())
-        checked += [e.checked for e in exits]
-        drafted += [e.drafted for e in exits]
+        checked += [e.heads_evaluated for e in exits]
+        drafted += [e.draft_tokens for e in exits]
     assert checked[1] == drafted[1] == 0
     assert drafted[[0, 2]] / checked[[0, 2]] == pytest.approx([0.5, 0.5], abs=0.06)
     assert checked[2] > 200

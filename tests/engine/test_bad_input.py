@@ -522,10 +522,10 @@ def test_tokens_per_batch_size(engines: EnginePool, prompts: list[str], asynchro
         ours = generate(engine, prompts[:12], greedy(24), batch=batch)
         assert_same(vanilla, ours, generate(vanilla, prompts[:12], greedy(24)))
         counts = stats(engine)
-        assert counts["drafted"] <= most * (counts["verifications"] + 12)
+        assert counts["draft_tokens"] <= most * (counts["verification_steps"] + 12)
         if most:
             # Threshold 0 drafts to the limit.
-            assert counts["drafted"] > (most - 1) * counts["verifications"]
+            assert counts["draft_tokens"] > (most - 1) * counts["verification_steps"]
 
 
 @pytest.mark.parametrize("options", [{"min_p": 0.1}, {"logit_bias": {1: 1.0}}], ids=str)

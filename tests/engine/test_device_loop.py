@@ -220,7 +220,7 @@ class DeviceRuns:
         target = self.target
         target.confidence, target.gate = confidence, gate
         target.first_pos = {slot: 7 + 13 * slot + shift for slot in slots}
-        target.calls, target.checks, target.gate_checks = [], [], []
+        target.calls, target.checks, target.gates_evaluated = [], [], []
         round_ = self.loop.begin(
             torch.tensor(slots),
             torch.tensor([target.first_pos[s] for s in slots]),
@@ -260,7 +260,7 @@ def assert_equal_rounds(device: Run, host: Run, all_passes: bool) -> None:
     # The same tokens through the same spans, in the same order.
     assert device.target.calls == host.target.calls
     if all_passes:
-        device.counters.draft_layer_passes = host.counters.draft_layer_passes
+        device.counters.draft_layers = host.counters.draft_layers
     assert device.counters == host.counters
 
 
@@ -308,12 +308,12 @@ def test_a_host_that_asks_skips_what_no_row_waits_for() -> None:
     runs = DeviceRuns(asked).draft(lambda *_: 0.9, [2, 1, 0], [3, 4, 5])
     # Two passes of span 0 and none deeper. One question after each of them.
     assert [call.span for call in runs.target.calls] == [0, 0]
-    assert runs.counters.draft_layer_passes == 2 * 2
+    assert runs.counters.draft_layers == 2 * 2
     assert asked.synchronisations == 2
     runs = DeviceRuns(always).draft(lambda *_: 0.9, [2, 1, 0], [3, 4, 5])
     # Fifteen passes, all layers before the last exit five times; the tokens are the same.
     assert [call.span for call in runs.target.calls] == [0, 0]
-    assert runs.counters.draft_layer_passes == 5 * 7
+    assert runs.counters.draft_layers == 5 * 7
     assert runs.counters.draft_token_layers == 2 * 3
 
 
@@ -435,17 +435,17 @@ def test_every_round_equals_the_hosts(
         found[loop] = rounds_of(engine, prompts[:9], params)
     tokens, windows, counts = found["host"]
     assert len(windows) > 15
-    assert counts["drafted"] > 100
+    assert counts["draft_tokens"] > 100
     assert found["device"][0] == tokens
     assert str(found["device"][1]) == str(windows)
     on_device = dict(found["device"][2])
     # The first pass of a round runs unasked, also where every request is at its end.
-    assert 0 <= on_device["draft_layer_passes"] - counts["draft_layer_passes"] <= 2 * 2
-    for name in ("draft_layer_passes", "layer_passes_per_token"):
+    assert 0 <= on_device["draft_layers"] - counts["draft_layers"] <= 2 * 2
+    for name in ("draft_layers", "layers_executed_per_token"):
         on_device[name] = counts[name]
     assert on_device == counts
-    assert all(e["checked"] for e in counts["exits"].values())
-    assert any(e["gated"] for e in counts["exits"].values())
+    assert all(e["heads_evaluated"] for e in counts["exits"].values())
+    assert any(e["gates_evaluated"] for e in counts["exits"].values())
 
     # Running everything, and booking it as late as may be, changes nothing but the passes.
     engine.collective_rpc(guard_with(RunAlways()))
@@ -458,7 +458,7 @@ def test_every_round_equals_the_hosts(
     assert str(all_windows) == str(windows)
     assert all_counts["exits"] == counts["exits"]
     assert all_counts["draft_token_layers"] == counts["draft_token_layers"]
-    assert all_counts["draft_layer_passes"] > counts["draft_layer_passes"]
+    assert all_counts["draft_layers"] > counts["draft_layers"]
 
 
 # --- the same work whatever the data -----------------------------------------------------------
@@ -604,4 +604,4 @@ def test_output_is_vanillas_in_crowded_batches(
     vanilla = engines.get()
     assert_same(vanilla, outputs, generate(vanilla, prompts[:9], params))
     counts = stats(engine)
-    assert min(counts["mixed_batches"], counts["deferred_batches"]) > 5
+    assert min(counts["mixed_steps"], counts["deferred_steps"]) > 5

@@ -132,11 +132,11 @@ def test_output_is_vanillas(
     vanilla = engines.get()
     assert_same(vanilla, outputs, generate(vanilla, prompts[:12], params))
     counts, replayed = stats(engine), replays(engine)
-    assert counts["acceptance_rate"] > 0.5
-    rounds = counts["deferred_batches"]
+    assert counts["draft_acceptance_rate"] > 0.5
+    rounds = counts["deferred_steps"]
     assert rounds > 10
     # Each round without a depth or prefill is vLLM's; but one that nobody knew to have no drafts.
-    unseen = counts["plain_batches"] - replayed["all layers"]
+    unseen = counts["plain_steps"] - replayed["all layers"]
     assert unseen in (range(3) if async_scheduling and loop != "host" else [0])
     assert replayed["all layers"] > 4
     assert replayed["draft"] == 0 if loop == "host" else replayed["draft"] >= rounds
@@ -224,7 +224,7 @@ def test_what_does_not_fit_runs_without_graphs(
         engine.collective_rpc(fit_again)
     vanilla = engines.get()
     assert_same(vanilla, outputs, generate(vanilla, prompts[:6], greedy(24)))
-    assert stats(engine)["drafted"] > 20
+    assert stats(engine)["draft_tokens"] > 20
     assert replays(engine)["draft"] == 0
     assert {True, False} == set(fitting)
     assert replays(engine)["verification"] >= sum(fitting)

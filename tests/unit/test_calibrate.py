@@ -93,7 +93,7 @@ class TestCosts:
         counts = simulate([random_trace(0, 50)], Setting.uniform(3))
         with pytest.raises(AdaDecodeError, match="costs are of 32 layers"):
             measure([random_trace(0, 50)], Setting.uniform(3), scaled)
-        assert counts.tokens == 50
+        assert counts.generated_tokens == 50
 
     def test_files(self, tmp_path: Path) -> None:
         file = tmp_path / "costs.json"
@@ -191,7 +191,7 @@ class TestSearch:
         # Below 0.6 drafts are wrong, above it right ones are given away.
         assert found.setting.thresholds[1] == 0.6
         prediction = found.predictions["a"]
-        assert prediction.calibrated.acceptance == 1.0
+        assert prediction.calibrated.draft_acceptance_rate == 1.0
         assert prediction.paper.ideal_speedup < 1.0 < prediction.calibrated.ideal_speedup
 
     def test_predicts_on_the_half_that_did_not_choose(self) -> None:
@@ -224,7 +224,7 @@ class TestSearch:
         found = calibrate({"a": traces}, FREE, least_acceptance=0.95)
         assert found.pays
         assert found.setting.thresholds[1] >= 0.75
-        assert (found.predictions["a"].calibrated.acceptance or 0.0) > 0.9
+        assert (found.predictions["a"].calibrated.draft_acceptance_rate or 0.0) > 0.9
 
     @pytest.mark.parametrize("seed", range(2))
     @pytest.mark.parametrize("head", [0.2, 0.8, 2.5])

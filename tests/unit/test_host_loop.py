@@ -57,7 +57,7 @@ class FakeTarget:
     calls: list[SpanCall] = field(default_factory=list)
     checks: list[tuple[int, list[tuple[int, int]]]] = field(default_factory=list)
     gate: Confidence = lambda *_: 1.0
-    gate_checks: list[tuple[int, list[tuple[int, int]]]] = field(default_factory=list)
+    gates_evaluated: list[tuple[int, list[tuple[int, int]]]] = field(default_factory=list)
     exit_layers: tuple[int, ...] = EXIT_LAYERS
     spans: tuple[tuple[int, int], ...] = SPANS
 
@@ -127,7 +127,7 @@ class FakeTarget:
         assert torch.equal(residual, -hidden)
         assert (hidden[:, 3] == exit_index + 1).all(), "a gate read a state of another depth"
         rows = [(int(s), int(o)) for s, o in hidden[:, 1:3]]
-        self.gate_checks.append((exit_index, rows))
+        self.gates_evaluated.append((exit_index, rows))
         return torch.tensor([self.gate(slot, offset, exit_index) for slot, offset in rows])
 
     # Stands for `HeadProjection` as well: all tokens.
@@ -240,7 +240,7 @@ def test_never_confident_goes_through_all_spans_once() -> None:
     assert run.state.num_drafts.tolist() == [0]
     assert run.state.depths.tolist() == [[3, 0, 0, 0, 0, 0]]
     assert run.state.tokens.tolist() == [[1000, 0, 0, 0, 0, 0]]
-    assert run.counters.draft_layer_passes == 7
+    assert run.counters.draft_layers == 7
     assert run.counters.draft_token_layers == 7
 
 
@@ -251,7 +251,7 @@ def test_always_confident_at_the_first_exit() -> None:
     # Nothing was predicted from the last draft: it is left for verification.
     assert run.state.depths.tolist() == [[1, 1, 1, 1, 1, 0]]
     assert run.state.exits.tolist() == [[0] * 5]
-    assert run.counters.draft_layer_passes == 10
+    assert run.counters.draft_layers == 10
 
 
 def test_fill_in() -> None:
@@ -280,7 +280,7 @@ def test_fill_in() -> None:
         head_token(0, 3, 1),
     ]
     # Layers: 5 x span 0 (2), 3 x span 1 (1), 2 x span 2 (4).
-    assert run.counters.draft_layer_passes == 5 * 2 + 3 * 1 + 2 * 4
+    assert run.counters.draft_layers == 5 * 2 + 3 * 1 + 2 * 4
     assert run.counters.draft_token_layers == 5 * 2 + 5 * 1 + 5 * 4
 
 
@@ -302,11 +302,11 @@ def test_requests_wait_for_each_other_and_share_passes() -> None:
     assert run.state.num_drafts.tolist() == [2, 0, 2]
     assert run.state.depths[:, :3].tolist() == [[1, 1, 0], [3, 0, 0], [2, 1, 0]]
     exits = run.counters.exits
-    assert [exits[e].checked for e in EXIT_LAYERS] == [5, 2, 1]
-    assert [exits[e].head_passes for e in EXIT_LAYERS] == [2, 1, 1]
-    assert [exits[e].drafted for e in EXIT_LAYERS] == [3, 1, 0]
+    assert [exits[e].heads_evaluated for e in EXIT_LAYERS] == [5, 2, 1]
+    assert [exits[e].head_batches for e in EXIT_LAYERS] == [2, 1, 1]
+    assert [exits[e].draft_tokens for e in EXIT_LAYERS] == [3, 1, 0]
     # After the last exit there is nowhere to go.
-    assert [exits[e].promoted for e in EXIT_LAYERS] == [2, 1, 0]
+    assert [exits[e].next_exit for e in EXIT_LAYERS] == [2, 1, 0]
 
 
 def test_exit_turned_off_is_passed_through_unchecked() -> None:
@@ -343,7 +343,7 @@ def test_exits_that_a_request_may_not_use() -> None:
     ]
     assert run.state.num_drafts.tolist() == [0, 1, 1]
     assert run.state.depths[:, :2].tolist() == [[1, 0], [3, 3], [1, 1]]
-    assert [run.counters.exits[e].promoted for e in EXIT_LAYERS] == [2, 2, 0]
+    assert [run.counters.exits[e].next_exit for e in EXIT_LAYERS] == [2, 2, 0]
     off = draft(lambda *_: 0.9, [2], thresholds=(0.95, 1.0, 0.5), used_exits=[2])
     assert off.target.calls == [SpanCall(0, [(0, 0)]), SpanCall(1, [(0, 0)])]
     assert off.state.num_drafts.tolist() == [0]
@@ -401,7 +401,7 @@ def test_the_gate_decides_which_heads_are_evaluated(fused: bool) -> None:
         fused=fused,
     )
     # 0 extends at once. 1, held back, is not asked at exit 0, where it would have been confident.
-    assert run.target.gate_checks == [
+    assert run.target.gates_evaluated == [
         (0, [(0, 0), (1, 0), (2, 0)]),
         (1, [(1, 0), (2, 0)]),
         (2, [(2, 0)]),
@@ -412,19 +412,19 @@ def test_the_gate_decides_which_heads_are_evaluated(fused: bool) -> None:
     assert run.state.num_drafts.tolist() == [1, 1, 0]
     assert run.state.depths[:, 0].tolist() == [1, 2, 3]
     exits = run.counters.exits
-    assert [exits[e].gated for e in EXIT_LAYERS] == [3, 2, 1]
-    assert [exits[e].checked for e in EXIT_LAYERS] == [2, 2, 0]
-    assert [exits[e].head_passes for e in EXIT_LAYERS] == [1, 1, 0]
-    assert [exits[e].drafted for e in EXIT_LAYERS] == [1, 1, 0]
-    assert [exits[e].promoted for e in EXIT_LAYERS] == [2, 1, 0]
+    assert [exits[e].gates_evaluated for e in EXIT_LAYERS] == [3, 2, 1]
+    assert [exits[e].heads_evaluated for e in EXIT_LAYERS] == [2, 2, 0]
+    assert [exits[e].head_batches for e in EXIT_LAYERS] == [1, 1, 0]
+    assert [exits[e].draft_tokens for e in EXIT_LAYERS] == [1, 1, 0]
+    assert [exits[e].next_exit for e in EXIT_LAYERS] == [2, 1, 0]
 
 
 def test_gate_threshold_0_leaves_the_gate_out_and_1_the_exit() -> None:
     run = draft(lambda *_: 0.9, [2], gate=lambda *_: 0.0, gate_thresholds=(1.0, 0.0, 0.5))
-    assert run.target.gate_checks == []
+    assert run.target.gates_evaluated == []
     assert run.target.checks == [(1, [(0, 0)]), (1, [(0, 1)])]
     assert run.state.exits[0, :2].tolist() == [1, 1]
-    assert all(e.gated == 0 for e in run.counters.exits.values())
+    assert all(e.gates_evaluated == 0 for e in run.counters.exits.values())
 
 
 def test_gate_policy() -> None:
@@ -520,17 +520,17 @@ def test_as_each_request_alone(seed: int, fused: bool) -> None:
             assert [s for s in range(4) if (slot, offset) in through[s]] == list(range(depth))
 
     layers = [stop - start for start, stop in SPANS]
-    assert run.counters.draft_layer_passes == sum(layers[c.span] for c in run.target.calls)
+    assert run.counters.draft_layers == sum(layers[c.span] for c in run.target.calls)
     assert run.counters.draft_token_layers == sum(
         layers[c.span] * len(c.tokens) for c in run.target.calls
     )
     for i, layer in enumerate(EXIT_LAYERS):
         rows = [r for exit_index, r in run.target.checks if exit_index == i]
-        assert run.counters.exits[layer].checked == sum(map(len, rows))
-        assert run.counters.exits[layer].head_passes == len(rows)
-        rows = [r for exit_index, r in run.target.gate_checks if exit_index == i]
-        assert run.counters.exits[layer].gated == sum(map(len, rows))
-    assert sum(e.drafted for e in run.counters.exits.values()) == run.state.num_drafts.sum()
+        assert run.counters.exits[layer].heads_evaluated == sum(map(len, rows))
+        assert run.counters.exits[layer].head_batches == len(rows)
+        rows = [r for exit_index, r in run.target.gates_evaluated if exit_index == i]
+        assert run.counters.exits[layer].gates_evaluated == sum(map(len, rows))
+    assert sum(e.draft_tokens for e in run.counters.exits.values()) == run.state.num_drafts.sum()
 
 
 # --- policy ------------------------------------------------------------------------------------
@@ -612,31 +612,30 @@ def test_windows_are_forgotten() -> None:
 
 def test_ratios() -> None:
     counters = Counters.create(8, (2, 4))
-    counters.verifications, counters.tokens = 10, 25
-    counters.draft_layer_passes, counters.verify_layer_passes = 60, 40
-    counters.exits[2].drafted, counters.exits[4].drafted = 12, 8
-    counters.exits[2].accepted, counters.exits[4].accepted = 10, 5
-    counters.exits[2].rejected, counters.exits[4].rejected = 2, 3
+    counters.verification_steps, counters.generated_tokens = 10, 25
+    counters.draft_layers, counters.verification_layers = 60, 40
+    counters.exits[2].draft_tokens, counters.exits[4].draft_tokens = 12, 8
+    counters.exits[2].accepted_tokens, counters.exits[4].accepted_tokens = 10, 5
+    counters.exits[2].rejected_tokens, counters.exits[4].rejected_tokens = 2, 3
     stats = counters.snapshot()
-    assert stats["tokens_per_verification"] == 2.5
-    assert stats["early_prediction_rate"] == 0.6
-    assert stats["acceptance_rate"] == 0.75
+    assert stats["mean_acceptance_length"] == 2.5
+    assert stats["draft_acceptance_rate"] == 0.75
     # 100 passes for 25 tokens of 8 layers each.
-    assert stats["layer_passes_per_token"] == 0.5
-    assert (stats["drafted"], stats["accepted"]) == (20, 15)
+    assert stats["layers_executed_per_token"] == 0.5
+    assert (stats["draft_tokens"], stats["accepted_tokens"]) == (20, 15)
     assert stats["exits"]["4"] == {
-        "gated": 0,
-        "checked": 0,
-        "head_passes": 0,
-        "drafted": 8,
-        "promoted": 0,
-        "accepted": 5,
-        "rejected": 3,
+        "gates_evaluated": 0,
+        "heads_evaluated": 0,
+        "head_batches": 0,
+        "draft_tokens": 8,
+        "next_exit": 0,
+        "accepted_tokens": 5,
+        "rejected_tokens": 3,
     }
     assert json.loads(json.dumps(stats)) == stats
 
 
 def test_nothing_counted_has_no_ratios() -> None:
     stats = Counters.create(8, (2, 4)).snapshot()
-    for name in ("acceptance_rate", "tokens_per_verification", "layer_passes_per_token"):
+    for name in ("draft_acceptance_rate", "mean_acceptance_length", "layers_executed_per_token"):
         assert stats[name] is None

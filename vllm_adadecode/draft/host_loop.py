@@ -113,7 +113,7 @@ class HostLoop:
             if not self.policy.uses(exit_index):
                 continue
             if self.policy.uses_gate(exit_index):
-                self._exit_counters(exit_index).gated += len(rows)
+                self._exit_counters(exit_index).gates_evaluated += len(rows)
             ask = self._ask_stored if self.fused is None else self._ask_fused
             with record_function_or_nullcontext(f"adadecode: head {exit_index + 1}"):
                 actions, tokens = ask(exit_index, rows, offset, hidden, residual)
@@ -124,7 +124,7 @@ class HostLoop:
             if rows.size == 0:
                 return
             if exit_index + 1 < self.policy.num_used_exits:
-                self._exit_counters(exit_index).promoted += len(rows)
+                self._exit_counters(exit_index).next_exit += len(rows)
 
     def _ask_fused(
         self,
@@ -216,9 +216,9 @@ class HostLoop:
         confident = actions == Action.EXTEND
         counters = self._exit_counters(exit_index)
         checked = int((actions != HELD_BACK).sum())
-        counters.checked += checked
-        counters.head_passes += checked > 0
-        counters.drafted += int(confident.sum())
+        counters.heads_evaluated += checked
+        counters.head_batches += checked > 0
+        counters.draft_tokens += int(confident.sum())
         if confident.any():
             chosen = torch.from_numpy(np.flatnonzero(confident)).to(tokens.device)
             rows_device = torch.from_numpy(rows[confident]).to(tokens.device)
@@ -265,7 +265,7 @@ class HostLoop:
         self.deferred.store(slots_device, offsets_device, hidden, residual)
         state.depths[token_rows, offsets] = span + 1
         start, stop = self.staged.spans[span]
-        self.counters.draft_layer_passes += stop - start
+        self.counters.draft_layers += stop - start
         self.counters.draft_token_layers += (stop - start) * len(token_rows)
 
         newest = torch.from_numpy(ends - 1).to(device)

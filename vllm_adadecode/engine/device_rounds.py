@@ -445,7 +445,7 @@ class DeviceRounds:
         policy = self.speculator.policy
         for e in range(num_exits):
             start, stop = staged.spans[e]
-            counters.draft_layer_passes += (stop - start) * int(result.passes[e])
+            counters.draft_layers += (stop - start) * int(result.passes[e])
             # Each token goes through a span once at most.
             tokens = int((result.state.depths > e).sum())
             counters.draft_token_layers += (stop - start) * tokens
@@ -453,10 +453,10 @@ class DeviceRounds:
                 continue
             exit_counters = counters.exits[staged.exit_layers[e]]
             visited, drafted = int(result.visited[e]), int(result.drafted[e])
-            exit_counters.checked += int(result.checked[e])
-            exit_counters.head_passes += int(result.asked[e])
-            exit_counters.drafted += drafted
+            exit_counters.heads_evaluated += int(result.checked[e])
+            exit_counters.head_batches += int(result.asked[e])
+            exit_counters.draft_tokens += drafted
             if policy.uses_gate(e):
-                exit_counters.gated += visited
+                exit_counters.gates_evaluated += visited
             if e + 1 < num_exits:
-                exit_counters.promoted += visited - drafted
+                exit_counters.next_exit += visited - drafted

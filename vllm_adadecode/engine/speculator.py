@@ -287,7 +287,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             sample=None if draws is None else draws.sample,
             fused=fused,
         )
-        checked = self.counters.checked(self.policy.num_used_exits)
+        checked = self.counters.heads_evaluated(self.policy.num_used_exits)
         with record_function_or_nullcontext("adadecode: draft loop"):
             state = loop.run(
                 slots=input_batch.idx_mapping_np,
@@ -300,7 +300,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             )
 
         if self.draft_length is not None:
-            checked = self.counters.checked(self.policy.num_used_exits) - checked
+            checked = self.counters.heads_evaluated(self.policy.num_used_exits) - checked
             self.draft_length.statistics.add_round(
                 limits, used_exits, state.num_drafts, state.exits, checked
             )
@@ -449,8 +449,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             accepted = int(num_sampled[row]) - 1
             verified = int(scheduled[row]) if scheduled is not None else 0
             if not input_batch.has_prefill:
-                counters.verifications += 1
-                counters.tokens += accepted + 1
+                counters.verification_steps += 1
+                counters.generated_tokens += accepted + 1
             window = windows.get(req_id)
             if window is not None:
                 if self.draft_length is not None:
@@ -460,8 +460,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                     )
                 for i, exit_index in enumerate(window.exits[:verified]):
                     exit_counters = counters.exits[exit_layers[exit_index]]
-                    exit_counters.accepted += i < accepted
-                    exit_counters.rejected += i >= accepted
+                    exit_counters.accepted_tokens += i < accepted
+                    exit_counters.rejected_tokens += i >= accepted
 
     def register_warmup(self) -> None:
         """Have our kernels compiled at start, inside an active warm-up registry."""

@@ -38,10 +38,10 @@ class ExitMetrics:
         precision: agreement among those; None where there are none.
         calibration_error: expected difference of confidence and agreement, in 15 bins of equal
             width.
-        checks_per_token: evaluations in the simulated rounds, an emitted token.
-        gate_checks_per_token: the same of its gate.
-        drafts: made in the simulated rounds.
-        acceptance: share of them that was kept; None without drafts.
+        heads_evaluated_per_token: evaluations in the simulated rounds, an emitted token.
+        gates_evaluated_per_token: the same of its gate.
+        draft_tokens: made in the simulated rounds.
+        draft_acceptance_rate: share of them that was kept; None without drafts.
     """
 
     layer: int
@@ -50,10 +50,10 @@ class ExitMetrics:
     coverage: float
     precision: float | None
     calibration_error: float
-    checks_per_token: float
-    gate_checks_per_token: float
-    drafts: int
-    acceptance: float | None
+    heads_evaluated_per_token: float
+    gates_evaluated_per_token: float
+    draft_tokens: int
+    draft_acceptance_rate: float | None
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Metrics:
     Attributes:
         sequences, tokens: how much there was; tokens from the prefill do not count.
         own_text: share of positions where the text is the target's greedy choice.
-        ideal_speedup: vanilla's layer passes over ours.
+        ideal_speedup: the layers that vanilla executes over ours.
         ideal_speedup_with_head_cost: the same with heads, gates, LM head and verifications, in the
             units of `Costs`.
-        acceptance: share of drafts that was kept; None without drafts.
-        tokens_per_verification: emitted in a round, 1 in vanilla decoding.
-        layer_passes_per_token: in whole models, 1 in vanilla decoding.
+        draft_acceptance_rate: share of drafts that was kept; None without drafts.
+        mean_acceptance_length: emitted in a round, 1 in vanilla decoding.
+        layers_executed_per_token: in whole models, 1 in vanilla decoding.
     """
 
     sequences: int
@@ -76,11 +76,11 @@ class Metrics:
     own_text: float
     ideal_speedup: float
     ideal_speedup_with_head_cost: float
-    acceptance: float | None
-    tokens_per_verification: float
-    layer_passes_per_token: float
-    head_checks_per_token: float
-    gate_checks_per_token: float
+    draft_acceptance_rate: float | None
+    mean_acceptance_length: float
+    layers_executed_per_token: float
+    heads_evaluated_per_token: float
+    gates_evaluated_per_token: float
     exits: tuple[ExitMetrics, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,18 +126,18 @@ class Measurer:
             self._exit(i, layer, setting, counts)
             for i, layer in enumerate(self.simulator.exit_layers)
         )
-        tokens = counts.tokens
+        tokens = counts.generated_tokens
         return Metrics(
             sequences=len(self.traces),
             tokens=tokens,
             own_text=float(self.own.mean()),
             ideal_speedup=speedup_in_passes(counts),
             ideal_speedup_with_head_cost=self.costs.speedup(counts),
-            acceptance=counts.acceptance,
-            tokens_per_verification=tokens / counts.verifications,
-            layer_passes_per_token=counts.layer_passes / (tokens * counts.num_layers),
-            head_checks_per_token=counts.head_checks / tokens,
-            gate_checks_per_token=counts.gate_checks / tokens,
+            draft_acceptance_rate=counts.draft_acceptance_rate,
+            mean_acceptance_length=tokens / counts.verification_steps,
+            layers_executed_per_token=counts.layers_executed / (tokens * counts.num_layers),
+            heads_evaluated_per_token=counts.heads_evaluated / tokens,
+            gates_evaluated_per_token=counts.gates_evaluated / tokens,
             exits=exits,
         )
 
@@ -154,10 +154,12 @@ class Measurer:
             coverage=float(followed.mean()),
             precision=float(agrees[followed].mean()) if followed.any() else None,
             calibration_error=expected_calibration_error(self.confidence[index], agrees),
-            checks_per_token=found.head_checks / counts.tokens,
-            gate_checks_per_token=found.gate_checks / counts.tokens,
-            drafts=found.drafts,
-            acceptance=found.accepted / found.drafts if found.drafts else None,
+            heads_evaluated_per_token=found.heads_evaluated / counts.generated_tokens,
+            gates_evaluated_per_token=found.gates_evaluated / counts.generated_tokens,
+            draft_tokens=found.draft_tokens,
+            draft_acceptance_rate=found.accepted_tokens / found.draft_tokens
+            if found.draft_tokens
+            else None,
         )
 
 

@@ -244,10 +244,10 @@ class VerificationForward:
         start, stop = self.staged.spans[span]
         num_layers, counters = stop - start, self.counters
         if not plan.is_mixed:
-            counters.verify_layer_passes += num_layers
+            counters.verification_layers += num_layers
             counters.verify_token_layers += num_layers * len(rows)
             return
         prefill = int(plan.is_prefilling[rows].sum())
-        counters.mixed_layer_passes += num_layers
+        counters.mixed_layers += num_layers
         counters.mixed_prefill_token_layers += num_layers * prefill
         counters.mixed_verify_token_layers += num_layers * (len(rows) - prefill)
