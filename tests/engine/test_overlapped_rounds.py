@@ -35,8 +35,6 @@ from tests.support.engines import (
 )
 from tests.support.op_trace import traced
 from tests.support.recorded_graphs import RecordedGraph
-from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength
-from vllm_adadecode.adaptive.step_times import LEAST_ROUNDS, Kind
 from vllm_adadecode.draft.readback import RoundReadback
 from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.draft.windows import PendingWindow
@@ -383,29 +381,6 @@ def test_large_batches_are_not_prepared_for_what_may_not_be_there(
         engine.collective_rpc(allow, args=(None,))
     assert counts["open_batches"] > 0.8 * counts["deferred_batches"]
     assert_same(vanilla, outputs, generate(vanilla, prompts[:7], greedy(24)))
-
-
-def test_the_budget_times_large_rounds_open_and_settled(
-    engines: EnginePool, prompts: list[str]
-) -> None:
-    engine, vanilla = get_engine(engines, spec={"cost_aware": True}), engines.get()
-    engine.collective_rpc(allow, args=(0,))
-    try:
-        # Whatever drafts bring and cost here.
-        with patch.object(AdaptiveDraftLength, "_best", lambda self, _: self.most):
-            outputs = generate(engine, prompts[:4], greedy(120))
-    finally:
-        engine.collective_rpc(allow, args=(None,))
-    assert_same(vanilla, outputs, generate(vanilla, prompts[:4], greedy(120)))
-
-    def timed(worker: Any) -> dict[Kind, float]:
-        times = worker.model_runner.speculator.draft_length.times
-        return {kind: sums.rounds for (_, kind), sums in times._sums.items()}
-
-    rounds = engine.collective_rpc(timed)[0]
-    assert min(rounds[Kind.SETTLED], rounds[Kind.OPEN]) >= LEAST_ROUNDS
-    counts = stats(engine)
-    assert 3 < counts["open_batches"] < counts["deferred_batches"] - 3
 
 
 def test_requests_that_end_do_not_stop_the_others(engines: EnginePool, prompts: list[str]) -> None:

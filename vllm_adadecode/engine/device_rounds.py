@@ -100,8 +100,7 @@ class DeviceRounds:
         num_ranks: of tensor parallelism.
 
     Attributes:
-        most_places: of a batch that verifies an open round, vacant ones among them; of a larger one
-            adaptive draft length says whether it does.
+        most_places: of a batch that verifies an open round, vacant ones among them.
     """
 
     most_places = MOST_PLACES
@@ -228,8 +227,7 @@ class DeviceRounds:
         """Queue the copy of what comes of a round, which is queued to its end."""
         round_ = this.drafting.round_ if this.drafting is not None else None
         this.copy = RoundReadback.start(this.input_batch.num_reqs, round_, this.num_sampled)
-        opened = this.verified_as is not None
-        self.speculator.end_round(this.input_batch, this.timed, opened)
+        self.speculator.end_round(this.input_batch, this.timed)
 
     # --- a round that is open while the next batch is prepared ---------------------------------
 
@@ -261,14 +259,11 @@ class DeviceRounds:
 
     def _stays_open(self, this: _Round, batch: NextBatch) -> bool:
         """Whether this batch verifies the round unseen, as it might."""
-        passes, draft_length = self.speculator.verification_passes, self.speculator.draft_length
+        passes = self.speculator.verification_passes
         assert passes is not None
         places = sum(1 + this.caps[r] for r in batch.decoding)
-        if places > passes.most_tokens or (batch.prefills and not passes.static.takes_prefill):
-            return False
-        if places <= self.most_places:
-            return True
-        return draft_length is not None and draft_length.opens()
+        fits = places <= min(self.most_places, passes.most_tokens)
+        return fits and (passes.static.takes_prefill or not batch.prefills)
 
     def _stop_rows(self, this: _Round, req_ids: list[str]) -> None:
         """Have requests that are gone draft no more: their blocks may become others'."""

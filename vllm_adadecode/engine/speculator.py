@@ -351,16 +351,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             if num_sampled[row] > 0
         }
 
-    def end_round(self, input_batch: InputBatch, timed: bool = True, opened: bool = False) -> None:
+    def end_round(self, input_batch: InputBatch, timed: bool = True) -> None:
         """Tell adaptive draft length that drafting has ended.
 
         Args:
             timed: whether all requests did as it said.
-            opened: as for `AdaptiveDraftLength.round_ended`.
         """
         if self.draft_length is not None:
             timed &= not input_batch.has_prefill
-            self.draft_length.round_ended(input_batch.req_ids if timed else None, opened)
+            self.draft_length.round_ended(input_batch.req_ids if timed else None)
 
     def _draft_limits(
         self,
