@@ -36,8 +36,6 @@ def draft_step_reference(
     block_sizes: torch.Tensor,
     enabled: torch.Tensor,
     numbers: torch.Tensor,
-    waiting: torch.Tensor,
-    missing: torch.Tensor,
     allowed: torch.Tensor,
     newest_offset: torch.Tensor,
     exit_index: int,
@@ -60,8 +58,6 @@ def draft_step_reference(
     behind = pending & (depths <= spans[:, None, None])
     numbers[:num_early_spans] = waits.sum(dim=0)
     numbers[num_early_spans:] = behind.sum(dim=(1, 2))
-    waiting.copy_(numbers[:num_early_spans] > 0)
-    missing.copy_(numbers[num_early_spans:-1] > 0)
     runs = waits_for == next_span
     newest_offset.copy_(torch.where(runs, num_drafts, 0).max())
     in_pass = runs[:, None] & (w <= num_drafts[:, None]) & (depths <= next_span)

@@ -32,7 +32,7 @@ from tests.support.suite_fakes import (
 )
 from vllm_adadecode.draft.device_loop import Steps
 from vllm_adadecode.draft.policy import Action, ThresholdPolicy
-from vllm_adadecode.draft.step_guard import AskHost
+from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.metrics.counters import Counters, ExitCounters
 
 
@@ -175,7 +175,7 @@ def test_controlled_coverage_on_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     """Noise by place is as good as drawn: half of the heads are followed, at each exit."""
     monkeypatch.setattr(Steps, "_follow", Steps._follow)
     follow_noise()
-    runs = DeviceRuns(AskHost())
+    runs = DeviceRuns(StatusPoll())
     runs.policy = CoveragePolicy(ThresholdPolicy((0.9, 1.0, 0.9)), 0.5)  # type: ignore[assignment]
     checked, drafted = np.zeros(3), np.zeros(3)
     for first in range(60):

@@ -4,7 +4,6 @@ First without an engine, on the hand-made confidences of test_draft_loop.py, whe
 then on the demo target with its heads, gates and draft vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -17,10 +16,11 @@ from vllm import LLM
 
 from tests.support.engines import (
     EnginePool,
+    EveryStep,
     assert_same,
     generate,
     greedy,
-    guard_with,
+    poll_with,
     set_draft_loop,
     speculative,
     stats,
@@ -41,7 +41,7 @@ from vllm_adadecode.draft.buffers import LoopBuffers, padded_size, pass_states
 from vllm_adadecode.draft.device_loop import DeviceLoop
 from vllm_adadecode.draft.policy import ThresholdPolicy
 from vllm_adadecode.draft.readback import RoundReadback
-from vllm_adadecode.draft.step_guard import AskHost, LeadingGuard, RunAlways
+from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels.deferred import DeferredStates
@@ -52,7 +52,7 @@ from vllm_adadecode.spans.padded import PaddedSpans
 
 MAX_DRAFTS = 5
 BLOCK = 16
-GUARDS: list[Callable[[], LeadingGuard]] = [AskHost, RunAlways]
+POLLS: list[type[StatusPoll]] = [StatusPoll, EveryStep]
 
 
 # --- without an engine -------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class FakeStaticSpans:
 class DeviceRuns:
     """Rounds of one device loop, with what it keeps from one to the next."""
 
-    guard: LeadingGuard
+    poll: StatusPoll
     thresholds: tuple[float, ...] = (0.5, 0.5, 0.5)
     gate_thresholds: tuple[float, ...] | None = None
 
@@ -198,7 +198,7 @@ class DeviceRuns:
             LoopBuffers.empty(
                 MAX_SLOTS, MAX_DRAFTS, len(EXIT_LAYERS), 1, pass_states(self.deferred)
             ),
-            self.guard,
+            self.poll,
         )
         self.policy = ThresholdPolicy(self.thresholds, self.gate_thresholds)
 
@@ -264,15 +264,15 @@ def assert_equal_rounds(device: Run, host: Run, all_passes: bool) -> None:
     assert device.counters == host.counters
 
 
-@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("poll", POLLS)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_rounds_equal_the_hosts(seed: int, fused: bool, guard: Callable[[], LeadingGuard]) -> None:
+def test_rounds_equal_the_hosts(seed: int, fused: bool, poll: type[StatusPoll]) -> None:
     """Eight rounds on the same buffers, of random batches, limits, confidences and gates."""
     rng = np.random.default_rng(seed)
     thresholds = tuple(rng.choice([0.3, 0.5, 0.8, 1.0], size=3, p=[0.3, 0.3, 0.3, 0.1]).tolist())
     gate_thresholds = (0.5, 0.0, 0.5) if seed % 2 else None
-    runs = DeviceRuns(guard(), thresholds, gate_thresholds)
+    runs = DeviceRuns(poll(), thresholds, gate_thresholds)
     drafted = 0
     for _ in range(8):
         shape = (MAX_SLOTS, MAX_DRAFTS, 3)
@@ -297,28 +297,28 @@ def test_rounds_equal_the_hosts(seed: int, fused: bool, guard: Callable[[], Lead
             fused=fused,
         )
         device = runs.draft(confidence, limits, slots, gate=gate, fused=fused)
-        # The first pass is never asked about.
-        assert_equal_rounds(device, host, all_passes=guard is RunAlways or not any(limits))
+        # The first pass runs unpolled.
+        assert_equal_rounds(device, host, all_passes=poll is EveryStep or not any(limits))
         drafted += int(host.state.num_drafts.sum())
     assert drafted > 10 or runs.policy.num_used_exits == 0
 
 
-def test_a_host_that_asks_skips_what_no_row_waits_for() -> None:
-    asked, always = AskHost(), RunAlways()
-    runs = DeviceRuns(asked).draft(lambda *_: 0.9, [2, 1, 0], [3, 4, 5])
-    # Two passes of span 0 and none deeper. One question after each of them.
+def test_steps_that_no_row_waits_for_are_skipped() -> None:
+    poll = StatusPoll()
+    runs = DeviceRuns(poll).draft(lambda *_: 0.9, [2, 1, 0], [3, 4, 5])
+    # Two passes of span 0 and none deeper. One poll after each of them.
     assert [call.span for call in runs.target.calls] == [0, 0]
     assert runs.counters.draft_layers == 2 * 2
-    assert asked.synchronisations == 2
-    runs = DeviceRuns(always).draft(lambda *_: 0.9, [2, 1, 0], [3, 4, 5])
+    assert poll.synchronisations == 2
+    runs = DeviceRuns(EveryStep()).draft(lambda *_: 0.9, [2, 1, 0], [3, 4, 5])
     # Fifteen passes, all layers before the last exit five times; the tokens are the same.
     assert [call.span for call in runs.target.calls] == [0, 0]
     assert runs.counters.draft_layers == 5 * 7
     assert runs.counters.draft_token_layers == 2 * 3
 
 
-@pytest.mark.parametrize("guard", GUARDS)
-def test_only_rows_in_the_pass_are_drawn_for(guard: Callable[[], LeadingGuard]) -> None:
+@pytest.mark.parametrize("poll", POLLS)
+def test_only_rows_in_the_pass_are_drawn_for(poll: type[StatusPoll]) -> None:
     """A draw caches the logits that verification divides by: of a row that waits, the earlier."""
     drawn: list[tuple[int, int]] = []
 
@@ -332,7 +332,7 @@ def test_only_rows_in_the_pass_are_drawn_for(guard: Callable[[], LeadingGuard]) 
     def confidence(slot: int, offset: int, exit_index: int) -> float:
         return 0.9 if (slot, exit_index) in {(3, 0), (5, 1)} else 0.1
 
-    run = DeviceRuns(guard()).draft(confidence, [2, 2, 1], [3, 5, 6], sample=sample)
+    run = DeviceRuns(poll()).draft(confidence, [2, 2, 1], [3, 5, 6], sample=sample)
     # 3 at once, 5 at its second head, 6 at none of three; then 3 and 5 again.
     assert sorted(drawn) == sorted(
         [(3, 0), (5, 0), (5, 0), (6, 0), (6, 0), (6, 0), (3, 1), (5, 1), (5, 1)]
@@ -448,12 +448,12 @@ def test_every_round_equals_the_hosts(
     assert any(e["gates_evaluated"] for e in counts["exits"].values())
 
     # Running everything, and booking it as late as may be, changes nothing but the passes.
-    engine.collective_rpc(guard_with(RunAlways()))
+    engine.collective_rpc(poll_with(EveryStep()))
     monkeypatch.setattr(RoundReadback, "has_arrived", lambda _: False)
     try:
         outputs, all_windows, all_counts = rounds_of(engine, prompts[:9], params)
     finally:
-        engine.collective_rpc(guard_with(AskHost()))
+        engine.collective_rpc(poll_with(StatusPoll()))
     assert outputs == tokens
     assert str(all_windows) == str(windows)
     assert all_counts["exits"] == counts["exits"]
@@ -513,7 +513,7 @@ TRACED = SPEC | {"draft_sample_method": "probabilistic"}
 def always(engines: EnginePool, prompts: list[str]) -> list[Round]:
     """Rounds of 3 and of 2 requests, on the device with all steps."""
     engine = engines.get(speculative_config=speculative(**TRACED, draft_loop="device"))
-    engine.collective_rpc(guard_with(RunAlways()))
+    engine.collective_rpc(poll_with(EveryStep()))
     return [r for n in (3, 2) for r in trace_rounds(engine, prompts[:n], 10)]
 
 
@@ -523,7 +523,7 @@ def test_the_device_is_asked_nothing(engines: EnginePool, always: list[Round]) -
 
 
 def test_the_host_asks_at_every_head(engines: EnginePool, prompts: list[str]) -> None:
-    """The controls: the host's loop, and a host that guards the steps."""
+    """The controls: the host's loop, and a host that polls after each step."""
     engine = engines.get(speculative_config=speculative(**TRACED, draft_loop="device"))
     set_draft_loop(engine, "host")
     try:
@@ -531,8 +531,7 @@ def test_the_host_asks_at_every_head(engines: EnginePool, prompts: list[str]) ->
     finally:
         set_draft_loop(engine, "device")
     assert all(len(r.trace.synchronisations) > 3 for r in rounds)
-    guard = AskHost()
-    engine.collective_rpc(guard_with(guard))
+    engine.collective_rpc(poll_with(StatusPoll()))
     rounds = trace_rounds(engine, prompts[:2], 8)
     reads = [s for r in rounds for s in r.trace.synchronisations if s == "tolist"]
     assert len(reads) > 2 * len(rounds)
@@ -570,12 +569,10 @@ def test_work_does_not_depend_on_data(always: list[Round]) -> None:
     assert first_difference(two.trace.allocated, four.trace.allocated)
 
 
-def test_a_guard_that_asks_makes_work_depend_on_data(
-    engines: EnginePool, prompts: list[str]
-) -> None:
-    """The control: with the host's questions, rounds of one size are not the same work."""
+def test_polls_make_work_depend_on_data(engines: EnginePool, prompts: list[str]) -> None:
+    """The control: with the host's polls, rounds of one size are not the same work."""
     engine = engines.get(speculative_config=speculative(**TRACED, draft_loop="device"))
-    engine.collective_rpc(guard_with(AskHost()))
+    engine.collective_rpc(poll_with(StatusPoll()))
     rounds = trace_rounds(engine, prompts[:2], 8)
     names = {str([name for name, *_ in r.trace.operations]) for r in rounds if r.num_rows == 2}
     assert len(names) > 1

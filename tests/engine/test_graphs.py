@@ -25,9 +25,8 @@ from tests.support.engines import (
     token_ids,
 )
 from tests.support.recorded_graphs import RecordedGraph, graphs_are_recorded
-from vllm_adadecode import config
 from vllm_adadecode.engine import speculator as proposer
-from vllm_adadecode.verify.graphs import VerificationGraphs, graph_sizes, whole_sizes
+from vllm_adadecode.verify.graphs import VerificationGraphs, graph_sizes
 from vllm_adadecode.verify.passes import VerificationPasses
 
 SIZES = [1, 2, 4, 8, 16, 32, 48]
@@ -110,8 +109,7 @@ def pause_now_and_then(worker: Any) -> None:
 def get_engine(engines: EnginePool, loop: str, **options: Any) -> LLM:
     """One with captured graphs."""
     spec = speculative(**SPEC, draft_loop=loop, **options.pop("spec", {}))
-    with patch.object(config, "check_conditional_nodes"):
-        engine = engines.get(speculative_config=spec, **CROWDED, **options)
+    engine = engines.get(speculative_config=spec, **CROWDED, **options)
     if not engine.collective_rpc(lambda worker: hasattr(worker.model_runner, "replays"))[0]:
         engine.collective_rpc(capture)
         engine.collective_rpc(pause_now_and_then)
@@ -121,7 +119,7 @@ def get_engine(engines: EnginePool, loop: str, **options: Any) -> LLM:
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("loop", ["host", "device", "graph"])
+@pytest.mark.parametrize("loop", ["host", "device"])
 def test_output_is_vanillas(
     engines: EnginePool, prompts: list[str], loop: str, async_scheduling: bool
 ) -> None:
@@ -140,18 +138,11 @@ def test_output_is_vanillas(
     assert unseen in (range(3) if async_scheduling and loop != "host" else [0])
     assert replayed["all layers"] > 4
     assert replayed["draft"] == 0 if loop == "host" else replayed["draft"] >= rounds
-    if loop == "graph":
-        # A graph a round, whatever runs in it.
-        assert replayed["draft"] < 2 * rounds
-    if loop == "graph" and async_scheduling:
-        # And most often another one for its verification.
-        assert rounds <= replayed["verification"] < 2 * rounds
-    else:
-        # Each other one takes the last span, and most take others.
-        assert replayed["verification"] > 1.5 * rounds
+    # Each takes the last span, and most take others.
+    assert replayed["verification"] > 1.5 * rounds
 
 
-@pytest.mark.parametrize("loop", ["host", "device", "graph"])
+@pytest.mark.parametrize("loop", ["host", "device"])
 def test_sampling_is_the_same_as_without_graphs(
     engines: EnginePool, prompts: list[str], loop: str
 ) -> None:
@@ -250,8 +241,3 @@ def test_graph_sizes() -> None:
     assert graph_sizes(sizes, 48) == [1, 2, 4, 8, 16, 24, 32, 40, 48]
     assert graph_sizes(sizes, 300)[-4:] == [152, 192, 240, 256]
     assert graph_sizes(sizes, 0) == graph_sizes([], 48) == []
-    # The largest batch is padded to the next size.
-    assert whole_sizes([8, 16, 24, 32, 40, 56, 72], 48) == [8, 16, 24, 32, 40, 56]
-    assert whole_sizes([8, 16, 24], 16) == [8, 16]
-    assert whole_sizes([8, 16], 48) == [8, 16]
-    assert whole_sizes([], 48) == []

@@ -22,11 +22,12 @@ from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from tests.engine.test_graphs import get_engine as graphs_engine
 from tests.support.engines import (
     EnginePool,
+    EveryStep,
     assert_same,
     divergences,
     generate,
     greedy,
-    guard_with,
+    poll_with,
     slow_outputs,
     speculative,
     stats,
@@ -34,10 +35,8 @@ from tests.support.engines import (
 )
 from tests.support.op_trace import traced
 from tests.support.recorded_graphs import RecordedGraph
-from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength
-from vllm_adadecode.adaptive.step_times import LEAST_ROUNDS, Kind
 from vllm_adadecode.draft.readback import RoundReadback
-from vllm_adadecode.draft.step_guard import AskHost, RunAlways
+from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.draft.windows import PendingWindow
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.warmup import launch_kernels
@@ -390,29 +389,6 @@ def test_large_batches_are_not_prepared_for_what_may_not_be_there(
     assert_same(vanilla, outputs, generate(vanilla, prompts[:7], greedy(24)))
 
 
-def test_the_budget_times_large_rounds_open_and_settled(
-    engines: EnginePool, prompts: list[str]
-) -> None:
-    engine, vanilla = get_engine(engines, spec={"cost_aware": True}), engines.get()
-    engine.collective_rpc(allow, args=(0,))
-    try:
-        # Whatever drafts bring and cost here.
-        with patch.object(AdaptiveDraftLength, "_best", lambda self, _: self.most):
-            outputs = generate(engine, prompts[:4], greedy(120))
-    finally:
-        engine.collective_rpc(allow, args=(None,))
-    assert_same(vanilla, outputs, generate(vanilla, prompts[:4], greedy(120)))
-
-    def timed(worker: Any) -> dict[Kind, float]:
-        times = worker.model_runner.speculator.draft_length.times
-        return {kind: sums.rounds for (_, kind), sums in times._sums.items()}
-
-    rounds = engine.collective_rpc(timed)[0]
-    assert min(rounds[Kind.SETTLED], rounds[Kind.OPEN]) >= LEAST_ROUNDS
-    counts = stats(engine)
-    assert 3 < counts["overlapped_steps"] < counts["deferred_steps"] - 3
-
-
 def test_requests_that_end_do_not_stop_the_others(engines: EnginePool, prompts: list[str]) -> None:
     """Their rows draft no more, and what was drafted for them is not verified."""
     engine, vanilla = get_engine(engines), engines.get()
@@ -470,15 +446,22 @@ def test_one_request_alone_is_verified_unseen(engines: EnginePool, prompts: list
     assert counts["overlapped_steps"] > 0.8 * (counts["deferred_steps"] + counts["plain_steps"])
 
 
-def test_another_guard_gives_the_same(engines: EnginePool, prompts: list[str]) -> None:
-    """All steps, and all spans of every verification: what nobody needs changes nothing."""
+def test_steps_and_passes_that_nobody_needs_change_nothing(
+    engines: EnginePool, prompts: list[str]
+) -> None:
+    """All steps, and in every verification all spans over all token slots."""
+
+    class EverySpan(EveryStep):
+        def pending(self) -> list[int]:
+            return [1000] * len(super().pending())
+
     engine = get_engine(engines)
     expected = token_ids(generate(engine, prompts[:5], greedy(24)))
-    engine.collective_rpc(guard_with(RunAlways()))
+    engine.collective_rpc(poll_with(EverySpan()))
     try:
         assert token_ids(generate(engine, prompts[:5], greedy(24))) == expected
     finally:
-        engine.collective_rpc(guard_with(AskHost()))
+        engine.collective_rpc(poll_with(StatusPoll()))
 
 
 def test_a_grammar_is_asked_about_drafts_that_are_known(
@@ -579,15 +562,14 @@ def unwatch(worker: Any) -> list[tuple[bool, list[str]]]:
     return waits
 
 
-@pytest.mark.parametrize("loop", ["device", "graph"])
-def test_nobody_waits_for_a_round(
-    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch, loop: str
+def test_the_host_waits_for_nothing_but_polls(
+    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole round, from one batch to the next; where the host leads, it asks after each step.
+    """A whole round, from one batch to the next, with one poll after each step.
 
     With all graphs, recorded, and with copies that have not come when they are looked for.
     """
-    engine = graphs_engine(engines, loop, async_scheduling=True)
+    engine = graphs_engine(engines, "device", async_scheduling=True)
     # The first of a kind makes what all others read.
     params = [greedy(10 + 3 * i) for i in range(12)]
     generate(engine, prompts[:12], params)
@@ -598,15 +580,11 @@ def test_nobody_waits_for_a_round(
     assert len(waits) > 15
     # Requests that take the seats of others, beside those that decode.
     assert sum(is_new for is_new, _ in waits) >= 3
-    # vLLM's own, and the device's looks at conditions, are not ours.
+    # vLLM's own are not ours.
     ours = [{w for w in of_round if w.startswith("vllm_adadecode/")} for _, of_round in waits]
-    if loop == "graph":
-        assert ours == [set()] * len(waits)
-    else:
-        assert all(len(places) == 1 for places in ours)
-        assert {w.split(":")[0] for places in ours for w in places} == {
-            "vllm_adadecode/draft/step_guard.py"
-        }
+    assert all(len(places) == 1 for places in ours)
+    files = {w.split(":")[0] for places in ours for w in places}
+    assert files == {"vllm_adadecode/draft/status_poll.py"}
 
 
 def test_planning_is_compiled_before_the_first_request(

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.v1.engine import core
+
+from vllm_adadecode.draft.status_poll import StatusPoll
 
 DEMO_MODEL = Path(__file__).parents[2] / "benchmarks" / "demo" / "model"
 # With 96 MiB of KV cache each.
@@ -150,13 +153,23 @@ def set_thresholds(engine: LLM, *thresholds: float) -> None:
     engine.collective_rpc(change)
 
 
-def guard_with(guard: Any) -> Callable[[Any], None]:
-    """For `collective_rpc`: the guard of the draft loop on the device (see step_guard.py)."""
+class EveryStep(StatusPoll):
+    """Reads nothing: every step runs, as does every head, needed or not."""
+
+    def waits(self, span: int) -> bool:
+        return True
+
+    def any(self, rows: torch.Tensor) -> bool:
+        return True
+
+
+def poll_with(poll: StatusPoll) -> Callable[[Any], None]:
+    """For `collective_rpc`: what the draft loop on the device polls (see status_poll.py)."""
 
     def change(worker: Any) -> None:
         speculator = worker.model_runner.speculator
         rounds = vars(speculator).get("device_rounds_kept") or speculator.device_rounds
-        rounds.loop.leader = guard
+        rounds.loop.poll = poll
 
     return change
 

@@ -4,15 +4,12 @@ Owns the order of passes. Nothing here depends on data: the same calls with the 
 shapes and addresses for every round of a padded batch size, so that a round can be queued without
 waiting for the device, or captured in a graph. A row that has no part in a pass is padding in it.
 
-Requests go in step as in draft_loop.py, and every pass is guarded (step_guard.py): by "some row
-waits for span 0" for each draft, and inside of it by "some row waits for the next span".
-What lies between two guards is a step (`Steps.run`), which may be captured by itself. Where the
-host leads (`Drafting`), it may do something else between the first step and the others.
+Requests go in step as in host_loop.py. A step (`Steps.run`) is a span, its head and the kernel that
+follows, and may be captured by itself. After each one the host polls which is needed next, if any
+(status_poll.py); it may do something else between the first step and the others (`Drafting`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +18,7 @@ from vllm.v1.utils import record_function_or_nullcontext
 from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
 from vllm_adadecode.draft.policy import DraftPolicy, PassesGate
 from vllm_adadecode.draft.sampling import DraftSampler
-from vllm_adadecode.draft.step_guard import LeadingGuard, StepGuard
+from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.kernels.answer import note_answers
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
@@ -42,13 +39,8 @@ class DeviceLoop:
 
     Args:
         buffers: for the largest batch.
-        leader: which steps run where the host leads.
-
-    Attributes:
-        capturing: the guard in place of the leader while something is captured.
+        poll: what the host knows after each step.
     """
-
-    capturing: StepGuard | None = None
 
     def __init__(
         self,
@@ -56,17 +48,12 @@ class DeviceLoop:
         spans: PaddedSpans,
         deferred: DeferredStates,
         buffers: LoopBuffers,
-        leader: LeadingGuard,
+        poll: StatusPoll,
     ) -> None:
         self.staged, self.spans, self.deferred = staged, spans, deferred
-        self.buffers, self.leader = buffers, leader
+        self.buffers, self.poll = buffers, poll
         self.max_num_rows = len(buffers.rows.slots)
         self._loaded: DraftPolicy | None = None
-
-    @property
-    def guard(self) -> StepGuard:
-        """Of conditions inside of a step, and of steps where the device skips them."""
-        return self.leader if self.capturing is None else self.capturing
 
     def begin(
         self,
@@ -157,7 +144,7 @@ class DeviceLoop:
         fused: FusedHeads | None,
         captured: "DraftGraphs | None" = None,
     ) -> "Drafting":
-        """Queue the first step of a round, or all of them where they are one graph.
+        """Queue the first step of a round.
 
         Args:
             round_: from `begin`; updated.
@@ -165,45 +152,14 @@ class DeviceLoop:
             max_drafts: no limit is above it.
             draws: as for `draft_loop.HostLoop`; None: the most likely token.
             fused: heads by the fused kernels; None: from stored logits.
-            captured: graphs that run in place of a round or a step where they have it.
+            captured: graphs that run in place of a step where they have it.
         """
-        steps = Steps(self, round_, policy, draws, fused)
+        steps = Steps(self, round_, policy, draws, fused, self.poll)
         return Drafting(self, round_, max_drafts, steps, captured)
-
-    def run_steps(
-        self, round_: LoopBuffers, max_drafts: int, step: Callable[[int, int], None]
-    ) -> None:
-        """All steps of a round, each guarded by the device: what may be captured.
-
-        Args:
-            step: `Steps.run`.
-        """
-        for offset in range(max_drafts):
-            self._attempt(round_, step, offset, 0)
-
-    def _attempt(
-        self, round_: LoopBuffers, step: Callable[[int, int], None], offset: int, exit_index: int
-    ) -> None:
-        """Try to predict the token after window offset ``offset``, from this exit on."""
-
-        def go_through() -> None:
-            step(1 + offset, exit_index)
-            if exit_index + 1 < len(round_.rows.counts):
-                self._attempt(round_, step, offset, exit_index + 1)
-
-        if offset == exit_index == 0:
-            # Whoever begins a round knows of a request that may draft.
-            go_through()
-        else:
-            self.guard.when(round_.status.waiting[exit_index], go_through)
 
 
 class Drafting:
-    """A round that has been started: by `DeviceLoop.start`, which says what the arguments are.
-
-    Attributes:
-        led: whether the host leads, step by step; else all is queued, and it knows of nothing.
-    """
+    """A round that has been started: by `DeviceLoop.start`, which says what the arguments are."""
 
     def __init__(
         self,
@@ -216,31 +172,24 @@ class Drafting:
         self.round_ = round_
         self._loop, self._max_drafts, self._captured = loop, max_drafts, captured
         self._num_exits = len(round_.rows.counts)
-        self.led = captured is None or not captured.replay_round(len(round_.rows.slots))
         self._steps: Steps | None = steps
         # Of the last step: window offset and exit.
         self._at = 0, 0
-        if self.led:
-            # Whoever begins a round knows of a request that may draft.
-            self._run(0, 0)
+        # Whoever begins a round knows of a request that may draft.
+        self._run(0, 0)
 
     def finish(self) -> None:
         """Queue all other steps, as many as are needed; to be called once."""
-        while self.led and (following := self._next()) is not None:
+        while (following := self._next()) is not None:
             self._run(*following)
         self._steps = None
 
-    def pending(self) -> list[int] | None:
-        """Tokens that a verification runs in each span, after `finish`; None: see `ask_pending`."""
-        return self._loop.leader.pending() if self.led else None
-
-    def ask_pending(self) -> list[int] | None:
-        """The same, of a round that the host has not led: waits for its end."""
-        self._loop.leader.stepped(self.round_.status)
-        return self._loop.leader.pending()
+    def pending(self) -> list[int]:
+        """Tokens that a verification runs in each span, after `finish`."""
+        return self._loop.poll.pending()
 
     def _next(self) -> tuple[int, int] | None:
-        (offset, exit_index), waits = self._at, self._loop.leader.waits
+        (offset, exit_index), waits = self._at, self._loop.poll.waits
         if exit_index + 1 < self._num_exits and waits(exit_index + 1):
             return offset, exit_index + 1
         if offset + 1 < self._max_drafts and waits(0):
@@ -253,18 +202,23 @@ class Drafting:
         if self._captured is None or not self._captured.replay_step(*place):
             self._steps.run(1 + offset, exit_index)
         self._at = offset, exit_index
-        self._loop.leader.stepped(self.round_.status)
+        self._loop.poll.stepped(self.round_.status)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one round: what runs between two guards, the same whatever the data."""
+    """The steps of one round: what runs between two polls, the same whatever the data.
+
+    Attributes:
+        poll: leaves out heads that no row needs; None while a graph is captured: all of them run.
+    """
 
     loop: DeviceLoop
     round_: LoopBuffers
     policy: DraftPolicy
     draws: DraftSampler | None
     fused: FusedHeads | None
+    poll: StatusPoll | None = None
 
     def run(self, row_tokens: int, exit_index: int) -> None:
         """Span and head at this exit for the newest token of each row that waits for it.
@@ -379,8 +333,8 @@ class Steps:
         self.round_.confident.zero_()
         p = self.loop.staged.gate_probability(exit_index, hidden, residual)
         live = gate(p) & in_pass
-        head = partial(self._head, exit_index, hidden, residual, live)
-        self.loop.guard.when(live.any(), head)
+        if self.poll is None or self.poll.any(live):
+            self._head(exit_index, hidden, residual, live)
 
     def _head(
         self,

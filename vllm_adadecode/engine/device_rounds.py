@@ -27,7 +27,7 @@ from vllm.v1.worker.workspace import use_workspace_lane
 from vllm_adadecode.draft.buffers import LoopBuffers
 from vllm_adadecode.draft.device_loop import DeviceLoop, Drafting
 from vllm_adadecode.draft.readback import RoundReadback, RoundResult
-from vllm_adadecode.draft.step_guard import AskHost
+from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.draft.windows import PendingWindow
 from vllm_adadecode.kernels.draft_state import STOPPED
 from vllm_adadecode.spans.padded import PaddedSpans
@@ -100,8 +100,7 @@ class DeviceRounds:
         num_ranks: of tensor parallelism.
 
     Attributes:
-        most_places: of a batch that verifies an open round, vacant ones among them; of a larger one
-            adaptive draft length says whether it does.
+        most_places: of a batch that verifies an open round, vacant ones among them.
     """
 
     most_places = MOST_PLACES
@@ -138,7 +137,7 @@ class DeviceRounds:
             states,
         )
         spans = PaddedSpans(speculator.spans, speculator.max_model_len)
-        loop = DeviceLoop(speculator.model, spans, speculator.deferred, buffers, AskHost())
+        loop = DeviceLoop(speculator.model, spans, speculator.deferred, buffers, StatusPoll())
         config = speculator.vllm_config
         return cls(
             speculator,
@@ -209,8 +208,7 @@ class DeviceRounds:
             this.kv_capacity = speculator.spans.kv_capacity(input_batch.idx_mapping_np)
         if self.keeps_open:
             self._open = this
-            if this.drafting.led:
-                return speculator.no_drafts(num_reqs)
+            return speculator.no_drafts(num_reqs)
         self._finish(this)
         self._end(this)
         # A copy: vLLM may write to it.
@@ -229,8 +227,7 @@ class DeviceRounds:
         """Queue the copy of what comes of a round, which is queued to its end."""
         round_ = this.drafting.round_ if this.drafting is not None else None
         this.copy = RoundReadback.start(this.input_batch.num_reqs, round_, this.num_sampled)
-        opened = this.verified_as is not None
-        self.speculator.end_round(this.input_batch, this.timed, opened)
+        self.speculator.end_round(this.input_batch, this.timed)
 
     # --- a round that is open while the next batch is prepared ---------------------------------
 
@@ -256,21 +253,17 @@ class DeviceRounds:
             return False
         self._open, self._verifying = None, this
         this.left_out = set(batch.left_out)
-        if batch.gone and this.copy is None:
+        if batch.gone:
             self._stop_rows(this, batch.gone)
         return True
 
     def _stays_open(self, this: _Round, batch: NextBatch) -> bool:
         """Whether this batch verifies the round unseen, as it might."""
-        passes, draft_length = self.speculator.verification_passes, self.speculator.draft_length
+        passes = self.speculator.verification_passes
         assert passes is not None
         places = sum(1 + this.caps[r] for r in batch.decoding)
-        if places > passes.most_tokens or (batch.prefills and not passes.static.takes_prefill):
-            return False
-        if places <= self.most_places:
-            return True
-        # A round that has ended has been timed as one that is settled.
-        return this.copy is None and draft_length is not None and draft_length.opens()
+        fits = places <= min(self.most_places, passes.most_tokens)
+        return fits and (passes.static.takes_prefill or not batch.prefills)
 
     def _stop_rows(self, this: _Round, req_ids: list[str]) -> None:
         """Have requests that are gone draft no more: their blocks may become others'."""
@@ -310,8 +303,7 @@ class DeviceRounds:
     def end_open(self) -> None:
         """The same round's copy; after the batch, which the device should not wait for."""
         assert self._verifying is not None
-        if self._verifying.copy is None:
-            self._end(self._verifying)
+        self._end(self._verifying)
 
     def _close(self, drop: bool = False, timed: bool = False) -> None:
         """The last round will be verified as the host knows it: end it, and hand on its drafts.
@@ -321,7 +313,7 @@ class DeviceRounds:
             timed: whether nothing else kept it from being closed.
         """
         this, self._open = self._open, None
-        if this is None or this.copy is not None:
+        if this is None:
             return
         this.timed &= timed
         if not drop:

@@ -28,7 +28,7 @@ from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength
 from vllm_adadecode.config import resolve_draft_loop
 from vllm_adadecode.draft.buffers import LoopBuffers, pass_states
 from vllm_adadecode.draft.device_loop import Steps
-from vllm_adadecode.draft.graphs import MOST_ROWS_WHOLE, DraftGraphs
+from vllm_adadecode.draft.graphs import DraftGraphs
 from vllm_adadecode.draft.host_loop import DraftState, HostLoop
 from vllm_adadecode.draft.policy import DraftPolicy, ThresholdPolicy
 from vllm_adadecode.draft.sampling import DraftSampler, draft_columns
@@ -187,21 +187,14 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             return
         if self.verification_passes is None:
             self.verification_passes = self._make_verification_passes()
-        rounds = self.device_rounds
-        whole = rounds is not None and self.draft_loop == "graph"
         self.verification_graphs = VerificationGraphs(
-            self.vllm_config,
-            self.device,
-            self.verification_passes,
-            rounds.loop.buffers.status if rounds is not None and whole else None,
-            MOST_ROWS_WHOLE * (1 + self.num_speculative_steps),
+            self.vllm_config, self.device, self.verification_passes
         )
-        if rounds is not None:
+        if self.device_rounds is not None:
             self.draft_graphs = DraftGraphs(
                 self.vllm_config,
                 self.device,
-                rounds.loop,
-                whole,
+                self.device_rounds.loop,
                 self.policy,
                 self.num_speculative_steps,
                 make_steps=self._steps,
@@ -358,16 +351,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             if num_sampled[row] > 0
         }
 
-    def end_round(self, input_batch: InputBatch, timed: bool = True, opened: bool = False) -> None:
+    def end_round(self, input_batch: InputBatch, timed: bool = True) -> None:
         """Tell adaptive draft length that drafting has ended.
 
         Args:
             timed: whether all requests did as it said.
-            opened: as for `AdaptiveDraftLength.round_ended`.
         """
         if self.draft_length is not None:
             timed &= not input_batch.has_prefill
-            self.draft_length.round_ended(input_batch.req_ids if timed else None, opened)
+            self.draft_length.round_ended(input_batch.req_ids if timed else None)
 
     def _draft_limits(
         self,

@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 
 
 # A batch that verifies an open round runs LM head and sampler on every place for a draft, vacant or
-# not. For about so many rows that is bound by the reading of weights on a large GPU; for more of
-# them, waiting for the round may cost less than arithmetic on what is not there: both are tried and
-# timed (`AdaptiveDraftLength.opens`), or without adaptive draft length the round is settled.
+# not. For about so many rows that is bound by the reading of weights on a large GPU; with more of
+# them the host waits for the round, which costs less than arithmetic on what is not there.
 MOST_PLACES = 192
 
 
