@@ -6,6 +6,7 @@ next one does not read, shows as other tokens.
 """
 
 import random
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -194,7 +195,7 @@ def test_a_stale_plan_shows(
 def test_what_does_not_fit_runs_without_graphs(
     engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another policy's exits, and more tokens than any graph has."""
+    """Fewer exits in use, and more tokens than any graph has."""
     fitting: list[bool] = []
     descriptors = VerificationGraphs.descriptors
 
@@ -208,14 +209,14 @@ def test_what_does_not_fit_runs_without_graphs(
 
     def fit_less(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        graphs, policy = speculator.verification_graphs, speculator.policy
-        speculator.fitting = graphs.sizes, policy
+        graphs, thresholds = speculator.verification_graphs, speculator.thresholds
+        speculator.fitting = graphs.sizes, thresholds
         graphs.sizes = graphs.sizes[graphs.sizes <= 4]
-        speculator.policy = type(policy)((1.0, *policy.thresholds[1:]), policy.gate_thresholds)
+        speculator.thresholds = replace(thresholds, confidence=(None, *thresholds.confidence[1:]))
 
     def fit_again(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        speculator.verification_graphs.sizes, speculator.policy = speculator.fitting
+        speculator.verification_graphs.sizes, speculator.thresholds = speculator.fitting
 
     engine.collective_rpc(fit_less)
     try:

@@ -47,7 +47,7 @@ def test_a_captured_loop_guards_every_step() -> None:
     round_ = runs.loop.buffers.first(4, 3)
     runs.loop.capturing = IfNode()
     with capturing(recording):
-        runs.loop.run_steps(round_, 5, Steps(runs.loop, round_, runs.policy, None, None).run)
+        runs.loop.run_steps(round_, 5, Steps(runs.loop, round_, runs.thresholds, None, None).run)
     # Five drafts, each with two promotions inside of one another; the first needs no question.
     assert len(recording.conditions) == 5 * 3 - 1
     assert (recording.depth, recording.deepest) == (0, 3)

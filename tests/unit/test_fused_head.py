@@ -49,9 +49,7 @@ def test_features(norm: RMSNorm, transform: str, placement: str, plain: bool, ga
     sizes = torch.logspace(-3, 2, 6)[:, None]
     hidden, residual = torch.randn(6, HIDDEN) * sizes, torch.randn(6, HIDDEN) * sizes
     given = hidden.clone(), residual.clone()
-    x, gate = fused_features(
-        head, hidden, residual, used, (lambda gate: gate > 0.5) if gated else None
-    )
+    x, gate = fused_features(head, hidden, residual, used, use_gate=gated)
     torch.testing.assert_close(x, head.features(hidden + residual, used), rtol=1e-5, atol=1e-6)
     if gated:
         logit = head.gate_logit(hidden + residual)

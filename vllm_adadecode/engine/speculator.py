@@ -2,8 +2,8 @@
 
 Owns one call of `propose` per round: it extends each request's pending window with early
 predictions, filling in the missing spans of shallower tokens when a request goes deeper, and
-leaves the window and its deferred states for the scorer. It decides nothing (policy.py), runs no
-layer itself (span_runner.py) and verifies nothing (scorer.py).
+leaves the window and its deferred states for the scorer. It decides nothing (thresholds.py), runs
+no layer itself (span_runner.py) and verifies nothing (scorer.py).
 
 The loop advances all drafting requests in step: one pass of span 0 for the newest token of each,
 then head by head, deeper spans only for those that are not yet confident.
@@ -30,13 +30,13 @@ from vllm_adadecode.draft.buffers import LoopBuffers, pass_states
 from vllm_adadecode.draft.device_loop import Steps
 from vllm_adadecode.draft.graphs import MOST_ROWS_WHOLE, DraftGraphs
 from vllm_adadecode.draft.host_loop import DraftState, HostLoop
-from vllm_adadecode.draft.policy import DraftPolicy, ThresholdPolicy
 from vllm_adadecode.draft.sampling import DraftSampler, draft_columns
 from vllm_adadecode.draft.windows import PendingWindow, PendingWindows
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.warmup import launch_kernels, run_everything
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.warmup import register_warmup
 from vllm_adadecode.metrics.counters import Counters
@@ -64,9 +64,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.req_states = req_states
         config = self.speculative_config
-        self.policy: DraftPolicy = ThresholdPolicy(
-            config.confidence_threshold, config.gate_threshold
-        )
+        self.thresholds = ExitThresholds.of(config.confidence_threshold, config.gate_threshold)
         # Set once rounds have been measured; None: always as many drafts as there may be.
         self.draft_length: AdaptiveDraftLength | None = None
         # Requests whose samples must not depend on what rounds take: their user gave a seed, and
@@ -202,7 +200,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                 self.device,
                 rounds.loop,
                 whole,
-                self.policy,
+                self.thresholds,
                 self.num_speculative_steps,
                 make_steps=self._steps,
             )
@@ -210,7 +208,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
     def _steps(self, round_: LoopBuffers) -> Steps:
         assert self.device_rounds is not None
         heads = self.heads(self.temperature, self.seeds)
-        return Steps(self.device_rounds.loop, round_, self.policy, *heads)
+        return Steps(self.device_rounds.loop, round_, self.thresholds, *heads)
 
     def capture(self) -> None:
         """Capture what `init_cudagraph_manager` has chosen."""
@@ -282,12 +280,12 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             staged=self.model,
             spans=self.spans,
             deferred=self.deferred,
-            policy=self.policy,
+            thresholds=self.thresholds,
             counters=self.counters,
             sample=None if draws is None else draws.sample,
             fused=fused,
         )
-        checked = self.counters.checked(self.policy.num_used_exits)
+        checked = self.counters.checked(self.thresholds.num_used_exits)
         with record_function_or_nullcontext("adadecode: draft loop"):
             state = loop.run(
                 slots=input_batch.idx_mapping_np,
@@ -300,7 +298,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             )
 
         if self.draft_length is not None:
-            checked = self.counters.checked(self.policy.num_used_exits) - checked
+            checked = self.counters.checked(self.thresholds.num_used_exits) - checked
             self.draft_length.statistics.add_round(
                 limits, used_exits, state.num_drafts, state.exits, checked
             )
@@ -401,14 +399,14 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         may_draft: np.ndarray,
         max_drafts: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Most drafts of each request in this round, by policy and adaptive draft length.
+        """Most drafts of each request in this round, by thresholds and adaptive draft length.
 
         Returns:
             most drafts, and exits that may give them, from the first. Of requests that may not
             draft anyway they say nothing.
         """
-        caps = np.full(len(req_ids), max_drafts if self.policy.num_used_exits else 0)
-        used_exits = np.full(len(req_ids), self.policy.num_used_exits)
+        caps = np.full(len(req_ids), max_drafts if self.thresholds.num_used_exits else 0)
+        used_exits = np.full(len(req_ids), self.thresholds.num_used_exits)
         if self.draft_length is None or not caps.any():
             return caps, used_exits
         free = may_draft

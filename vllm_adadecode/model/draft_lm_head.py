@@ -205,7 +205,7 @@ class HeadProjection(nn.Module):
         if weight is None:
             column, p = top1_confidence(self.logits(x), other)
             return self.to_token_ids(column), p
-        # The threshold is the policy's: it looks at p.
+        # The draft loop compares p with its threshold.
         all_gather = self._gather_ranks if self.num_ranks() > 1 else None
         result = head_confidence(
             x, weight, 0.0, other=other, order=order, num_live=num_live, all_gather=all_gather

@@ -171,7 +171,7 @@ class StagedTarget(nn.Module):
         Reads a vector, not the LM head. The inputs are left as they are.
         """
         logit = self.head(exit_index).gate_logit(hidden + residual)
-        assert logit is not None, "the policy asks for a gate that the heads do not have"
+        assert logit is not None, "a gate threshold for heads that have no gate"
         return logit.sigmoid()
 
     def head(self, exit_index: int) -> EarlyHead:
