@@ -156,7 +156,7 @@ def test_output_is_vanillas(
 def test_sampling_is_the_same_as_without_graphs(
     engines: EnginePool, prompts: list[str], loop: str
 ) -> None:
-    """DraftSampler, cached logits and temperatures by request, all the same numbers."""
+    """Draws, cached logits and temperatures by request, all the same numbers."""
     params = [greedy(24, temperature=0.8 if i % 3 else 0.0, seed=i) for i in range(8)]
     spec = {"draft_sample_method": "probabilistic"}
     engine = get_engine(engines, loop, spec=spec)

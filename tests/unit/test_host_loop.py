@@ -7,6 +7,7 @@ are asked and check that every state they are handed is the right one.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -209,7 +210,7 @@ def draft(
         deferred=deferred,
         thresholds=thresholds,
         counters=counters,
-        sample=sample,
+        sampler=None if sample is None else SimpleNamespace(sample=sample),  # type: ignore[arg-type]
         fused=FakeFusedHeads(target) if fused else None,  # type: ignore[arg-type]
     )
     positions = torch.tensor([first_pos[s] for s in slots])

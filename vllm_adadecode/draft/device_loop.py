@@ -19,13 +19,13 @@ import torch
 from vllm.v1.utils import record_function_or_nullcontext
 
 from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
-from vllm_adadecode.draft.sampling import DraftSampler
 from vllm_adadecode.draft.step_guard import LeadingGuard, StepGuard
 from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.answer import note_answers
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_step import draft_step
+from vllm_adadecode.model.draft_sampler import DraftSampler
 from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.model.target import StagedTarget
 from vllm_adadecode.spans.padded import PaddedSpans
@@ -149,7 +149,7 @@ class DeviceLoop:
         round_: LoopBuffers,
         thresholds: ExitThresholds,
         max_drafts: int,
-        draws: DraftSampler | None,
+        sampler: DraftSampler | None,
         fused: FusedHeads | None,
         captured: "DraftGraphs | None" = None,
     ) -> "Drafting":
@@ -159,11 +159,11 @@ class DeviceLoop:
             round_: from `begin`; updated.
             thresholds: those of `begin`.
             max_drafts: no limit is above it.
-            draws: as for `draft_loop.HostLoop`; None: the most likely token.
+            sampler: draws draft tokens; None: the most likely ones.
             fused: heads by the fused kernels; None: from stored logits.
             captured: graphs that run in place of a round or a step where they have it.
         """
-        steps = Steps(self, round_, thresholds, draws, fused)
+        steps = Steps(self, round_, thresholds, sampler, fused)
         return Drafting(self, round_, max_drafts, steps, captured)
 
     def run_steps(
@@ -259,7 +259,7 @@ class Steps:
     loop: DeviceLoop
     round_: LoopBuffers
     thresholds: ExitThresholds
-    draws: DraftSampler | None
+    sampler: DraftSampler | None
     fused: FusedHeads | None
 
     def run(self, row_tokens: int, exit_index: int) -> None:
@@ -386,12 +386,12 @@ class Steps:
     ) -> None:
         """The head from stored logits, of all rows."""
         staged, rows = self.loop.staged, self.round_.rows
-        if self.draws is None:
+        if self.sampler is None:
             token, p = staged.head_top1(exit_index, hidden, residual)
         else:
             logits, other = staged.head_logits(exit_index, hidden, residual)
             _, p = top1_confidence(logits, other)
-            token = self.draws.sample(
+            token = self.sampler.sample(
                 staged.projection.over_all_tokens(logits),
                 torch.where(live, rows.slots, -1),
                 rows.first_pos + rows.num_drafts,

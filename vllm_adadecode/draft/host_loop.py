@@ -5,7 +5,6 @@ a request that is confident takes the head's token as its next draft and waits f
 that is not is promoted through the next span together with its shallower tokens (fill-in).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +15,10 @@ from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.metrics.counters import Counters, ExitCounters
+from vllm_adadecode.model.draft_sampler import DraftSampler
 from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.model.target import StagedTarget
 from vllm_adadecode.spans.ragged import RaggedSpans
-
-# (logits [rows, vocab], slots [rows], positions [rows], draft number) -> token ids [rows]
-DraftSampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 @dataclass
@@ -47,8 +44,8 @@ class HostLoop:
     """One round's drafting; all collaborators are the proposer's.
 
     Attributes:
-        sample: draws drafts from stored logits; None: the most likely token.
-        fused: heads by the fused kernels, with draws of their own; None: from stored logits.
+        sampler: draws draft tokens; None: the most likely ones.
+        fused: heads by the fused kernels, which draw themselves; None: from stored logits.
     """
 
     staged: StagedTarget
@@ -56,7 +53,7 @@ class HostLoop:
     deferred: DeferredStates
     thresholds: ExitThresholds
     counters: Counters
-    sample: DraftSampler | None
+    sampler: DraftSampler | None
     fused: FusedHeads | None = None
 
     def run(
@@ -181,7 +178,7 @@ class HostLoop:
         index = torch.from_numpy(passed).to(device)
         if len(passed) < len(rows):
             hidden, residual = hidden[index], residual[index]
-        if self.sample is None:
+        if self.sampler is None:
             tokens[index], p = self.staged.head_top1(exit_index, hidden, residual)
         else:
             rows_device = torch.from_numpy(rows[passed]).to(device)
@@ -189,7 +186,7 @@ class HostLoop:
             _, p = top1_confidence(logits, other)
             # Drawn from the head's distribution; whether it is accepted depends on that
             # distribution alone (see thresholds.py).
-            tokens[index] = self.sample(
+            tokens[index] = self.sampler.sample(
                 self.staged.projection.over_all_tokens(logits),
                 self._slots_device[rows_device],
                 self._first_pos[rows_device] + offset,

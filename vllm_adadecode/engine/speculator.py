@@ -30,7 +30,6 @@ from vllm_adadecode.draft.buffers import LoopBuffers, pass_states
 from vllm_adadecode.draft.device_loop import Steps
 from vllm_adadecode.draft.graphs import MOST_ROWS_WHOLE, DraftGraphs
 from vllm_adadecode.draft.host_loop import DraftState, HostLoop
-from vllm_adadecode.draft.sampling import DraftSampler, draft_columns
 from vllm_adadecode.draft.windows import PendingWindow, PendingWindows
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.warmup import launch_kernels, run_everything
@@ -41,6 +40,7 @@ from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.warmup import register_warmup
 from vllm_adadecode.metrics.counters import Counters
 from vllm_adadecode.model.draft_lm_head import HeadProjection
+from vllm_adadecode.model.draft_sampler import DraftSampler, draft_columns
 from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.model.target import StagedTarget
 from vllm_adadecode.spans.padded import PaddedSpans, why_not_captured
@@ -275,14 +275,14 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.end_round(input_batch)
             return self.no_drafts(num_reqs)
 
-        draws, fused = self.heads(temperature, seeds)
+        sampler, fused = self.heads(temperature, seeds)
         loop = HostLoop(
             staged=self.model,
             spans=self.spans,
             deferred=self.deferred,
             thresholds=self.thresholds,
             counters=self.counters,
-            sample=None if draws is None else draws.sample,
+            sampler=sampler,
             fused=fused,
         )
         checked = self.counters.checked(self.thresholds.num_used_exits)
@@ -422,12 +422,12 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self, temperature: torch.Tensor, seeds: torch.Tensor
     ) -> tuple[DraftSampler | None, FusedHeads | None]:
         """How drafts are drawn (None for `greedy`, the argmax), and heads by the fused kernels."""
-        draws = None
+        sampler = None
         if self.draft_logits is not None:
-            draws = DraftSampler(
+            sampler = DraftSampler(
                 temperature, seeds, self.draft_logits, self.draft_columns, self.use_fp64_gumbel
             )
-        return draws, FusedHeads.make(self.model, draws, self.dtype)
+        return sampler, FusedHeads.make(self.model, sampler, self.dtype)
 
     def count_verified(
         self,

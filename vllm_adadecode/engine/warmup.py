@@ -53,13 +53,13 @@ def _check_head(
     residual: torch.Tensor,
 ) -> None:
     model, gate_threshold = speculator.model, speculator.thresholds.gate[exit_index]
-    draws, fused = speculator.heads(speculator.temperature, speculator.seeds)
+    sampler, fused = speculator.heads(speculator.temperature, speculator.seeds)
     if fused is not None:
-        fused.rehearse(exit_index, hidden, residual, gate_threshold)
+        fused.warm_up(exit_index, hidden, residual, gate_threshold)
         return
     if gate_threshold is not None:
         model.gate_probability(exit_index, hidden, residual)
-    if draws is None:
+    if sampler is None:
         model.head_top1(exit_index, hidden, residual)
     else:
         logits, other = model.head_logits(exit_index, hidden, residual)
@@ -75,7 +75,7 @@ def launch_kernels(speculator: "AdaDecodeSpeculator", num_rows: int) -> None:
     _, fused = speculator.heads(speculator.temperature, speculator.seeds)
     if fused is not None:
         for exit_index in range(speculator.thresholds.num_used_exits):
-            fused.rehearse(exit_index, zeros, zeros, speculator.thresholds.gate[exit_index])
+            fused.warm_up(exit_index, zeros, zeros, speculator.thresholds.gate[exit_index])
     padding = torch.full((num_rows,), -1, dtype=torch.int64, device=speculator.device)
     speculator.deferred.store(padding, padding, zeros, zeros)
     speculator.deferred.gather(padding, padding)

@@ -6,20 +6,19 @@ here but which rows pass the gate: what follows from a confidence is the draft l
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from vllm_adadecode.draft.sampling import DraftSampler
 from vllm_adadecode.heads import EarlyHead
+from vllm_adadecode.heads.head import GATE_NORM_EPS
 from vllm_adadecode.heads.transform import Transform
 from vllm_adadecode.kernels.gate import MAX_ORDERED_ROWS, head_input, live_first
 from vllm_adadecode.kernels.sampling import head_sample
-
-if TYPE_CHECKING:
-    from vllm_adadecode.model.target import StagedTarget
+from vllm_adadecode.model.draft_sampler import DraftSampler
+from vllm_adadecode.model.target import StagedTarget
 
 
 @dataclass(frozen=True)
@@ -43,16 +42,16 @@ class FusedHeads:
 
     Args:
         staged: the target; its projection runs kernels (`HeadProjection.kernel_weight`).
-        draws: for probabilistic drafts; None for the most likely token.
+        sampler: for probabilistic drafts; None for the most likely token.
     """
 
-    def __init__(self, staged: "StagedTarget", draws: DraftSampler | None) -> None:
+    def __init__(self, staged: StagedTarget, sampler: DraftSampler | None) -> None:
         self.staged = staged
-        self.draws = draws
+        self.sampler = sampler
 
     @classmethod
     def make(
-        cls, staged: "StagedTarget", draws: DraftSampler | None, dtype: torch.dtype
+        cls, staged: StagedTarget, sampler: DraftSampler | None, dtype: torch.dtype
     ) -> Self | None:
         """None where kernels do not run, or can't do what is asked.
 
@@ -65,9 +64,9 @@ class FusedHeads:
         if not projection.use_kernels or projection.kernel_weight(dtype) is None:
             return None
         # The noise is float32, and there is none of another rank's tokens.
-        if draws is not None and (draws.use_fp64 or projection.num_ranks() > 1):
+        if sampler is not None and (sampler.use_fp64 or projection.num_ranks() > 1):
             return None
-        return cls(staged, draws)
+        return cls(staged, sampler)
 
     def check(
         self,
@@ -109,7 +108,7 @@ class FusedHeads:
                 rows["order"], rows["num_live"] = live_first(live.float(), 0.5)
         other = head.other_logit(x)
         projection = self.staged.projection
-        if self.draws is None:
+        if self.sampler is None:
             token, p = projection.top1(x, other, **rows)
             return HeadCheck(token, p, live)
         weight = projection.kernel_weight(x.dtype)
@@ -122,16 +121,16 @@ class FusedHeads:
             0.0,
             slots,
             positions,
-            self.draws.temperature,
-            self.draws.seeds,
-            logits_cache=self.draws.logits,
-            logits_cache_col=self.draws.column(draft),
+            self.sampler.temperature,
+            self.sampler.seeds,
+            logits_cache=self.sampler.logits,
+            logits_cache_col=self.sampler.column(draft),
             other=other,
             **rows,
         )
         return HeadCheck(drawn.sampled, drawn.head.p, live)
 
-    def rehearse(
+    def warm_up(
         self,
         exit_index: int,
         # [num_rows, hidden_size]
@@ -176,6 +175,7 @@ def fused_features(
     if use_gate:
         assert head.gate_weight is not None, "a gate threshold for heads that have no gate"
         parts = {"gate_weight": head.gate_weight, "gate_bias": head.gate_bias}
+        parts["gate_eps"] = GATE_NORM_EPS
     norm_is_first = head.norm_placement == "before" or (
         # The identity: T has no place.
         head.norm_placement == "after" and type(head.transform) is Transform
