@@ -7,7 +7,7 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from tests.support.engines import EnginePool, assert_same, generate, greedy, speculative, stats
-from vllm_adadecode.model.span_module import make_span
+from vllm_adadecode.model.target import make_span
 
 
 def test_compiled_output_equals_vanilla(engines: EnginePool, prompts: list[str]) -> None:

@@ -29,6 +29,7 @@ from tests.support.engines import (
 from tests.support.op_trace import OpTrace, first_difference, traced
 from tests.unit.test_host_loop import (
     EXIT_LAYERS,
+    HALF,
     MAX_SLOTS,
     NUM_LAYERS,
     VOCAB,
@@ -39,11 +40,11 @@ from tests.unit.test_host_loop import (
 )
 from vllm_adadecode.draft.buffers import LoopBuffers, padded_size, pass_states
 from vllm_adadecode.draft.device_loop import DeviceLoop
-from vllm_adadecode.draft.policy import ThresholdPolicy
 from vllm_adadecode.draft.readback import RoundReadback
 from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
 from vllm_adadecode.metrics.counters import Counters
@@ -96,17 +97,15 @@ class PaddedFusedHeads:
         slots: torch.Tensor,
         positions: torch.Tensor,
         draft: int | torch.Tensor,
-        passes_gate: Any,
+        gate_threshold: torch.Tensor | None,
+        in_pass: torch.Tensor,
     ) -> HeadCheck:
         num_rows = len(slots)
-        rows = slots >= 0
-        live = None
-        if passes_gate is not None:
-            gate = torch.full((num_rows,), 2.0)
-            gate[rows] = self.target.gate_probability(exit_index, hidden[rows], residual[rows])
-            live = passes_gate(gate)
-            assert not live[~rows].any(), "a row that is not in the pass was let through"
-        passed = rows if live is None else live
+        assert torch.equal(in_pass, slots >= 0)
+        passed = in_pass.clone()
+        if gate_threshold is not None:
+            gate = self.target.gate_probability(exit_index, hidden[in_pass], residual[in_pass])
+            passed[in_pass] = gate > gate_threshold
         token, p = torch.full((num_rows,), VOCAB), torch.ones(num_rows)
         if passed.any():
             found = FakeFusedHeads(self.target).check(
@@ -116,10 +115,10 @@ class PaddedFusedHeads:
                 slots=slots[passed],
                 positions=positions[passed],
                 draft=draft,
-                passes_gate=None,
+                gate_threshold=None,
             )
             token[passed], p[passed] = found.token, found.p
-        return HeadCheck(token, p, live)
+        return HeadCheck(token, p, passed)
 
 
 class FakeStaticSpans:
@@ -183,8 +182,7 @@ class DeviceRuns:
     """Rounds of one device loop, with what it keeps from one to the next."""
 
     poll: StatusPoll
-    thresholds: tuple[float, ...] = (0.5, 0.5, 0.5)
-    gate_thresholds: tuple[float, ...] | None = None
+    thresholds: ExitThresholds = HALF
 
     def __post_init__(self) -> None:
         self.deferred = DeferredStates(
@@ -200,7 +198,6 @@ class DeviceRuns:
             ),
             self.poll,
         )
-        self.policy = ThresholdPolicy(self.thresholds, self.gate_thresholds)
 
     def draft(
         self,
@@ -226,12 +223,12 @@ class DeviceRuns:
             torch.tensor([target.first_pos[s] for s in slots]),
             torch.tensor(limits),
             torch.tensor([1000 + s for s in slots]),
-            self.policy,
-            self.policy.num_used_exits,
+            self.thresholds,
+            self.thresholds.num_used_exits,
         )
         self.loop.start(
             round_,
-            self.policy,
+            self.thresholds,
             MAX_DRAFTS,
             None if sample is None else SimpleNamespace(sample=sample),  # type: ignore[arg-type]
             PaddedFusedHeads(target) if fused else None,  # type: ignore[arg-type]
@@ -243,9 +240,9 @@ class DeviceRuns:
         assert result.limits.tolist() == limits
         assert result.state is not None
         counters = Counters.create(NUM_LAYERS, EXIT_LAYERS)
-        speculator = SimpleNamespace(counters=counters, model=target, policy=self.policy)
+        speculator = SimpleNamespace(counters=counters, model=target, thresholds=self.thresholds)
         rounds = DeviceRounds(speculator, self.loop)  # type: ignore[arg-type]
-        rounds._count(result, self.policy.num_used_exits)
+        rounds._count(result, self.thresholds.num_used_exits)
         return Run(result.state, target, counters, self.deferred)
 
 
@@ -270,9 +267,11 @@ def assert_equal_rounds(device: Run, host: Run, all_passes: bool) -> None:
 def test_rounds_equal_the_hosts(seed: int, fused: bool, poll: type[StatusPoll]) -> None:
     """Eight rounds on the same buffers, of random batches, limits, confidences and gates."""
     rng = np.random.default_rng(seed)
-    thresholds = tuple(rng.choice([0.3, 0.5, 0.8, 1.0], size=3, p=[0.3, 0.3, 0.3, 0.1]).tolist())
-    gate_thresholds = (0.5, 0.0, 0.5) if seed % 2 else None
-    runs = DeviceRuns(poll(), thresholds, gate_thresholds)
+    thresholds = ExitThresholds.of(
+        rng.choice([0.3, 0.5, 0.8, 1.0], size=3, p=[0.3, 0.3, 0.3, 0.1]).tolist(),
+        (0.5, 0.0, 0.5) if seed % 2 else None,
+    )
+    runs = DeviceRuns(poll(), thresholds)
     drafted = 0
     for _ in range(8):
         shape = (MAX_SLOTS, MAX_DRAFTS, 3)
@@ -293,14 +292,13 @@ def test_rounds_equal_the_hosts(seed: int, fused: bool, poll: type[StatusPoll]) 
             slots=slots,
             thresholds=thresholds,
             gate=gate,
-            gate_thresholds=gate_thresholds,
             fused=fused,
         )
         device = runs.draft(confidence, limits, slots, gate=gate, fused=fused)
         # The first pass runs unpolled.
         assert_equal_rounds(device, host, all_passes=poll is EveryStep or not any(limits))
         drafted += int(host.state.num_drafts.sum())
-    assert drafted > 10 or runs.policy.num_used_exits == 0
+    assert drafted > 10 or thresholds.num_used_exits == 0
 
 
 def test_steps_that_no_row_waits_for_are_skipped() -> None:

@@ -6,6 +6,7 @@ next one does not read, shows as other tokens.
 """
 
 import random
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -146,7 +147,7 @@ def test_output_is_vanillas(
 def test_sampling_is_the_same_as_without_graphs(
     engines: EnginePool, prompts: list[str], loop: str
 ) -> None:
-    """DraftSampler, cached logits and temperatures by request, all the same numbers."""
+    """Draws, cached logits and temperatures by request, all the same numbers."""
     params = [greedy(24, temperature=0.8 if i % 3 else 0.0, seed=i) for i in range(8)]
     spec = {"draft_sample_method": "probabilistic"}
     engine = get_engine(engines, loop, spec=spec)
@@ -185,7 +186,7 @@ def test_a_stale_plan_shows(
 def test_what_does_not_fit_runs_without_graphs(
     engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another policy's exits, and more tokens than any graph has."""
+    """Fewer exits in use, and more tokens than any graph has."""
     fitting: list[bool] = []
     descriptors = VerificationGraphs.descriptors
 
@@ -199,14 +200,14 @@ def test_what_does_not_fit_runs_without_graphs(
 
     def fit_less(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        graphs, policy = speculator.verification_graphs, speculator.policy
-        speculator.fitting = graphs.sizes, policy
+        graphs, thresholds = speculator.verification_graphs, speculator.thresholds
+        speculator.fitting = graphs.sizes, thresholds
         graphs.sizes = graphs.sizes[graphs.sizes <= 4]
-        speculator.policy = type(policy)((1.0, *policy.thresholds[1:]), policy.gate_thresholds)
+        speculator.thresholds = replace(thresholds, confidence=(None, *thresholds.confidence[1:]))
 
     def fit_again(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        speculator.verification_graphs.sizes, speculator.policy = speculator.fitting
+        speculator.verification_graphs.sizes, speculator.thresholds = speculator.fitting
 
     engine.collective_rpc(fit_less)
     try:

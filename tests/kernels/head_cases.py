@@ -37,7 +37,7 @@ def make_head(
 ) -> Any:
     """An LM head whose softmax is neither flat nor a single token."""
     from vllm_adadecode.kernels.head_weight import HeadWeight
-    from vllm_adadecode.model.draft_lm_head import quantize_rows
+    from vllm_adadecode.model.lm_head_rows import quantize_rows
 
     weight = floats(rng, vocab_size, hidden_size, scale=2.0 * hidden_size**-0.5)
     if dtype in (torch.int8, torch.float8_e4m3fn):

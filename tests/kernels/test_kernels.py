@@ -273,7 +273,7 @@ class Expected:
 def account(rows: DraftRows, rng: torch.Generator) -> list[Expected]:
     """The rules of the draft loop for single rows, pass by pass.
 
-    DraftSampler the same answers from ``rng`` as `round_of_steps`.
+    Draws the same answers from ``rng`` as `round_of_steps`.
     """
     num_rows, window = rows.tokens.shape
     num_exits = len(rows.counts)

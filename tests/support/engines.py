@@ -144,11 +144,12 @@ def set_thresholds(engine: LLM, *thresholds: float) -> None:
     """Change the thresholds of a running engine (one, or one per exit)."""
 
     def change(worker: Any) -> None:
-        from vllm_adadecode.draft.policy import ThresholdPolicy
+        from vllm_adadecode.heads.thresholds import ExitThresholds
 
         speculator = worker.model_runner.speculator
         values = thresholds * (len(speculator.model.exit_layers) // len(thresholds))
-        speculator.policy = ThresholdPolicy(values, speculator.policy.gate_thresholds)
+        gates = speculator.speculative_config.gate_threshold
+        speculator.thresholds = ExitThresholds.of(values, gates)
 
     engine.collective_rpc(change)
 

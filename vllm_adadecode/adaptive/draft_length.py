@@ -118,7 +118,7 @@ class AdaptiveDraftLength:
     Args:
         costs: of this target on this machine.
         max_drafts: K, never exceeded.
-        num_exits: exits that the policy uses.
+        num_exits: exits in use.
         share: the first tensor-parallel rank's value of what ranks may see differently.
     """
 

@@ -16,13 +16,13 @@ import torch
 from vllm.v1.utils import record_function_or_nullcontext
 
 from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
-from vllm_adadecode.draft.policy import DraftPolicy, PassesGate
-from vllm_adadecode.draft.sampling import DraftSampler
 from vllm_adadecode.draft.status_poll import StatusPoll
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.answer import note_answers
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_step import draft_step
+from vllm_adadecode.model.draft_sampler import DraftSampler
 from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.model.target import StagedTarget
 from vllm_adadecode.spans.padded import PaddedSpans
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 class DeviceLoop:
     """Drafts with buffers of its own; one round is `begin`, `start`, and `Drafting.finish`.
-
-    Follows policies that stop at the last exit only: whether an earlier head was in doubt or meant
-    to stop is not told apart. Their decisions are held on the device as numbers (`Cutoffs`).
 
     Args:
         buffers: for the largest batch.
@@ -53,7 +50,7 @@ class DeviceLoop:
         self.staged, self.spans, self.deferred = staged, spans, deferred
         self.buffers, self.poll = buffers, poll
         self.max_num_rows = len(buffers.rows.slots)
-        self._loaded: DraftPolicy | None = None
+        self._loaded: ExitThresholds | None = None
 
     def begin(
         self,
@@ -65,47 +62,46 @@ class DeviceLoop:
         limits: torch.Tensor,
         # [n] int64
         last_sampled: torch.Tensor,
-        policy: DraftPolicy,
+        thresholds: ExitThresholds,
         num_exits: int,
     ) -> LoopBuffers:
         """Load a round's requests, all of these on the device; the buffers of their batch size.
 
         Args:
-            num_exits: as many of the policy's exits are used. A row that waits for another has
+            num_exits: so many of the used exits may be. A row that waits for another has
                 stopped.
         """
         num_rows = padded_size(len(slots), self.max_num_rows)
-        round_ = self._first(num_rows, policy, num_exits)
+        round_ = self._first(num_rows, thresholds, num_exits)
         round_.rows.load(slots, first_pos, limits, last_sampled)
         torch._foreach_zero_([round_.checked, round_.asked, round_.passes])
         self.spans.begin(slots, len(round_.rows.slots))
         return round_
 
-    def idle(self, num_rows: int, policy: DraftPolicy) -> LoopBuffers:
+    def idle(self, num_rows: int, thresholds: ExitThresholds) -> LoopBuffers:
         """The buffers of a round without requests: steps on them change nothing that is kept."""
-        round_ = self._first(num_rows, policy, policy.num_used_exits)
+        round_ = self._first(num_rows, thresholds, thresholds.num_used_exits)
         nothing = round_.rows.first_pos[:0]
         round_.rows.load(nothing, nothing, nothing, nothing)
         return round_
 
-    def _first(self, num_rows: int, policy: DraftPolicy, num_exits: int) -> LoopBuffers:
-        self._load_policy(policy)
-        round_ = self.buffers.first(num_rows, policy.num_used_exits)
+    def _first(self, num_rows: int, thresholds: ExitThresholds, num_exits: int) -> LoopBuffers:
+        self._load(thresholds)
+        round_ = self.buffers.first(num_rows, thresholds.num_used_exits)
         round_.status.allowed.fill_(num_exits)
         return round_
 
-    def _load_policy(self, policy: DraftPolicy) -> None:
-        # Another one comes with costs that are measured at start, or in tests: not in every round.
-        if policy is self._loaded:
+    def _load(self, thresholds: ExitThresholds) -> None:
+        # Others come with costs that are measured at start, or in tests: not in every round.
+        if thresholds is self._loaded:
             return
-        self._loaded = policy
-        cutoffs = policy.cutoffs()
-        used = policy.num_used_exits
+        self._loaded = thresholds
         for buffer, values in (
-            (self.buffers.follow, cutoffs.follow),
-            (self.buffers.gate, cutoffs.gate),
+            (self.buffers.accept_above, thresholds.confidence),
+            (self.buffers.gate_above, thresholds.gate),
         ):
-            buffer[:used] = torch.tensor(values[:used])
+            # Nothing is compared with those that are None.
+            buffer[: len(values)] = torch.tensor([0.0 if v is None else v for v in values])
 
     def rehearse(self) -> None:
         """Compile the kernels between passes for every batch size; between rounds only."""
@@ -138,9 +134,9 @@ class DeviceLoop:
     def start(
         self,
         round_: LoopBuffers,
-        policy: DraftPolicy,
+        thresholds: ExitThresholds,
         max_drafts: int,
-        draws: DraftSampler | None,
+        sampler: DraftSampler | None,
         fused: FusedHeads | None,
         captured: "DraftGraphs | None" = None,
     ) -> "Drafting":
@@ -148,13 +144,13 @@ class DeviceLoop:
 
         Args:
             round_: from `begin`; updated.
-            policy: that of `begin`.
+            thresholds: those of `begin`.
             max_drafts: no limit is above it.
-            draws: as for `draft_loop.HostLoop`; None: the most likely token.
+            sampler: draws draft tokens; None: the most likely ones.
             fused: heads by the fused kernels; None: from stored logits.
             captured: graphs that run in place of a step where they have it.
         """
-        steps = Steps(self, round_, policy, draws, fused, self.poll)
+        steps = Steps(self, round_, thresholds, sampler, fused, self.poll)
         return Drafting(self, round_, max_drafts, steps, captured)
 
 
@@ -215,8 +211,8 @@ class Steps:
 
     loop: DeviceLoop
     round_: LoopBuffers
-    policy: DraftPolicy
-    draws: DraftSampler | None
+    thresholds: ExitThresholds
+    sampler: DraftSampler | None
     fused: FusedHeads | None
     poll: StatusPoll | None = None
 
@@ -231,7 +227,7 @@ class Steps:
             # The last step that ran laid out another span's pass, or none.
             self.loop.step(round_, exit_index=None, next_span=0)
         hidden, residual = self._run_span(row_tokens, exit_index)
-        if self.policy.uses(exit_index):
+        if self.thresholds.uses(exit_index):
             with record_function_or_nullcontext(f"adadecode: head {exit_index + 1}"):
                 self._ask(exit_index, hidden, residual)
         else:
@@ -273,11 +269,10 @@ class Steps:
         newest = inputs.newest.clamp(min=0)
         return hidden[newest], residual[newest]
 
-    def _gate_at(self, exit_index: int) -> PassesGate | None:
-        if not self.policy.uses_gate(exit_index):
-            return None
-        above = self.round_.gate[exit_index]
-        return lambda p: p > above
+    def _gate_threshold(self, exit_index: int) -> torch.Tensor | None:
+        """What a gate's probability is compared with, on the device; None: the gate is left out."""
+        uses_gate = self.thresholds.uses_gate(exit_index)
+        return self.round_.gate_above[exit_index] if uses_gate else None
 
     def _ask(
         self,
@@ -303,7 +298,6 @@ class Steps:
         assert self.fused is not None
         round_ = self.round_
         rows = round_.rows
-        gate = self._gate_at(exit_index)
         check = self.fused.check(
             exit_index,
             hidden,
@@ -312,11 +306,11 @@ class Steps:
             slots=torch.where(in_pass, rows.slots, -1),
             positions=rows.first_pos + rows.num_drafts,
             draft=round_.status.offset,
-            passes_gate=None if gate is None else lambda p: gate(p) & in_pass,
+            gate_threshold=self._gate_threshold(exit_index),
+            in_pass=in_pass,
         )
-        live = in_pass if gate is None else check.live
-        assert live is not None
-        self._follow(exit_index, check.token, check.p, live)
+        assert check.live is not None
+        self._follow(exit_index, check.token, check.p, check.live)
 
     def _ask_stored(
         self,
@@ -325,14 +319,14 @@ class Steps:
         residual: torch.Tensor,
         in_pass: torch.Tensor,
     ) -> None:
-        gate = self._gate_at(exit_index)
-        if gate is None:
+        threshold = self._gate_threshold(exit_index)
+        if threshold is None:
             self._head(exit_index, hidden, residual, in_pass)
             return
         # The head may be left out.
         self.round_.confident.zero_()
         p = self.loop.staged.gate_probability(exit_index, hidden, residual)
-        live = gate(p) & in_pass
+        live = (p > threshold) & in_pass
         if self.poll is None or self.poll.any(live):
             self._head(exit_index, hidden, residual, live)
 
@@ -346,12 +340,12 @@ class Steps:
     ) -> None:
         """The head from stored logits, of all rows."""
         staged, rows = self.loop.staged, self.round_.rows
-        if self.draws is None:
+        if self.sampler is None:
             token, p = staged.head_top1(exit_index, hidden, residual)
         else:
             logits, other = staged.head_logits(exit_index, hidden, residual)
             _, p = top1_confidence(logits, other)
-            token = self.draws.sample(
+            token = self.sampler.sample(
                 staged.projection.over_all_tokens(logits),
                 torch.where(live, rows.slots, -1),
                 rows.first_pos + rows.num_drafts,
@@ -381,7 +375,7 @@ def _note(
         p,
         live,
         exit_index,
-        follow=round_.follow,
+        follow=round_.accept_above,
         token_out=round_.token,
         confident=round_.confident,
         checked=round_.checked,

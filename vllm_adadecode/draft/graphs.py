@@ -8,8 +8,8 @@ Which draft a step tries is on the device, so that one graph serves several: a w
 shorter than the step was captured for is padded.
 
 All that a step reads or leaves is in buffers that are made before (buffers.py, deferred
-states, KV cache). Thresholds are among them, so that the policy's numbers are no constants of a
-graph; which exits and gates it uses are, and another policy runs without graphs.
+states, KV cache). Thresholds are among them, so that they are no constants of a graph; which exits
+and gates are used is one, and with others a round runs without graphs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 
 from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
 from vllm_adadecode.draft.device_loop import DeviceLoop, Steps
-from vllm_adadecode.draft.policy import DraftPolicy
+from vllm_adadecode.heads.thresholds import ExitThresholds
 
 # Larger batches draft without graphs, if at all: there the passes, not their launches, take time.
 MOST_ROWS = 32
@@ -39,9 +39,10 @@ class StepDescriptor(BatchExecutionDescriptor):
     exit_index: int = 0
 
 
-def policy_shape(policy: DraftPolicy) -> tuple[tuple[bool, bool], ...]:
-    """What of a policy decides on the operations of a step: heads and gates, by exit."""
-    return tuple((policy.uses(e), policy.uses_gate(e)) for e in range(policy.num_used_exits))
+def used_heads(thresholds: ExitThresholds) -> tuple[tuple[bool, bool], ...]:
+    """What of them decides on the operations of a step: whether there is a head and a gate."""
+    exits = range(thresholds.num_used_exits)
+    return tuple((thresholds.uses(e), thresholds.uses_gate(e)) for e in exits)
 
 
 class DraftGraphs(CudaGraphManager):
@@ -49,7 +50,7 @@ class DraftGraphs(CudaGraphManager):
 
     Args:
         loop: whose they are.
-        policy: with the exits and gates that are captured.
+        thresholds: with the exits and gates that are captured.
         max_drafts: K.
         make_steps: the steps of a round on these buffers, which poll nothing.
     """
@@ -59,13 +60,13 @@ class DraftGraphs(CudaGraphManager):
         vllm_config: VllmConfig,
         device: torch.device,
         loop: DeviceLoop,
-        policy: DraftPolicy,
+        thresholds: ExitThresholds,
         max_drafts: int,
         make_steps: Callable[[LoopBuffers], Steps],
     ) -> None:
-        self.loop, self.policy, self.make_steps = loop, policy, make_steps
+        self.loop, self.thresholds, self.make_steps = loop, thresholds, make_steps
         self.max_drafts = max_drafts
-        self.shape = policy_shape(policy)
+        self.shape = used_heads(thresholds)
         super().__init__(
             vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1 + max_drafts
         )
@@ -107,14 +108,14 @@ class DraftGraphs(CudaGraphManager):
         ) -> Callable[[CUDAGraphMode], None]:
             assert isinstance(desc, StepDescriptor)
             assert desc.num_reqs is not None
-            steps = self.make_steps(self.loop.idle(desc.num_reqs, self.policy))
+            steps = self.make_steps(self.loop.idle(desc.num_reqs, self.thresholds))
             return lambda _: steps.run(desc.row_tokens, desc.exit_index)
 
         self.capture(create_forward, "Capturing drafting")
 
-    def fits(self, policy: DraftPolicy) -> bool:
-        """Whether the steps are this policy's."""
-        return self._graphs_captured and policy_shape(policy) == self.shape
+    def fits(self, thresholds: ExitThresholds) -> bool:
+        """Whether the steps have the heads and gates that these use."""
+        return self._graphs_captured and used_heads(thresholds) == self.shape
 
     def replay_step(self, num_rows: int, offset: int, exit_index: int) -> bool:
         """Run a step; False if it is not captured."""

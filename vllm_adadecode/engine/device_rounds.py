@@ -95,7 +95,7 @@ class DeviceRounds:
     """The speculator's rounds with the loop on the device.
 
     Args:
-        speculator: its deferred states, policy, heads and records are used.
+        speculator: its deferred states, thresholds, heads and records are used.
         keeps_open: whether rounds may stay open; drafts are then not known when `propose` returns.
         num_ranks: of tensor parallelism.
 
@@ -167,7 +167,7 @@ class DeviceRounds:
         """
         self.settle(wait=not self.keeps_open)
         speculator, num_reqs = self.speculator, input_batch.num_reqs
-        policy, max_drafts = speculator.policy, speculator.num_speculative_steps
+        thresholds, max_drafts = speculator.thresholds, speculator.num_speculative_steps
         if num_speculative_tokens is not None:
             max_drafts = min(max_drafts, num_speculative_tokens)
         prefilled = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
@@ -198,11 +198,11 @@ class DeviceRounds:
         speculator.temperature.copy_(temperature)
         speculator.seeds.copy_(seeds)
         heads = speculator.heads(speculator.temperature, speculator.seeds)
-        round_ = self.loop.begin(slots, first_pos, limits, last, policy, exits)
+        round_ = self.loop.begin(slots, first_pos, limits, last, thresholds, exits)
         graphs = speculator.draft_graphs
-        captured = graphs if graphs is not None and graphs.fits(policy) else None
+        captured = graphs if graphs is not None and graphs.fits(thresholds) else None
         with record_function_or_nullcontext("adadecode: draft loop"):
-            this.drafting = self.loop.start(round_, policy, int(caps.max()), *heads, captured)
+            this.drafting = self.loop.start(round_, thresholds, int(caps.max()), *heads, captured)
         this.caps = dict(zip(input_batch.req_ids, caps.tolist(), strict=True))
         if CHECK_KV_BOUNDS:
             this.kv_capacity = speculator.spans.kv_capacity(input_batch.idx_mapping_np)
@@ -349,7 +349,7 @@ class DeviceRounds:
         caps, exits = speculator.allowed(input_batch.req_ids, samples, max_drafts)
         caps[~samples] = 0
         drafting = exits[caps > 0]
-        most = int(drafting.max(initial=0)) or speculator.policy.num_used_exits
+        most = int(drafting.max(initial=0)) or speculator.thresholds.num_used_exits
         return caps, most, bool((drafting == most).all())
 
     def _limits(
@@ -434,21 +434,21 @@ class DeviceRounds:
         """What draft_loop.py counts as it goes, of a round that might use so many exits."""
         assert result.state is not None
         counters, staged = self.speculator.counters, self.speculator.model
-        policy = self.speculator.policy
+        thresholds = self.speculator.thresholds
         for e in range(num_exits):
             start, stop = staged.spans[e]
             counters.draft_layers += (stop - start) * int(result.passes[e])
             # Each token goes through a span once at most.
             tokens = int((result.state.depths > e).sum())
             counters.draft_token_layers += (stop - start) * tokens
-            if not policy.uses(e):
+            if not thresholds.uses(e):
                 continue
             exit_counters = counters.exits[staged.exit_layers[e]]
             visited, drafted = int(result.visited[e]), int(result.drafted[e])
             exit_counters.heads_evaluated += int(result.checked[e])
             exit_counters.head_batches += int(result.asked[e])
             exit_counters.draft_tokens += drafted
-            if policy.uses_gate(e):
+            if thresholds.uses_gate(e):
                 exit_counters.gates_evaluated += visited
             if e + 1 < num_exits:
                 exit_counters.next_exit += visited - drafted

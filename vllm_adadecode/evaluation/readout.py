@@ -109,7 +109,7 @@ class HeadReadout:
             weight = weight[self.draft_vocab]
         if quantization is not None:
             # The engine's rounding, which lives with its LM head and so imports vLLM.
-            from vllm_adadecode.model.draft_lm_head import quantize_rows
+            from vllm_adadecode.model.lm_head_rows import quantize_rows
 
             rows, scales = quantize_rows(weight, quantization)
             weight = (rows.float() * scales[:, None]).to(weight.dtype)
