@@ -79,7 +79,7 @@ def test_heads_that_fit(target: Path, capsys: Capture) -> None:
     assert result["exit_layers"] == [1, 3]
     assert result["confidence_threshold"] == [0.5, 0.75]
     assert result["num_speculative_tokens"] == 5
-    assert (result["transform"], result["rank"], result["norm"]) == ("low_rank", 4, "none")
+    assert (result["transform"], result["rank"], result["norm"]) == ("low_rank", 4, "after")
     assert result["num_parameters"] == config.num_parameters
     total = sum(tensor.numel() for tensor in torch_tensors(target / "model.safetensors").values())
     assert result["share_of_target"] == pytest.approx(config.num_parameters / total)

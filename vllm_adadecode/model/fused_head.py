@@ -171,10 +171,8 @@ def fused_features(
     if passes_gate is not None:
         assert head.gate_weight is not None, "the policy asks for a gate that the heads do not have"
         parts = {"gate_weight": head.gate_weight, "gate_bias": head.gate_bias}
-    norm_is_first = head.norm_placement == "before" or (
-        # The identity: T has no place.
-        head.norm_placement == "after" and type(head.transform) is Transform
-    )
+    # The identity: T has no place.
+    norm_is_first = head.norm_placement == "before" or type(head.transform) is Transform
     if norm_is_first and _is_plain(norm):
         parts |= {"norm_weight": norm.weight, "norm_eps": norm.variance_epsilon}
         x, probability = head_input(hidden, residual, **parts)
