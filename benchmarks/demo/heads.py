@@ -24,7 +24,6 @@ from vllm_adadecode.evaluation.session import Session, open_session
 from vllm_adadecode.evaluation.timing import choose_costs
 from vllm_adadecode.heads import HeadsConfig
 from vllm_adadecode.training.card import CARD_NAME, make_card
-from vllm_adadecode.training.losses import Loss
 from vllm_adadecode.training.request import DataSettings, HeadSettings, Request
 from vllm_adadecode.training.run import run_training
 from vllm_adadecode.training.sequences import Sequence as TokenSequence
@@ -85,7 +84,7 @@ def train_heads(
             draft_vocab_size=heads.draft_vocab_size,
         ),
         training=TrainSettings(
-            loss=Loss(temperature=heads.temperature),
+            loss_temperature=heads.temperature,
             learning_rate=heads.rate,
             epochs=heads.epochs,
             seed=recipe.seed,

@@ -131,7 +131,7 @@ def assert_same(found: Any, expected: Any) -> None:
     assert (found.token.dtype, found.p.dtype) == (torch.int64, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("extra", [{}, {"soft_cap": 3.0, "logit_scale": 0.5}])
 def test_head_confidence(rng: torch.Generator, dtype: torch.dtype, extra: dict[str, Any]) -> None:
     head = head_cases.make_head(rng, 300, 64, dtype, **extra)

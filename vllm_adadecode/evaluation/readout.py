@@ -111,6 +111,6 @@ class HeadReadout:
             # The engine's rounding, which lives with its LM head and so imports vLLM.
             from vllm_adadecode.model.lm_head_rows import quantize_rows
 
-            rows, scales = quantize_rows(weight, quantization)
+            rows, scales = quantize_rows(weight)
             weight = (rows.float() * scales[:, None]).to(weight.dtype)
         return weight

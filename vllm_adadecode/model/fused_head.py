@@ -176,10 +176,8 @@ def fused_features(
         assert head.gate_weight is not None, "a gate threshold for heads that have no gate"
         parts = {"gate_weight": head.gate_weight, "gate_bias": head.gate_bias}
         parts["gate_eps"] = GATE_NORM_EPS
-    norm_is_first = head.norm_placement == "before" or (
-        # The identity: T has no place.
-        head.norm_placement == "after" and type(head.transform) is Transform
-    )
+    # The identity: T has no place.
+    norm_is_first = head.norm_placement == "before" or type(head.transform) is Transform
     if norm_is_first and _is_plain(norm):
         parts |= {"norm_weight": norm.weight, "norm_eps": norm.variance_epsilon}
         x, probability = head_input(hidden, residual, **parts)
