@@ -18,10 +18,10 @@ from benchmarks.demo.recipe import HeadRecipe, Recipe
 from benchmarks.demo.stages import Tokens, native_bf16, rows_at
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.calibrate import Calibration, calibrate, paper_setting
+from vllm_adadecode.evaluation.costs import choose_costs
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
 from vllm_adadecode.evaluation.publish import card_section, publish, with_setting
 from vllm_adadecode.evaluation.session import Session, open_session
-from vllm_adadecode.evaluation.timing import choose_costs
 from vllm_adadecode.heads import HeadsConfig
 from vllm_adadecode.training.card import CARD_NAME, make_card
 from vllm_adadecode.training.request import DataSettings, HeadSettings, Request
