@@ -11,38 +11,6 @@ from typing import Any
 
 Stats = Mapping[str, Any]
 
-# Until the worker itself uses these names.
-_NEW_NAMES = {
-    "tokens_per_verification": "mean_acceptance_length",
-    "acceptance_rate": "draft_acceptance_rate",
-    "layer_passes_per_token": "layers_executed_per_token",
-    "drafted": "draft_tokens",
-    "accepted": "accepted_tokens",
-    "rejected": "rejected_tokens",
-    "promoted": "next_exit",
-    "gated": "gates_evaluated",
-    "checked": "heads_evaluated",
-    "head_passes": "head_batches",
-    "verifications": "verification_steps",
-    "tokens": "generated_tokens",
-    "deferred_batches": "deferred_steps",
-    "plain_batches": "plain_steps",
-    "prefill_batches": "prefill_steps",
-    "open_batches": "overlapped_steps",
-    "mixed_batches": "mixed_steps",
-    "mixed_layer_passes": "mixed_layers",
-    "draft_layer_passes": "draft_layers",
-    "verify_layer_passes": "verification_layers",
-}
-
-
-def renamed(stats: Stats) -> dict[str, Any]:
-    """A worker's counts under the names that are used here."""
-    return {
-        _NEW_NAMES.get(name, name): renamed(value) if isinstance(value, Mapping) else value
-        for name, value in stats.items()
-    }
-
 
 def total(stats: Sequence[Stats]) -> dict[str, Any]:
     """One snapshot for several of the same server: counts are added, ratios taken anew."""

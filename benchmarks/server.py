@@ -18,7 +18,6 @@ from typing import Any, NoReturn, Self
 import httpx
 import psutil
 
-from benchmarks.counts import renamed
 from vllm_adadecode.errors import AdaDecodeError
 
 START_TIMEOUT_S = 240.0
@@ -179,7 +178,8 @@ class Server:
 
     def stats(self, reset: bool = False) -> dict[str, Any]:
         """What the worker counted (`vllm_adadecode.metrics.counters`); AdaDecode's server only."""
-        return renamed(self.call("adadecode_stats", reset))
+        stats: dict[str, Any] = self.call("adadecode_stats", reset)
+        return stats
 
     def processes(self) -> list[psutil.Process]:
         """The server's process and all that come from it, while it lives."""

@@ -37,7 +37,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class HeadRecipe:
-    """Data, training and settings of the heads; docs/evaluation.md has what else was tried."""
+    """Data, training and settings of the heads; docs/heads.md says what else was tried."""
 
     text: int = 768  # rows of files
     generations: int = 512  # on-policy text: what the heads will see when they draft

@@ -90,7 +90,7 @@ def check(options: argparse.Namespace) -> int:
     if options.quick:
         launches = list({launch.kernel: launch for launch in reversed(launches)}.values())
     compiled: dict[str, list[dict[str, Any]]] = {launch.kernel: [] for launch in launches}
-    work = [(launch, arch) for launch in launches for arch in launch.architectures]
+    work = list(product(launches, of.ARCHITECTURES))
     for launch, architecture in track(work, "compiling", console=console):
         entry = {"architecture": architecture, "variant": launch.variant}
         try:

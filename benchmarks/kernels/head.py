@@ -28,7 +28,7 @@ ROTATED_BYTES = 1 << 30
 FEW_ROWS, MANY_ROWS = 16, 256
 COPY_GOAL, MATMUL_GOAL = 0.85, 0.80
 
-# Weights of an LM head, and row scales beside 8-bit ones.
+# Weights of an LM head, and row scales beside int8 ones.
 Weights = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -38,7 +38,7 @@ class HeadShape:
 
     Attributes:
         rows, vocab_size, hidden_size: of the projection.
-        dtype: of the weights; the rows are bfloat16 beside 8-bit weights.
+        dtype: of the weights; the rows are bfloat16 beside int8 weights.
     """
 
     rows: int
@@ -110,7 +110,7 @@ def median_ms(calls: Sequence[Callable[[], object]]) -> float:
 
 def make_weights(shape: HeadShape) -> list[Weights]:
     """Input sets of an LM head."""
-    from vllm_adadecode.model.draft_lm_head import quantize_rows
+    from vllm_adadecode.model.lm_head_rows import quantize_rows
 
     sets: list[Weights] = []
     for seed in range(shape.num_input_sets):
@@ -119,7 +119,7 @@ def make_weights(shape: HeadShape) -> list[Weights]:
         weight = torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
         weight *= shape.hidden_size**-0.5
         if WEIGHT_BYTES[shape.dtype] == 1:
-            sets.append(quantize_rows(weight, "int8"))
+            sets.append(quantize_rows(weight))
         else:
             sets.append((weight.to(getattr(torch, shape.dtype)), None))
     return sets
@@ -138,7 +138,7 @@ def plain_head(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """The projection alone; 8-bit weights are widened, as torch has no such product."""
+    """The projection alone; int8 weights are widened, as torch has no such product."""
     if scale is None:
         return torch.nn.functional.linear(x, weight)
     return torch.nn.functional.linear(x, weight.to(x.dtype)) * scale

@@ -38,12 +38,10 @@ class Launch:
     Attributes:
         kernel: module and name below ``vllm_adadecode.kernels``.
         variant: what sets it apart from the kernel's other launches.
-        architectures: those it is for.
     """
 
     kernel: str
     variant: str
-    architectures: tuple[str, ...]
     function: Any
     arguments: dict[str, Any]
     options: dict[str, int]
@@ -76,21 +74,17 @@ class _Recorder:
 
 def record() -> list[Launch]:
     """Every launch of `_variants`, each kernel and variant once."""
-    from vllm_adadecode.kernels import projection
     from vllm_adadecode.kernels.launch import REFERENCES
 
     launches: list[Launch] = []
-    for variant, architectures, run in _variants():
+    for variant, run in _variants():
         with ExitStack() as stack:
-            # Where no device answers, wrappers read FP8 as bits.
-            if variant == "fp8":
-                stack.enter_context(patch.object(projection, "fp8_as_bits", lambda _: False))
             for full_name in REFERENCES:
                 module_name, _, attribute = full_name.rpartition(".")
                 module = import_module(module_name)
                 kernel = getattr(module, attribute)
                 short = f"{module_name.rpartition('.')[2]}.{attribute}"
-                make = partial(Launch, short, variant, architectures, kernel)
+                make = partial(Launch, short, variant, kernel)
                 recorder = _Recorder(kernel, lambda *how, make=make: launches.append(make(*how)))
                 stack.enter_context(patch.object(module, attribute, recorder))
             run()
@@ -101,21 +95,21 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
-    """(name, architectures, call of a wrapper)."""
-    from vllm_adadecode.kernels.answer import note_answers
+def _variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call of a wrapper)."""
     from vllm_adadecode.kernels.confidence import head_confidence
     from vllm_adadecode.kernels.deferred import DeferredStates
     from vllm_adadecode.kernels.draft_state import DraftRows, KVBlocks, PassInputs, RoundStatus
     from vllm_adadecode.kernels.draft_step import draft_step
     from vllm_adadecode.kernels.gate import head_input, live_first
+    from vllm_adadecode.kernels.head_results import record_head_results
     from vllm_adadecode.kernels.head_weight import HeadWeight
     from vllm_adadecode.kernels.merge import merge_partials
     from vllm_adadecode.kernels.sampling import head_sample
     from vllm_adadecode.kernels.verification_plan import PassPlans, plan_verification
 
-    everywhere, device = tuple(ARCHITECTURES), torch.device("meta")
-    bf16, fp16, fp32, fp8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+    device = torch.device("meta")
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     int8, int32, int64 = torch.int8, torch.int32, torch.int64
 
     def weight(dtype: torch.dtype, size: int = VOCAB_SIZE, **extra: Any) -> HeadWeight:
@@ -126,19 +120,17 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
         return lambda: head_confidence(_meta(rows, HIDDEN_SIZE, dtype=dtype), of, 0.75, **extra)
 
     for rows in (1, 32, 64, 256):
-        yield f"bfloat16, {rows} rows", everywhere, head(weight(bf16), rows)
-    yield "float16", everywhere, head(weight(fp16), 1, fp16)
-    yield "float32", everywhere, head(weight(fp32), 1, fp32)
-    yield "int8", everywhere, head(weight(int8), 1)
-    yield "int8, 256 rows", everywhere, head(weight(int8), 256)
-    yield "fp8", ("sm_90",), head(weight(fp8), 1)
-    yield "fp8 as bits", everywhere, head(weight(fp8), 1)
+        yield f"bfloat16, {rows} rows", head(weight(bf16), rows)
+    yield "float16", head(weight(fp16), 1, fp16)
+    yield "float32", head(weight(fp32), 1, fp32)
+    yield "int8", head(weight(int8), 1)
+    yield "int8, 256 rows", head(weight(int8), 256)
     draft = weight(bf16, 8192, vocab_ids=_meta(8192, dtype=int64), soft_cap=30.0)
     order, num_live = _meta(16, dtype=int32), _meta(1, dtype=int32)
     gated = head(draft, 16, other=_meta(16, dtype=fp32), order=order, num_live=num_live)
-    yield "draft vocabulary, gate, cap", everywhere, gated
+    yield "draft vocabulary, gate, cap", gated
     partials = _meta(1002, 16, 3, dtype=int32)
-    yield "for the other ranks", everywhere, lambda: merge_partials(partials)
+    yield "for the other ranks", lambda: merge_partials(partials)
 
     def sample(rows: int) -> Callable[[], object]:
         return lambda: head_sample(
@@ -153,30 +145,29 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
             logits_cache_col=_meta(1, dtype=int64),
         )
 
-    yield "draw", everywhere, sample(1)
-    yield "draw, 256 rows", everywhere, sample(256)
+    yield "draw", sample(1)
+    yield "draw, 256 rows", sample(256)
 
     hidden, vector = _meta(16, HIDDEN_SIZE), _meta(HIDDEN_SIZE)
     gate = {"gate_weight": vector.float(), "gate_bias": _meta(1, dtype=fp32)}
     normed = {"norm_weight": vector, "norm_eps": 1e-5}
-    yield "norm and gate", everywhere, lambda: head_input(hidden, hidden, **normed, **gate)
-    gates = _meta(MAX_REQS, dtype=fp32)
-    yield "256 rows", everywhere, lambda: live_first(gates, 0.5)
+    yield "norm and gate", lambda: head_input(hidden, hidden, **normed, **gate)
+    confident = _meta(MAX_REQS, dtype=torch.bool)
+    yield "256 rows", lambda: live_first(confident)
 
     states = DeferredStates(MAX_REQS, WINDOW, HIDDEN_SIZE, bf16, device)
     index = _meta(16, dtype=int64)
-    yield "16 rows", everywhere, lambda: states.store(index, index, hidden, hidden)
-    yield "16 rows", everywhere, lambda: states.gather(index, index, (hidden, hidden))
+    yield "16 rows", lambda: states.store(index, index, hidden, hidden)
+    yield "16 rows", lambda: states.gather(index, index, (hidden, hidden))
 
-    slots, confident = _meta(MAX_REQS, dtype=int64), _meta(MAX_REQS, dtype=torch.bool)
+    slots = _meta(MAX_REQS, dtype=int64)
     kinds = (torch.uint64, int64, int32, torch.bool)
 
     def rows_of_drafts() -> DraftRows:
-        return DraftRows.begin(slots, slots, slots, slots, WINDOW - 1, NUM_EXITS)
+        return DraftRows.empty(MAX_REQS, WINDOW - 1, NUM_EXITS, device)
 
     yield (
         "256 requests",
-        everywhere,
         lambda: draft_step(
             rows_of_drafts(),
             PassInputs.empty(MAX_REQS, WINDOW, 1, device),
@@ -191,23 +182,21 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
     exits = _meta(NUM_EXITS, dtype=int64)
     yield (
         "256 requests",
-        everywhere,
-        lambda: note_answers(
+        lambda: record_head_results(
             slots,
-            gates,
+            _meta(MAX_REQS, dtype=fp32),
             confident,
             1,
-            follow=_meta(NUM_EXITS, dtype=fp32),
+            thresholds=_meta(NUM_EXITS, dtype=fp32),
             token_out=slots,
             confident=confident,
-            checked=exits,
-            asked=exits,
+            heads_evaluated=exits,
+            head_batches=exits,
         ),
     )
     places = MAX_REQS * WINDOW
     yield (
         "256 requests",
-        everywhere,
         lambda: plan_verification(
             PassPlans.empty(1 + NUM_EXITS, places, MAX_REQS, device),
             rows_of_drafts(),
@@ -225,9 +214,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
-    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int8: "*i8",
-    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint64: "*u64",
