@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,19 @@ from rich.console import Console
 
 from benchmarks import costs, pair
 from benchmarks.arguments import make_parser, run
+from benchmarks.costs import Target
 from benchmarks.demo.__main__ import ARGUMENTS
 from benchmarks.pair import Group
 from benchmarks.server import SMALL_ENVIRONMENT
 from benchmarks.tables import Figure, make_console, text
 from benchmarks.widen.build import widen_shown
-from benchmarks.widen.shape import PRESETS
+from benchmarks.widen.plan import PRESETS
 from benchmarks.workload import DEMO_MODEL, Prompt, by_files, dump, load_demo_prompts
 from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.files import write_json
+from vllm_adadecode.heads import HeadsConfig
 from vllm_adadecode.heads.files import read_json
 
 # The draft length that pays depends on the machine, and on what else it does: what is counted here
@@ -88,13 +91,16 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "repeats": options.repeats,
     }
 
-    def figures(group: Group, repeats: int) -> dict[str, Any]:
-        found = pair.figures_of(group, repeats)
-        found["speedup"] = {"vanilla": 1.0, "adadecode": found["speedup"]}
-        return found | {"costs": costs.account(group.stats, target, heads)}
-
-    result = pair.build(groups, differences, TITLES, options.repeats, figures)
+    of_group = partial(figures, target, heads)
+    result = pair.build(groups, differences, TITLES, options.repeats, of_group)
     return result | {"settings": settings}
+
+
+def figures(target: Target, heads: HeadsConfig, group: Group, repeats: int) -> dict[str, Any]:
+    """Those of `pair.figures_of`, and what decoding has cost."""
+    found = pair.figures_of(group, repeats)
+    found["speedup"] = {"vanilla": 1.0, "adadecode": found["speedup"]}
+    return found | {"costs": costs.account(group.stats, target, heads)}
 
 
 def choose(known: Sequence[Prompt], count: int) -> list[Prompt]:

@@ -98,7 +98,11 @@ class Server:
         self.arguments = [self.model, "--host", "127.0.0.1", *flags, *arguments]
         self.environment = environment
         self.client = httpx.Client(
-            base_url=f"http://127.0.0.1:{self.port}", timeout=REQUEST_TIMEOUT_S, trust_env=False
+            base_url=f"http://127.0.0.1:{self.port}",
+            timeout=REQUEST_TIMEOUT_S,
+            trust_env=False,
+            # Less than the server's: a connection that it is closing takes no request.
+            limits=httpx.Limits(keepalive_expiry=1.0),
         )
         self.process: subprocess.Popen[bytes] | None = None
 

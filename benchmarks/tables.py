@@ -1,4 +1,4 @@
-"""The one look of all results: tables in the terminal, and CSV.
+"""The one look of all results: tables in the terminal.
 
 Owns how a figure is shown and what stands in for one that there is not. Results are JSON-ready
 mappings; a figure is found in them by its path of keys.
@@ -6,8 +6,6 @@ mappings; a figure is found in them by its path of keys.
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ Values = Mapping[str, Any]
 
 def make_console() -> Console:
     """Standard output; wide enough for a table where that is a file."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return Console() if sys.stdout.isatty() else Console(width=230)
 
 
 @dataclass(frozen=True)
@@ -81,22 +79,3 @@ def sideways(title: str, figures: Sequence[Figure], results: Mapping[str, Values
     for each in figures:
         made.add_row(each.title, *(each.show(values) for values in results.values()))
     return made
-
-
-def as_csv(rows: Iterable[Values]) -> bytes:
-    """One line a row, plain numbers; what is inside something is named with a dot."""
-    flat = [dict(_flat(row)) for row in rows]
-    names = list(dict.fromkeys(name for values in flat for name in values))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return stream.getvalue().encode()
-
-
-def _flat(values: Values, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

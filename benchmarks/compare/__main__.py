@@ -61,7 +61,6 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", help="of the servers; without a GPU float32, which keeps outputs the same")
     add("--serve-args", default="", help="more arguments of every `vllm serve`, in one string")
     add("--out", type=Path, default=Path("results/compare"), help="folder of the results")
-    add("--retry", action="store_true", help="start again what did not start before")
     add("--report-only", action="store_true", help="of what there is; measure nothing")
     options = parser.parse_args(given)
     if "vanilla" not in options.methods:
@@ -178,9 +177,9 @@ def compare(options: argparse.Namespace) -> int:
     store = open_store(plan, options.out)
     if not options.report_only:
         with counting(console, left=True) as progress:
-            run.run(plan, store, progress, options.retry)
+            run.run(plan, store, progress)
     page = report.write(plan, store, about(plan), console)
-    console.print(f"written to {page.parent}: compare.json, compare.csv, figures; open {page}")
+    console.print(f"written to {page.parent}: compare.json, figures; open {page}")
     return 0
 
 

@@ -75,7 +75,7 @@ def _row(
         method. ``layers_executed_per_token``: of AdaDecode with one request at once, 1 is plain
         decoding. ``identical``, ``compared``: outputs that are vanilla's, of how many; at
         temperature 0 only, and with the same concurrency; vanilla's own are compared with its first
-        repetition. ``peak_memory``: of the server's processes, bytes, the largest. ``failed``:
+        repetition. ``memory_gib``: of the server's processes, the largest. ``failed``:
         requests without an answer.
     """
     of = list(own.values())
@@ -98,7 +98,7 @@ def _row(
         "layers_executed_per_token": total(stats)["layers_executed_per_token"] if stats else None,
         "identical": identical,
         "compared": compared,
-        "peak_memory": max((t.peak_memory for t in turns if t.peak_memory), default=None),
+        "memory_gib": max((t.peak_memory / 2**30 for t in turns if t.peak_memory), default=None),
         "startup_s": _median(t.startup_s for t in turns if t.startup_s is not None),
         "failed": sum(m.failed for m in of),
     }

@@ -90,39 +90,29 @@ def arguments(
     if method.options is None:
         return Arguments(environment=method.environment)
     config: dict[str, Any] = {"method": kind(name), **method.options}
-    folder = drafter if drafter is not None else _beside(target, kind(name))
+    folder = drafter
+    if folder is None and method.drafter is not None:
+        beside = Path(target, method.drafter)
+        if (beside / "config.json").is_file():
+            folder = str(beside)
+        elif method.must_have:
+            raise NotReadyError(f"no drafter in {beside}: {_remedy(name, target)}")
+    own: dict[str, Any] = {}
     if folder is not None:
-        _check_target(name, folder, target)
         config["model"] = folder
-    if method.counted:
-        config["num_speculative_tokens"] = _own_draft_tokens(folder, draft_tokens)
-    config |= options or {}
-    return Arguments(("--speculative-config", json.dumps(config)), method.environment)
-
-
-def _beside(target: str, name: str) -> str | None:
-    """The drafter in the target's folder; None: not there, and not needed."""
-    method = METHODS[name]
-    if method.drafter is None:
-        return None
-    folder = Path(target, method.drafter)
-    if (folder / "config.json").is_file():
-        return str(folder)
-    if not method.must_have:
-        return None
-    raise NotReadyError(f"no drafter in {folder}: {_remedy(name, target)}")
-
-
-def _check_target(name: str, folder: str, target: str) -> None:
-    """Refuse what `benchmarks.baselines` has trained for another model; other drafters do not say
-    what they are for. AdaDecode's heads are refused by the server."""
-    made_with = _read_config(folder).get("provenance") or {}
-    trained_for, found = made_with.get("target_fingerprint"), target_fingerprint(target)
-    if trained_for and found and trained_for != found:
+        path = Path(folder, "config.json")  # not here for one of the hub
+        own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # Drafters of `benchmarks.baselines` say what they are for; heads are refused by the server.
+    trained_for = (own.get("provenance") or {}).get("target_fingerprint")
+    if trained_for and trained_for != (target_fingerprint(target) or trained_for):
         raise NotReadyError(
             f"the drafter in {folder} was trained for another model than {target}: "
             f"{_remedy(name, target)}"
         )
+    if method.counted:
+        config["num_speculative_tokens"] = _own_draft_tokens(own, draft_tokens)
+    config |= options or {}
+    return Arguments(("--speculative-config", json.dumps(config)), method.environment)
 
 
 def _remedy(name: str, target: str) -> str:
@@ -133,18 +123,10 @@ def _remedy(name: str, target: str) -> str:
     )
 
 
-def _own_draft_tokens(folder: str | None, otherwise: int) -> int:
+def _own_draft_tokens(config: Mapping[str, Any], otherwise: int) -> int:
     """What a drafter says itself: Medusa drafts one token with each head, neither more nor fewer,
     and speculators' drafters name a number."""
-    config = {} if folder is None else _read_config(folder)
     if config.get("model_type") == "medusa":
         return int(config["num_heads"])
     proposals = config.get("speculators_config", {}).get("proposal_methods") or [{}]
     return int(proposals[0].get("speculative_tokens", otherwise))
-
-
-def _read_config(folder: str) -> dict[str, Any]:
-    """Of a drafter; empty for one that is not here, as of the hub."""
-    path = Path(folder, "config.json")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return config

@@ -1,4 +1,4 @@
-"""Everything that a comparison leaves behind: tables, JSON, CSV, figures and one HTML page.
+"""Everything that a comparison leaves behind: tables, JSON, figures and one HTML page.
 
 Owns which files there are and the titles of columns. Made of what the store holds, so a run that is
 not finished can be reported on.
@@ -21,7 +21,7 @@ from benchmarks.compare import figures, plots
 from benchmarks.compare.figures import Row
 from benchmarks.compare.run import Plan, Store
 from benchmarks.costs import WASTED
-from benchmarks.tables import NONE, Figure, as_csv, figure, of, table, text
+from benchmarks.tables import NONE, Figure, figure, of, table, text
 from vllm_adadecode.files import write_json, write_whole
 
 
@@ -46,8 +46,8 @@ COUNTS = (
     Figure("as vanilla's", lambda row: of(row, "identical", "compared")),
 )
 COLUMNS = (
-    *WHERE,
     METHOD,
+    *WHERE,
     figure("runner", "{}", "runner"),
     *SPEED,
     figure("TPOT ms, p50 / p99", "{0[p50]:.3g} / {0[p99]:.3g}", "tpot_ms"),
@@ -59,7 +59,7 @@ SERVER_COLUMNS = (
     METHOD,
     figure("runner", "{}", "runner"),
     figure("start s", "{:.0f}", "startup_s"),
-    Figure("memory GiB", lambda row: f"{(row['peak_memory'] or 0) / 2**30:.2f}"),
+    figure("memory GiB", "{:.2f}", "memory_gib"),
 )
 
 
@@ -72,8 +72,8 @@ def _wasted(why: str, name: str) -> Figure:
 
 
 COST_COLUMNS = (
-    *WHERE[:2],
     METHOD,
+    *WHERE[:2],
     Figure("MB a token", lambda row: f"{row['costs']['bytes']['per_token'] / 1e6:.4g}"),
     figure("of vanilla's", "{:.3f}", "costs", "bytes", "of_vanilla"),
     Figure("GFLOP a token", lambda row: f"{row['costs']['flops']['per_token'] / 1e9:.4g}"),
@@ -159,7 +159,6 @@ def write(plan: Plan, store: Store, about: Mapping[str, Any], console: Console) 
         "servers": [asdict(turn) for turn in store.turns.values()],
     }
     write_json(folder / "compare.json", result)
-    write_whole(folder / "compare.csv", as_csv(rows))
     images = plots.draw(rows)
     for name, content in images.items():
         write_whole(folder / name, content)
@@ -172,7 +171,7 @@ def write(plan: Plan, store: Store, about: Mapping[str, Any], console: Console) 
 
 def render(title: str, shown: Sequence[RenderableType], images: Mapping[str, bytes]) -> str:
     """One page that needs no other file: what a terminal would show, and figures."""
-    console = Console(record=True, file=io.StringIO(), width=220)
+    console = Console(record=True, file=io.StringIO(), width=260)
     for part in shown:
         console.print(part, "")
     body = console.export_html(inline_styles=True, code_format="{code}")

@@ -172,18 +172,9 @@ class Store:
             )
 
 
-def run(plan: Plan, store: Store, progress: Progress, retry: bool = False) -> None:
-    """Measure what the store does not have yet.
-
-    A method whose server did not start, now or before, has no further turn. One that was not ready
-    before may be so now.
-
-    Args:
-        retry: start those again that did not start before.
-    """
+def run(plan: Plan, store: Store, progress: Progress) -> None:
+    """Measure what the store does not have yet. A method whose server fails has no further turn."""
     failed: set[str] = set()
-    if not retry:
-        failed = {turn.method for turn in store.turns.values() if turn.error and turn.command}
     task = progress.add_task("taking turns", total=len(plan.turns()))
 
     for repetition, name in plan.turns():

@@ -134,26 +134,6 @@ def export(folder: Path, model: Any, tokenizer: Tokenizer) -> None:
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
 
 
-def card(model: Any, recipe: Recipe, corpus: text.Corpus) -> str:
-    stages = "; then ".join(
-        f"{s.epochs:g} epochs on {len(getattr(corpus, s.files))} files in rows of {s.length} with "
-        f"cross-entropy at every exit layer, weight {s.exit_weight:g}"
-        for s in recipe.stages
-    )
-    made = record() | {"data_sha1": text.digest(corpus)}
-    return CARD.read_text(encoding="utf-8").format(
-        millions=model.num_parameters() / 1e6,
-        layers=recipe.shape.num_hidden_layers,
-        hidden=recipe.shape.hidden_size,
-        vocab=recipe.shape.vocab_size,
-        second=len(corpus.second_stage),
-        train=len(corpus.train),
-        stages=f"Trained with Muon and AdamW: {stages}.",
-        left_out=len(text.HEADS_CHOOSE_FILES + text.HEADS_MEASURE_FILES),
-        made_with="\n".join(f"- {name}: `{value}`" for name, value in made.items()),
-    )
-
-
 def run(
     recipe: Recipe,
     corpus: text.Corpus,
@@ -187,7 +167,10 @@ def run(
         export(folder, model, tokenizer)
         show.console.print("training heads")
         make_heads(build, folder.name, recipe, sequences.name, choosing)
-        (folder / "README.md").write_text(card(model, recipe, corpus), encoding="utf-8")
+        made = record() | {"data_sha1": text.digest(corpus)}
+        lines = "\n".join(f"- {name}: `{value}`" for name, value in made.items())
+        card = CARD.read_text(encoding="utf-8").format(made_with=lines)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     write_whole(prompts_file, dump(prompts).encode())
     show.console.print(f"written: {model_folder}")
 
@@ -198,12 +181,10 @@ def main() -> None:
     parser.add_argument(
         "--build", type=Path, default=ROOT / ".demo-build", help="folder of unfinished work"
     )
-    parser.add_argument("--model", type=Path, default=DEMO_MODEL, help="folder to write")
-    parser.add_argument("--prompts", type=Path, default=DEMO_PROMPTS, help="file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with counting(left=True) as show:
-        run(Recipe(), text.load_corpus(), args.build, args.model, args.prompts, show)
+        run(Recipe(), text.load_corpus(), args.build, DEMO_MODEL, DEMO_PROMPTS, show)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from benchmarks.kernels.__main__ import require_gpu
 from benchmarks.machine import record
 from benchmarks.tables import make_console
 from benchmarks.widen.build import read_config, widen_shown
-from benchmarks.widen.shape import Shape
+from benchmarks.widen.plan import Shape
 from benchmarks.workload import DEMO_MODEL, DEMO_TARGET
 from vllm_adadecode.cli.arguments import json_object
 from vllm_adadecode.cli.progress import counting

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from benchmarks.server import ENVIRONMENT, SMALL_ENVIRONMENT
-from benchmarks.widen.shape import PRESETS, Shape
+from benchmarks.widen.plan import PRESETS, Shape
 
 FLAGS = (
     *("--worker-extension-cls", "benchmarks.gpu_suite.worker.SuiteWorker"),

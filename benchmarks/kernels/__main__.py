@@ -2,7 +2,6 @@
 
     python -m benchmarks.kernels check [--kernel PART OF A NAME]
     python -m benchmarks.kernels times [--rows 1 16] [--vocab 128256] [--hidden 4096]
-    python -m benchmarks.kernels tune [--vocab 128256] [--hidden 4096] [--dtype bfloat16]
 
 `check` needs no GPU: every kernel under Triton's interpreter against its torch reference, over the
 cases of tests/kernels, and compiled for sm_80 and sm_90 at real shapes. results/kernels.json says
@@ -10,10 +9,9 @@ of each whether it is equal in every case that launches it, for which architectu
 launches compile, and the most registers, shared memory and spilled bytes of any. Exit code 1 if one
 is not equal or does not compile.
 
-`times` and `tune` need one. `times` measures the fused head beside torch, torch.compile, a matmul
-and a copy of the same bytes, medians over rotating input sets, into results/kernels_gpu.json.
-`tune` searches block sizes and writes them to kernels/configs. Both write a shape when it is done;
-`times` leaves out what its file has.
+`times` needs one: the fused head beside torch, torch.compile, a matmul and a copy of the same
+bytes, medians over rotating input sets, into results/kernels_gpu.json, which is whole after every
+shape; what it has is not measured again.
 """
 
 from __future__ import annotations
@@ -173,32 +171,10 @@ def times(options: argparse.Namespace) -> int:
     return 0
 
 
-def tune(options: argparse.Namespace) -> int:
-    require_gpu("python -m benchmarks.kernels tune")
-    import torch
-    import triton
-
-    from vllm_adadecode.kernels.tuning import CONFIGS, config_file_name
-
-    device = torch.cuda.get_device_name()
-    for dtype, hidden, vocab in product(options.dtype, options.hidden, options.vocab):
-        shape = HeadShape(1, vocab, hidden, dtype)
-        weights = head.make_weights(shape)
-        measured = {
-            shared: head.time_blocks(shape, weights, shared)
-            for shared in track(head.SHARED, f"V={vocab} d={hidden}")
-        }
-        config = head.choose(measured) | {"triton_version": triton.__version__}
-        path = (options.out or CONFIGS) / config_file_name(vocab, hidden, dtype, device)
-        write_json(path, config)
-        print(f"written to {path}")
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("benchmarks.kernels", __doc__)
     add = parser.add_argument
-    work = {"check": check, "times": times, "tune": tune}
+    work = {"check": check, "times": times}
     add("what", choices=work, help="to do")
     add("--kernel", default="", help="check: only kernels with this in their name")
     add("--no-compare", action="store_true", help="check: compile alone; equal is false")
@@ -208,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--hidden", type=positive, nargs="+", default=head.HIDDEN_SIZES, help="its columns")
     dtypes = list(head.WEIGHT_BYTES)
     add("--dtype", nargs="+", default=["bfloat16"], choices=dtypes, help="of its weights")
-    add("--out", type=Path, help="default: results/kernels.json, results/kernels_gpu.json, configs")
+    add("--out", type=Path, help="default: results/kernels.json, results/kernels_gpu.json")
     options = parser.parse_args(argv)
     return run("kernels", lambda: work[options.what](options), "what was measured is kept")
 

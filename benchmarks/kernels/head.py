@@ -1,5 +1,4 @@
-"""The fused head on a GPU: beside torch, torch.compile, a matmul and a copy of the same bytes; and
-the search for its block sizes.
+"""The fused head on a GPU, beside torch, torch.compile, a matmul and a copy of the same bytes.
 
 Owns the shapes, what must be read there and what counts as fast enough.
 """
@@ -7,9 +6,9 @@ Owns the shapes, what must be read there and what counts as fast enough.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, product
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -144,96 +143,20 @@ def project(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -
     return torch.nn.functional.linear(x, weight.to(x.dtype)) * scale
 
 
-def fused_ms(shape: HeadShape, weights: Sequence[Weights], **options: Any) -> float:
-    """Median milliseconds of the fused head."""
+def measure(shape: HeadShape, weights: Sequence[Weights]) -> dict[str, float]:
+    """Median milliseconds by implementation, see `summarise`."""
     from vllm_adadecode.kernels.confidence import HeadWeight, head_confidence
 
     x, heads = make_rows(shape), [HeadWeight(weight, scale) for weight, scale in weights]
-    return median_ms([partial(head_confidence, x, head, THRESHOLD, **options) for head in heads])
-
-
-def measure(shape: HeadShape, weights: Sequence[Weights]) -> dict[str, float]:
-    """Median milliseconds by implementation, see `summarise`."""
-    x = make_rows(shape)
     compiled = torch.compile(plain_head, dynamic=False)
     # A copy reads and writes: half the bytes move as many as a read of all.
     half = shape.bytes_read // 2
     source = [torch.empty(half, dtype=torch.uint8, device="cuda") for _ in weights]
     target = torch.empty(half, dtype=torch.uint8, device="cuda")
     return {
-        "fused": fused_ms(shape, weights),
+        "fused": median_ms([partial(head_confidence, x, head, THRESHOLD) for head in heads]),
         "torch": median_ms([partial(plain_head, x, *pair) for pair in weights]),
         "compiled": median_ms([partial(compiled, x, *pair) for pair in weights]),
         "matmul": median_ms([partial(project, x, *pair) for pair in weights]),
         "copy": median_ms([partial(target.copy_, part) for part in source]),
     }
-
-
-# --- block sizes ---------------------------------------------------------------------------------
-
-TUNED_ROWS = (16, 32, 64, 128, 256)
-# BLOCK_V, BLOCK_K, num_warps, tiles_per_split: these decide in which order a row's numbers are
-# added, and are chosen once for all numbers of rows.
-Shared = tuple[int, int, int, int]
-# BLOCK_R, num_stages
-Rows = tuple[int, int]
-SHARED: tuple[Shared, ...] = tuple(
-    (v, k, warps, tiles)
-    for v, k, warps, tiles in product((64, 128, 256), (32, 64, 128, 256), (4, 8), (1, 2, 4))
-    if v * k <= 128 * 256
-)
-# Milliseconds by number of rows, then by choice for the rows.
-ByRows = dict[int, dict[Rows, float]]
-
-
-def row_candidates(num_rows: int) -> list[Rows]:
-    """Tile widths that hold the rows, or half of them or a quarter; each with its stages."""
-    widths = {w for w in (num_rows, num_rows // 2, num_rows // 4) if 16 <= w <= 128}
-    return [(width, stages) for width, stages in product(sorted(widths), (2, 3, 4, 5))]
-
-
-def time_blocks(shape: HeadShape, weights: Sequence[Weights], shared: Shared) -> ByRows:
-    """Median milliseconds; infinite where a choice does not fit the GPU."""
-    from triton.runtime.errors import OutOfResources
-
-    from vllm_adadecode.kernels.tuning import HeadBlocks
-
-    def time(num_rows: int, rows: Rows) -> float:
-        (block_v, block_k, num_warps, tiles), (block_r, stages) = shared, rows
-        blocks = HeadBlocks(block_v, block_k, block_r, tiles, num_warps, stages)
-        try:
-            return fused_ms(replace(shape, rows=num_rows), weights, blocks=blocks)
-        except OutOfResources:
-            return float("inf")
-
-    return {n: {rows: time(n, rows) for rows in row_candidates(n)} for n in TUNED_ROWS}
-
-
-def choose(measured: dict[Shared, ByRows]) -> dict[str, Any]:
-    """The config (kernels/tuning.py): the shared choice with the least sum of slow-downs against
-    each number of rows' own best, and its best rows.
-
-    Raises:
-        ValueError: nothing works for all numbers of rows.
-    """
-    best = {
-        shared: {rows: min(times, key=lambda c: times[c]) for rows, times in by_rows.items()}
-        for shared, by_rows in measured.items()
-    }
-
-    def ms(shared: Shared, rows: int) -> float:
-        return measured[shared][rows][best[shared][rows]]
-
-    def cost(shared: Shared) -> float:
-        return sum(ms(shared, rows) / min(ms(s, rows) for s in best) for rows in best[shared])
-
-    # The first of equals, so that a search gives the same answer again.
-    shared = min(best, key=cost)
-    if not cost(shared) < float("inf"):
-        raise ValueError("no block sizes work for all numbers of rows")
-    names = ("BLOCK_V", "BLOCK_K", "num_warps", "tiles_per_split")
-    by_rows = {
-        str(rows): {"BLOCK_R": width, "num_stages": stages}
-        for rows, (width, stages) in sorted(best[shared].items())
-    }
-    return dict(zip(names, shared, strict=True)) | {"rows": by_rows}

@@ -38,8 +38,8 @@ GAMMAS = tuple(round(0.5 + 0.05 * i, 2) for i in range(9))
 NOT_PASSED_ON = ("--methods", "--temperature", "--spec", "--drafter")
 SHARED = """\
 These of `python -m benchmarks.compare`, which its --help explains, are taken as well: --target,
---data, --prompts, --tokens, --chat, --concurrency (here 1), --repetitions, --dtype, --serve-args,
---retry and --report-only."""
+--data, --prompts, --tokens, --chat, --concurrency (here 1), --repetitions, --dtype, --serve-args
+and --report-only."""
 VERDICTS = {True: "yes", False: "NO", None: "not measured"}
 
 
@@ -134,7 +134,7 @@ def experiments(options: argparse.Namespace) -> int:
     store = compare.open_store(plan, options.out)
     if not options.compare.report_only:
         with counting(console, left=True) as progress:
-            run(plan, store, progress, options.compare.retry)
+            run(plan, store, progress)
     about = compare.about(plan)
     report.write(plan, store, about, console)
     rows, _ = figures.rows(plan, store)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks.arguments import make_parser, run
 from benchmarks.widen.build import widen_shown
-from benchmarks.widen.shape import PRESETS
+from benchmarks.widen.plan import PRESETS
 from vllm_adadecode.cli.progress import counting
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

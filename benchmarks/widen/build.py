@@ -16,8 +16,7 @@ from transformers import LlamaConfig
 
 from benchmarks.machine import record
 from benchmarks.widen.heads import widen_config, widen_tensors
-from benchmarks.widen.plan import Plan, make_plan
-from benchmarks.widen.shape import Shape
+from benchmarks.widen.plan import Plan, Shape, make_plan
 from benchmarks.widen.target import Read, wide_tensors, write
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.files import new_folder

@@ -19,7 +19,7 @@ from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from benchmarks.demo.server import Server, ServerError, free_port, vllm_command
+from benchmarks.server import Server, ServerError, free_port, vllm_command
 from tests.support.engines import DEFAULTS, DEMO_MODEL, EnginePool
 
 TOKENS = 48
