@@ -209,11 +209,11 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
             gates,
             confident,
             1,
-            follow=_meta(NUM_EXITS, dtype=torch.float32),
+            accept_above=_meta(NUM_EXITS, dtype=torch.float32),
             token_out=slots,
             confident=confident,
-            checked=exits,
-            asked=exits,
+            head_rows=exits,
+            head_batches=exits,
         ),
     )
     places = MAX_REQS * WINDOW
@@ -227,8 +227,8 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
             query_start_loc=_meta(MAX_REQS + 1, dtype=torch.int32),
             input_ids=_meta(places, dtype=torch.int32),
             seq_lens=_meta(MAX_REQS, dtype=torch.int32),
-            vacant=_meta(places, dtype=torch.bool),
-            num_places=places,
+            is_padding=_meta(places, dtype=torch.bool),
+            num_token_slots=places,
         ),
     )
 
