@@ -129,27 +129,6 @@ class FusedHeads:
         )
         return HeadCheck(drawn.sampled, drawn.head.p, live)
 
-    def warm_up(
-        self,
-        exit_index: int,
-        # [num_rows, hidden_size]
-        hidden: torch.Tensor,
-        # [num_rows, hidden_size]
-        residual: torch.Tensor,
-        gate_threshold: float | None,
-    ) -> None:
-        """The launches of `check`, for rows that belong to no request; nothing is cached."""
-        padding = torch.full((len(hidden),), -1, dtype=torch.int64, device=hidden.device)
-        self.check(
-            exit_index,
-            hidden,
-            residual,
-            slots=padding,
-            positions=torch.zeros_like(padding),
-            draft=0,
-            gate_threshold=gate_threshold,
-        )
-
 
 def fused_features(
     head: EarlyHead,
