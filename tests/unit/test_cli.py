@@ -109,7 +109,7 @@ def test_text_for_people(target: Path, capsys: Capture) -> None:
     heads, _, _ = make_heads(target / "adadecode")
     assert main(["info", str(heads)]) == 0
     text = capsys.readouterr().out
-    for part in ("1, 3 of 4", "0.5, 0.75", "identity + rank 4, final norm not applied", "1,024 ("):
+    for part in ("1, 3 of 4", "0.5, 0.75", "identity + rank 4, final norm after it", "1,024 ("):
         assert part in text
     assert "command" in text
     assert "not ok" not in text

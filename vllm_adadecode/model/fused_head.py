@@ -15,7 +15,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm_adadecode.draft.policy import PassesGate
 from vllm_adadecode.draft.sampling import DraftSampler
 from vllm_adadecode.heads import EarlyHead
-from vllm_adadecode.heads.transform import Transform
+from vllm_adadecode.heads.head import Transform
 from vllm_adadecode.kernels.gate import MAX_ORDERED_ROWS, head_input, live_first
 from vllm_adadecode.kernels.sampling import head_sample
 
