@@ -13,8 +13,7 @@ from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from vllm_adadecode.heads import EarlyHead
-from vllm_adadecode.heads.head import GATE_NORM_EPS
-from vllm_adadecode.heads.transform import Transform
+from vllm_adadecode.heads.head import GATE_NORM_EPS, Transform
 from vllm_adadecode.kernels.gate import MAX_ORDERED_ROWS, head_input, live_first
 from vllm_adadecode.kernels.sampling import head_sample
 from vllm_adadecode.model.draft_sampler import DraftSampler
