@@ -14,9 +14,6 @@ from vllm.utils.math_utils import next_power_of_2
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels.launch import check_matrix, register_references, rows_contiguous
 
-# Inside the root of the gate's norm, whatever the target's own norm adds.
-GATE_NORM_EPS = 1e-6
-
 # More rows than this are not ordered in one program.
 MAX_ORDERED_ROWS = 8192
 
@@ -107,6 +104,7 @@ def head_input(
     norm_eps: float = 0.0,
     gate_weight: torch.Tensor | None = None,
     gate_bias: torch.Tensor | None = None,
+    gate_eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Residual add, norm and gate in one launch; the inputs are left as they are.
 
@@ -118,10 +116,11 @@ def head_input(
         norm_eps: the norm's epsilon.
         gate_weight: ``[hidden_size]``; None: no gate.
         gate_bias: ``[1]``.
+        gate_eps: inside the root of the gate's own norm.
 
     Returns:
-        ``x`` ``[num_rows, hidden_size]`` in the dtype of ``hidden``, and float32 ``[num_rows]``
-        ``sigmoid(w . h / sqrt(mean(h^2) + 1e-6) + b)`` of the sum ``h``, or None without a gate.
+        ``x`` ``[num_rows, hidden_size]`` in the dtype of ``hidden``, and of the sum ``h`` float32
+        ``[num_rows]`` ``sigmoid(w . h / sqrt(mean(h^2) + gate_eps) + b)``, or None without a gate.
     """
     num_rows, hidden_size = hidden.shape
     hidden = rows_contiguous(hidden)
@@ -146,7 +145,7 @@ def head_input(
             float(norm_eps),
             gate_weight,
             gate_bias,
-            GATE_NORM_EPS,
+            float(gate_eps),
             HIDDEN_SIZE=hidden_size,
             BLOCK_D=next_power_of_2(hidden_size),
             num_warps=8 if hidden_size >= 2048 else 4,

@@ -25,11 +25,11 @@ from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.calibrate import calibrate, paper_setting
+from vllm_adadecode.evaluation.costs import choose_costs
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
 from vllm_adadecode.evaluation.metrics import Measurer
 from vllm_adadecode.evaluation.session import Session, open_session
 from vllm_adadecode.evaluation.simulate import Setting
-from vllm_adadecode.evaluation.timing import choose_costs
 from vllm_adadecode.evaluation.trace import Trace
 from vllm_adadecode.files import write_json
 from vllm_adadecode.training.provenance import provenance
@@ -77,14 +77,6 @@ def part(
     metrics = {name: measurer.measure(setting) for name, setting in settings.items()}
     found |= metrics["shipped"].as_dict()
     found |= {name: m.as_dict() for name, m in metrics.items() if name != "shipped"}
-    # The same heads on targets of these shapes: only the share that a head costs is another.
-    found["ideal_speedup_at_other_costs"] = {
-        shape: {
-            name: Measurer(traces, choose_costs(shape, *_of(session))).speedup(setting)
-            for name, setting in settings.items()
-        }
-        for shape in ("8b", "70b")
-    }
     return found
 
 
@@ -135,7 +127,7 @@ def print_report(console: Console, result: Mapping[str, Any]) -> None:
     table = Table(title="Ideal speed-up", title_justify="left")
     for column in ("files", "setting"):
         table.add_column(column, no_wrap=True)
-    for column in ("heads counted", "layers alone", "accepted", "tokens a verif."):
+    for column in ("heads counted", "layers alone", "draft acceptance rate", "acceptance length"):
         table.add_column(column, justify="right")
     parts = {name: result[name] for name in CHOOSING} | dict(result["out_of_domain"])
     for name, found in parts.items():
@@ -146,8 +138,8 @@ def print_report(console: Console, result: Mapping[str, Any]) -> None:
                 setting,
                 f"{m['ideal_speedup_with_head_cost']:.3f}",
                 f"{m['ideal_speedup']:.3f}",
-                "-" if m["acceptance"] is None else f"{m['acceptance']:.1%}",
-                f"{m['tokens_per_verification']:.2f}",
+                "-" if m["draft_acceptance_rate"] is None else f"{m['draft_acceptance_rate']:.1%}",
+                f"{m['mean_acceptance_length']:.2f}",
             )
         table.add_section()
     console.print(table)

@@ -4,7 +4,6 @@ First without an engine, on the hand-made confidences of test_draft_loop.py, whe
 then on the demo target with its heads, gates and draft vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -17,10 +16,11 @@ from vllm import LLM
 
 from tests.support.engines import (
     EnginePool,
+    EveryStep,
     assert_same,
     generate,
     greedy,
-    guard_with,
+    poll_with,
     set_draft_loop,
     speculative,
     stats,
@@ -29,6 +29,7 @@ from tests.support.engines import (
 from tests.support.op_trace import OpTrace, first_difference, traced
 from tests.unit.test_host_loop import (
     EXIT_LAYERS,
+    HALF,
     MAX_SLOTS,
     NUM_LAYERS,
     VOCAB,
@@ -39,11 +40,11 @@ from tests.unit.test_host_loop import (
 )
 from vllm_adadecode.draft.buffers import LoopBuffers, padded_size, pass_states
 from vllm_adadecode.draft.device_loop import DeviceLoop
-from vllm_adadecode.draft.policy import ThresholdPolicy
 from vllm_adadecode.draft.readback import RoundReadback
-from vllm_adadecode.draft.step_guard import AskHost, LeadingGuard, RunAlways
+from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
 from vllm_adadecode.metrics.counters import Counters
@@ -52,7 +53,7 @@ from vllm_adadecode.spans.padded import PaddedSpans
 
 MAX_DRAFTS = 5
 BLOCK = 16
-GUARDS: list[Callable[[], LeadingGuard]] = [AskHost, RunAlways]
+POLLS: list[type[StatusPoll]] = [StatusPoll, EveryStep]
 
 
 # --- without an engine -------------------------------------------------------------------------
@@ -96,17 +97,15 @@ class PaddedFusedHeads:
         slots: torch.Tensor,
         positions: torch.Tensor,
         draft: int | torch.Tensor,
-        passes_gate: Any,
+        gate_threshold: torch.Tensor | None,
+        in_pass: torch.Tensor,
     ) -> HeadCheck:
         num_rows = len(slots)
-        rows = slots >= 0
-        live = None
-        if passes_gate is not None:
-            gate = torch.full((num_rows,), 2.0)
-            gate[rows] = self.target.gate_probability(exit_index, hidden[rows], residual[rows])
-            live = passes_gate(gate)
-            assert not live[~rows].any(), "a row that is not in the pass was let through"
-        passed = rows if live is None else live
+        assert torch.equal(in_pass, slots >= 0)
+        passed = in_pass.clone()
+        if gate_threshold is not None:
+            gate = self.target.gate_probability(exit_index, hidden[in_pass], residual[in_pass])
+            passed[in_pass] = gate > gate_threshold
         token, p = torch.full((num_rows,), VOCAB), torch.ones(num_rows)
         if passed.any():
             found = FakeFusedHeads(self.target).check(
@@ -116,10 +115,10 @@ class PaddedFusedHeads:
                 slots=slots[passed],
                 positions=positions[passed],
                 draft=draft,
-                passes_gate=None,
+                gate_threshold=None,
             )
             token[passed], p[passed] = found.token, found.p
-        return HeadCheck(token, p, live)
+        return HeadCheck(token, p, passed)
 
 
 class FakeStaticSpans:
@@ -182,9 +181,8 @@ class FakeStaticSpans:
 class DeviceRuns:
     """Rounds of one device loop, with what it keeps from one to the next."""
 
-    guard: LeadingGuard
-    thresholds: tuple[float, ...] = (0.5, 0.5, 0.5)
-    gate_thresholds: tuple[float, ...] | None = None
+    poll: StatusPoll
+    thresholds: ExitThresholds = HALF
 
     def __post_init__(self) -> None:
         self.deferred = DeferredStates(
@@ -198,9 +196,8 @@ class DeviceRuns:
             LoopBuffers.empty(
                 MAX_SLOTS, MAX_DRAFTS, len(EXIT_LAYERS), 1, pass_states(self.deferred)
             ),
-            self.guard,
+            self.poll,
         )
-        self.policy = ThresholdPolicy(self.thresholds, self.gate_thresholds)
 
     def draft(
         self,
@@ -220,18 +217,18 @@ class DeviceRuns:
         target = self.target
         target.confidence, target.gate = confidence, gate
         target.first_pos = {slot: 7 + 13 * slot + shift for slot in slots}
-        target.calls, target.checks, target.gate_checks = [], [], []
+        target.calls, target.checks, target.gates_evaluated = [], [], []
         round_ = self.loop.begin(
             torch.tensor(slots),
             torch.tensor([target.first_pos[s] for s in slots]),
             torch.tensor(limits),
             torch.tensor([1000 + s for s in slots]),
-            self.policy,
-            self.policy.num_used_exits,
+            self.thresholds,
+            self.thresholds.num_used_exits,
         )
         self.loop.start(
             round_,
-            self.policy,
+            self.thresholds,
             MAX_DRAFTS,
             None if sample is None else SimpleNamespace(sample=sample),  # type: ignore[arg-type]
             PaddedFusedHeads(target) if fused else None,  # type: ignore[arg-type]
@@ -243,9 +240,9 @@ class DeviceRuns:
         assert result.limits.tolist() == limits
         assert result.state is not None
         counters = Counters.create(NUM_LAYERS, EXIT_LAYERS)
-        speculator = SimpleNamespace(counters=counters, model=target, policy=self.policy)
+        speculator = SimpleNamespace(counters=counters, model=target, thresholds=self.thresholds)
         rounds = DeviceRounds(speculator, self.loop)  # type: ignore[arg-type]
-        rounds._count(result, self.policy.num_used_exits)
+        rounds._count(result, self.thresholds.num_used_exits)
         return Run(result.state, target, counters, self.deferred)
 
 
@@ -260,19 +257,21 @@ def assert_equal_rounds(device: Run, host: Run, all_passes: bool) -> None:
     # The same tokens through the same spans, in the same order.
     assert device.target.calls == host.target.calls
     if all_passes:
-        device.counters.draft_layer_passes = host.counters.draft_layer_passes
+        device.counters.draft_layers = host.counters.draft_layers
     assert device.counters == host.counters
 
 
-@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("poll", POLLS)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_rounds_equal_the_hosts(seed: int, fused: bool, guard: Callable[[], LeadingGuard]) -> None:
+def test_rounds_equal_the_hosts(seed: int, fused: bool, poll: type[StatusPoll]) -> None:
     """Eight rounds on the same buffers, of random batches, limits, confidences and gates."""
     rng = np.random.default_rng(seed)
-    thresholds = tuple(rng.choice([0.3, 0.5, 0.8, 1.0], size=3, p=[0.3, 0.3, 0.3, 0.1]).tolist())
-    gate_thresholds = (0.5, 0.0, 0.5) if seed % 2 else None
-    runs = DeviceRuns(guard(), thresholds, gate_thresholds)
+    thresholds = ExitThresholds.of(
+        rng.choice([0.3, 0.5, 0.8, 1.0], size=3, p=[0.3, 0.3, 0.3, 0.1]).tolist(),
+        (0.5, 0.0, 0.5) if seed % 2 else None,
+    )
+    runs = DeviceRuns(poll(), thresholds)
     drafted = 0
     for _ in range(8):
         shape = (MAX_SLOTS, MAX_DRAFTS, 3)
@@ -293,32 +292,31 @@ def test_rounds_equal_the_hosts(seed: int, fused: bool, guard: Callable[[], Lead
             slots=slots,
             thresholds=thresholds,
             gate=gate,
-            gate_thresholds=gate_thresholds,
             fused=fused,
         )
         device = runs.draft(confidence, limits, slots, gate=gate, fused=fused)
-        # The first pass is never asked about.
-        assert_equal_rounds(device, host, all_passes=guard is RunAlways or not any(limits))
+        # The first pass runs unpolled.
+        assert_equal_rounds(device, host, all_passes=poll is EveryStep or not any(limits))
         drafted += int(host.state.num_drafts.sum())
-    assert drafted > 10 or runs.policy.num_used_exits == 0
+    assert drafted > 10 or thresholds.num_used_exits == 0
 
 
-def test_a_host_that_asks_skips_what_no_row_waits_for() -> None:
-    asked, always = AskHost(), RunAlways()
-    runs = DeviceRuns(asked).draft(lambda *_: 0.9, [2, 1, 0], [3, 4, 5])
-    # Two passes of span 0 and none deeper. One question after each of them.
+def test_steps_that_no_row_waits_for_are_skipped() -> None:
+    poll = StatusPoll()
+    runs = DeviceRuns(poll).draft(lambda *_: 0.9, [2, 1, 0], [3, 4, 5])
+    # Two passes of span 0 and none deeper. One poll after each of them.
     assert [call.span for call in runs.target.calls] == [0, 0]
-    assert runs.counters.draft_layer_passes == 2 * 2
-    assert asked.synchronisations == 2
-    runs = DeviceRuns(always).draft(lambda *_: 0.9, [2, 1, 0], [3, 4, 5])
+    assert runs.counters.draft_layers == 2 * 2
+    assert poll.synchronisations == 2
+    runs = DeviceRuns(EveryStep()).draft(lambda *_: 0.9, [2, 1, 0], [3, 4, 5])
     # Fifteen passes, all layers before the last exit five times; the tokens are the same.
     assert [call.span for call in runs.target.calls] == [0, 0]
-    assert runs.counters.draft_layer_passes == 5 * 7
+    assert runs.counters.draft_layers == 5 * 7
     assert runs.counters.draft_token_layers == 2 * 3
 
 
-@pytest.mark.parametrize("guard", GUARDS)
-def test_only_rows_in_the_pass_are_drawn_for(guard: Callable[[], LeadingGuard]) -> None:
+@pytest.mark.parametrize("poll", POLLS)
+def test_only_rows_in_the_pass_are_drawn_for(poll: type[StatusPoll]) -> None:
     """A draw caches the logits that verification divides by: of a row that waits, the earlier."""
     drawn: list[tuple[int, int]] = []
 
@@ -332,7 +330,7 @@ def test_only_rows_in_the_pass_are_drawn_for(guard: Callable[[], LeadingGuard]) 
     def confidence(slot: int, offset: int, exit_index: int) -> float:
         return 0.9 if (slot, exit_index) in {(3, 0), (5, 1)} else 0.1
 
-    run = DeviceRuns(guard()).draft(confidence, [2, 2, 1], [3, 5, 6], sample=sample)
+    run = DeviceRuns(poll()).draft(confidence, [2, 2, 1], [3, 5, 6], sample=sample)
     # 3 at once, 5 at its second head, 6 at none of three; then 3 and 5 again.
     assert sorted(drawn) == sorted(
         [(3, 0), (5, 0), (5, 0), (6, 0), (6, 0), (6, 0), (3, 1), (5, 1), (5, 1)]
@@ -435,30 +433,30 @@ def test_every_round_equals_the_hosts(
         found[loop] = rounds_of(engine, prompts[:9], params)
     tokens, windows, counts = found["host"]
     assert len(windows) > 15
-    assert counts["drafted"] > 100
+    assert counts["draft_tokens"] > 100
     assert found["device"][0] == tokens
     assert str(found["device"][1]) == str(windows)
     on_device = dict(found["device"][2])
     # The first pass of a round runs unasked, also where every request is at its end.
-    assert 0 <= on_device["draft_layer_passes"] - counts["draft_layer_passes"] <= 2 * 2
-    for name in ("draft_layer_passes", "layer_passes_per_token"):
+    assert 0 <= on_device["draft_layers"] - counts["draft_layers"] <= 2 * 2
+    for name in ("draft_layers", "layers_executed_per_token"):
         on_device[name] = counts[name]
     assert on_device == counts
-    assert all(e["checked"] for e in counts["exits"].values())
-    assert any(e["gated"] for e in counts["exits"].values())
+    assert all(e["heads_evaluated"] for e in counts["exits"].values())
+    assert any(e["gates_evaluated"] for e in counts["exits"].values())
 
     # Running everything, and booking it as late as may be, changes nothing but the passes.
-    engine.collective_rpc(guard_with(RunAlways()))
+    engine.collective_rpc(poll_with(EveryStep()))
     monkeypatch.setattr(RoundReadback, "has_arrived", lambda _: False)
     try:
         outputs, all_windows, all_counts = rounds_of(engine, prompts[:9], params)
     finally:
-        engine.collective_rpc(guard_with(AskHost()))
+        engine.collective_rpc(poll_with(StatusPoll()))
     assert outputs == tokens
     assert str(all_windows) == str(windows)
     assert all_counts["exits"] == counts["exits"]
     assert all_counts["draft_token_layers"] == counts["draft_token_layers"]
-    assert all_counts["draft_layer_passes"] > counts["draft_layer_passes"]
+    assert all_counts["draft_layers"] > counts["draft_layers"]
 
 
 # --- the same work whatever the data -----------------------------------------------------------
@@ -513,7 +511,7 @@ TRACED = SPEC | {"draft_sample_method": "probabilistic"}
 def always(engines: EnginePool, prompts: list[str]) -> list[Round]:
     """Rounds of 3 and of 2 requests, on the device with all steps."""
     engine = engines.get(speculative_config=speculative(**TRACED, draft_loop="device"))
-    engine.collective_rpc(guard_with(RunAlways()))
+    engine.collective_rpc(poll_with(EveryStep()))
     return [r for n in (3, 2) for r in trace_rounds(engine, prompts[:n], 10)]
 
 
@@ -523,7 +521,7 @@ def test_the_device_is_asked_nothing(engines: EnginePool, always: list[Round]) -
 
 
 def test_the_host_asks_at_every_head(engines: EnginePool, prompts: list[str]) -> None:
-    """The controls: the host's loop, and a host that guards the steps."""
+    """The controls: the host's loop, and a host that polls after each step."""
     engine = engines.get(speculative_config=speculative(**TRACED, draft_loop="device"))
     set_draft_loop(engine, "host")
     try:
@@ -531,8 +529,7 @@ def test_the_host_asks_at_every_head(engines: EnginePool, prompts: list[str]) ->
     finally:
         set_draft_loop(engine, "device")
     assert all(len(r.trace.synchronisations) > 3 for r in rounds)
-    guard = AskHost()
-    engine.collective_rpc(guard_with(guard))
+    engine.collective_rpc(poll_with(StatusPoll()))
     rounds = trace_rounds(engine, prompts[:2], 8)
     reads = [s for r in rounds for s in r.trace.synchronisations if s == "tolist"]
     assert len(reads) > 2 * len(rounds)
@@ -570,12 +567,10 @@ def test_work_does_not_depend_on_data(always: list[Round]) -> None:
     assert first_difference(two.trace.allocated, four.trace.allocated)
 
 
-def test_a_guard_that_asks_makes_work_depend_on_data(
-    engines: EnginePool, prompts: list[str]
-) -> None:
-    """The control: with the host's questions, rounds of one size are not the same work."""
+def test_polls_make_work_depend_on_data(engines: EnginePool, prompts: list[str]) -> None:
+    """The control: with the host's polls, rounds of one size are not the same work."""
     engine = engines.get(speculative_config=speculative(**TRACED, draft_loop="device"))
-    engine.collective_rpc(guard_with(AskHost()))
+    engine.collective_rpc(poll_with(StatusPoll()))
     rounds = trace_rounds(engine, prompts[:2], 8)
     names = {str([name for name, *_ in r.trace.operations]) for r in rounds if r.num_rows == 2}
     assert len(names) > 1
@@ -604,4 +599,4 @@ def test_output_is_vanillas_in_crowded_batches(
     vanilla = engines.get()
     assert_same(vanilla, outputs, generate(vanilla, prompts[:9], params))
     counts = stats(engine)
-    assert min(counts["mixed_batches"], counts["deferred_batches"]) > 5
+    assert min(counts["mixed_steps"], counts["deferred_steps"]) > 5

@@ -6,6 +6,7 @@ next one does not read, shows as other tokens.
 """
 
 import random
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,9 +26,8 @@ from tests.support.engines import (
     token_ids,
 )
 from tests.support.recorded_graphs import RecordedGraph, graphs_are_recorded
-from vllm_adadecode import config
 from vllm_adadecode.engine import speculator as proposer
-from vllm_adadecode.verify.graphs import VerificationGraphs, graph_sizes, whole_sizes
+from vllm_adadecode.verify.graphs import VerificationGraphs, graph_sizes
 from vllm_adadecode.verify.passes import VerificationPasses
 
 SIZES = [1, 2, 4, 8, 16, 32, 48]
@@ -110,8 +110,7 @@ def pause_now_and_then(worker: Any) -> None:
 def get_engine(engines: EnginePool, loop: str, **options: Any) -> LLM:
     """One with captured graphs."""
     spec = speculative(**SPEC, draft_loop=loop, **options.pop("spec", {}))
-    with patch.object(config, "check_conditional_nodes"):
-        engine = engines.get(speculative_config=spec, **CROWDED, **options)
+    engine = engines.get(speculative_config=spec, **CROWDED, **options)
     if not engine.collective_rpc(lambda worker: hasattr(worker.model_runner, "replays"))[0]:
         engine.collective_rpc(capture)
         engine.collective_rpc(pause_now_and_then)
@@ -121,7 +120,7 @@ def get_engine(engines: EnginePool, loop: str, **options: Any) -> LLM:
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("loop", ["host", "device", "graph"])
+@pytest.mark.parametrize("loop", ["host", "device"])
 def test_output_is_vanillas(
     engines: EnginePool, prompts: list[str], loop: str, async_scheduling: bool
 ) -> None:
@@ -132,30 +131,23 @@ def test_output_is_vanillas(
     vanilla = engines.get()
     assert_same(vanilla, outputs, generate(vanilla, prompts[:12], params))
     counts, replayed = stats(engine), replays(engine)
-    assert counts["acceptance_rate"] > 0.5
-    rounds = counts["deferred_batches"]
+    assert counts["draft_acceptance_rate"] > 0.5
+    rounds = counts["deferred_steps"]
     assert rounds > 10
     # Each round without a depth or prefill is vLLM's; but one that nobody knew to have no drafts.
-    unseen = counts["plain_batches"] - replayed["all layers"]
+    unseen = counts["plain_steps"] - replayed["all layers"]
     assert unseen in (range(3) if async_scheduling and loop != "host" else [0])
     assert replayed["all layers"] > 4
     assert replayed["draft"] == 0 if loop == "host" else replayed["draft"] >= rounds
-    if loop == "graph":
-        # A graph a round, whatever runs in it.
-        assert replayed["draft"] < 2 * rounds
-    if loop == "graph" and async_scheduling:
-        # And most often another one for its verification.
-        assert rounds <= replayed["verification"] < 2 * rounds
-    else:
-        # Each other one takes the last span, and most take others.
-        assert replayed["verification"] > 1.5 * rounds
+    # Each takes the last span, and most take others.
+    assert replayed["verification"] > 1.5 * rounds
 
 
-@pytest.mark.parametrize("loop", ["host", "device", "graph"])
+@pytest.mark.parametrize("loop", ["host", "device"])
 def test_sampling_is_the_same_as_without_graphs(
     engines: EnginePool, prompts: list[str], loop: str
 ) -> None:
-    """DraftSampler, cached logits and temperatures by request, all the same numbers."""
+    """Draws, cached logits and temperatures by request, all the same numbers."""
     params = [greedy(24, temperature=0.8 if i % 3 else 0.0, seed=i) for i in range(8)]
     spec = {"draft_sample_method": "probabilistic"}
     engine = get_engine(engines, loop, spec=spec)
@@ -194,7 +186,7 @@ def test_a_stale_plan_shows(
 def test_what_does_not_fit_runs_without_graphs(
     engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another policy's exits, and more tokens than any graph has."""
+    """Fewer exits in use, and more tokens than any graph has."""
     fitting: list[bool] = []
     descriptors = VerificationGraphs.descriptors
 
@@ -208,14 +200,14 @@ def test_what_does_not_fit_runs_without_graphs(
 
     def fit_less(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        graphs, policy = speculator.verification_graphs, speculator.policy
-        speculator.fitting = graphs.sizes, policy
+        graphs, thresholds = speculator.verification_graphs, speculator.thresholds
+        speculator.fitting = graphs.sizes, thresholds
         graphs.sizes = graphs.sizes[graphs.sizes <= 4]
-        speculator.policy = type(policy)((1.0, *policy.thresholds[1:]), policy.gate_thresholds)
+        speculator.thresholds = replace(thresholds, confidence=(None, *thresholds.confidence[1:]))
 
     def fit_again(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        speculator.verification_graphs.sizes, speculator.policy = speculator.fitting
+        speculator.verification_graphs.sizes, speculator.thresholds = speculator.fitting
 
     engine.collective_rpc(fit_less)
     try:
@@ -224,7 +216,7 @@ def test_what_does_not_fit_runs_without_graphs(
         engine.collective_rpc(fit_again)
     vanilla = engines.get()
     assert_same(vanilla, outputs, generate(vanilla, prompts[:6], greedy(24)))
-    assert stats(engine)["drafted"] > 20
+    assert stats(engine)["draft_tokens"] > 20
     assert replays(engine)["draft"] == 0
     assert {True, False} == set(fitting)
     assert replays(engine)["verification"] >= sum(fitting)
@@ -250,8 +242,3 @@ def test_graph_sizes() -> None:
     assert graph_sizes(sizes, 48) == [1, 2, 4, 8, 16, 24, 32, 40, 48]
     assert graph_sizes(sizes, 300)[-4:] == [152, 192, 240, 256]
     assert graph_sizes(sizes, 0) == graph_sizes([], 48) == []
-    # The largest batch is padded to the next size.
-    assert whole_sizes([8, 16, 24, 32, 40, 56, 72], 48) == [8, 16, 24, 32, 40, 56]
-    assert whole_sizes([8, 16, 24], 16) == [8, 16]
-    assert whole_sizes([8, 16], 48) == [8, 16]
-    assert whole_sizes([], 48) == []

@@ -22,11 +22,12 @@ from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from tests.engine.test_graphs import get_engine as graphs_engine
 from tests.support.engines import (
     EnginePool,
+    EveryStep,
     assert_same,
     divergences,
     generate,
     greedy,
-    guard_with,
+    poll_with,
     slow_outputs,
     speculative,
     stats,
@@ -34,10 +35,8 @@ from tests.support.engines import (
 )
 from tests.support.op_trace import traced
 from tests.support.recorded_graphs import RecordedGraph
-from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength
-from vllm_adadecode.adaptive.step_times import LEAST_ROUNDS, Kind
 from vllm_adadecode.draft.readback import RoundReadback
-from vllm_adadecode.draft.step_guard import AskHost, RunAlways
+from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.draft.windows import PendingWindow
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.warmup import launch_kernels
@@ -149,17 +148,17 @@ def test_what_was_verified_is_counted_later(prefill: PrefillPart | None) -> None
     counters = Counters.create(8, (2, 5))
     plan.count(windows, staged, counters)
     assert plan.num_places == 9
-    assert (counters.open_batches, counters.plain_batches) == (1, 0)
+    assert (counters.overlapped_steps, counters.plain_steps) == (1, 0)
     assert counters.deferred_tokens == 5
     if prefill is None:
-        assert (counters.deferred_batches, counters.prefill_batches) == (1, 0)
+        assert (counters.deferred_steps, counters.prefill_steps) == (1, 0)
         # No token is at depth 0 of those that ran, one at depth 1, and the last span takes all.
-        assert counters.verify_layer_passes == 3 + 3
+        assert counters.verification_layers == 3 + 3
         assert counters.verify_token_layers == 3 * 1 + 3 * 5
     else:
-        assert counters.deferred_batches == counters.verify_layer_passes == 0
-        assert counters.prefill_batches == counters.mixed_batches == 1
-        assert counters.mixed_layer_passes == 8
+        assert counters.deferred_steps == counters.verification_layers == 0
+        assert counters.prefill_steps == counters.mixed_steps == 1
+        assert counters.mixed_layers == 8
         assert counters.mixed_prefill_token_layers == 8 * 7
         assert counters.mixed_verify_token_layers == 3 * 1 + 3 * 5
 
@@ -210,26 +209,32 @@ def test_nothing_but_the_waiting_differs(
             found[name] = everything(outputs), stats(engine, reset=True)
     (seen, counts), (settled_seen, settled_counts) = found["open"], found["settled"]
     assert seen == settled_seen
-    assert settled_counts["open_batches"] == 0
-    decoding = counts["deferred_batches"] + counts["plain_batches"]
-    assert counts["open_batches"] > 0.9 * decoding
-    assert counts["drafted"] > counts["accepted"] > 50
+    assert settled_counts["overlapped_steps"] == 0
+    decoding = counts["deferred_steps"] + counts["plain_steps"]
+    assert counts["overlapped_steps"] > 0.9 * decoding
+    assert counts["draft_tokens"] > counts["accepted_tokens"] > 50
     # Of requests that have ended, drafts that nobody will verify are not made any more.
-    assert counts["drafted"] <= settled_counts["drafted"]
+    assert counts["draft_tokens"] <= settled_counts["draft_tokens"]
     assert_same_counts(counts, settled_counts)
 
 
 def assert_same_counts(counts: dict[str, Any], settled: dict[str, Any]) -> None:
     """Of verification: what is drafted for requests that have ended may differ."""
     for name in (
-        *("verifications", "tokens", "sampled_tokens", "deferred_tokens", "deferred_batches"),
-        *("plain_batches", "prefill_batches", "verify_layer_passes", "verify_token_layers"),
-        *("mixed_batches", "mixed_layer_passes", "mixed_prefill_token_layers"),
-        *("mixed_verify_token_layers", "accepted", "acceptance_rate"),
+        *(
+            "verification_steps",
+            "generated_tokens",
+            "sampled_tokens",
+            "deferred_tokens",
+            "deferred_steps",
+        ),
+        *("plain_steps", "prefill_steps", "verification_layers", "verify_token_layers"),
+        *("mixed_steps", "mixed_layers", "mixed_prefill_token_layers"),
+        *("mixed_verify_token_layers", "accepted_tokens", "draft_acceptance_rate"),
     ):
         assert counts[name] == settled[name], name
     for layer, settled_exit in settled["exits"].items():
-        for name in ("accepted", "rejected"):
+        for name in ("accepted_tokens", "rejected_tokens"):
             assert counts["exits"][layer][name] == settled_exit[name], (layer, name)
 
 
@@ -252,9 +257,9 @@ def test_prompts_go_through_beside_open_rounds(
     # Of a prompt that went through in chunks.
     assert max(len(of_prompt) for *_, of_prompt in seen) > 40
     assert_same_counts(counts, settled_counts)
-    assert counts["mixed_batches"] > 20
-    decoding = counts["deferred_batches"] + counts["plain_batches"]
-    assert counts["open_batches"] > 0.8 * (decoding + counts["mixed_batches"])
+    assert counts["mixed_steps"] > 20
+    decoding = counts["deferred_steps"] + counts["plain_steps"]
+    assert counts["overlapped_steps"] > 0.8 * (decoding + counts["mixed_steps"])
     vanilla = engines.get(**options)
     is_greedy = [i for i, p in enumerate(params) if p.temperature == 0.0]
     reference = generate(vanilla, [texts[i] for i in is_greedy], [params[i] for i in is_greedy])
@@ -304,7 +309,7 @@ def test_backends_that_run_prefill_apart_have_rounds_settled_beside_it(
     finally:
         engine.collective_rpc(take, args=(True,))
     assert_same(vanilla, outputs, generate(vanilla, prompts[:12], params))
-    assert stats(engine)["open_batches"] > 10
+    assert stats(engine)["overlapped_steps"] > 10
 
 
 @pytest.mark.parametrize(("thresholds", "expected"), [((None, None), True), ((None, 1), False)])
@@ -345,7 +350,7 @@ def test_kv_caches_may_be_initialised_twice(engines: EnginePool, prompts: list[s
     params = [greedy(8 + 3 * i) for i in range(6)]
     outputs = generate(engine, prompts[:6], params)
     assert_same(vanilla, outputs, generate(vanilla, prompts[:6], params))
-    assert stats(engine)["open_batches"] > 5
+    assert stats(engine)["overlapped_steps"] > 5
 
 
 def test_greedy_output_is_vanillas_when_outputs_are_late(
@@ -356,7 +361,7 @@ def test_greedy_output_is_vanillas_when_outputs_are_late(
     with slow_outputs():
         outputs = generate(engine, prompts[:10], params)
     assert_same(vanilla, outputs, generate(vanilla, prompts[:10], params))
-    assert stats(engine)["open_batches"] > 10
+    assert stats(engine)["overlapped_steps"] > 10
 
 
 def allow(worker: Any, places: int | None) -> None:
@@ -375,36 +380,13 @@ def test_large_batches_are_not_prepared_for_what_may_not_be_there(
     engine.collective_rpc(allow, args=(2 * 6,))
     try:
         outputs = generate(engine, prompts[:5], greedy(24))
-        assert stats(engine, reset=True)["open_batches"] < 10
+        assert stats(engine, reset=True)["overlapped_steps"] < 10
         outputs += generate(engine, prompts[5:7], greedy(24))
         counts = stats(engine)
     finally:
         engine.collective_rpc(allow, args=(None,))
-    assert counts["open_batches"] > 0.8 * counts["deferred_batches"]
+    assert counts["overlapped_steps"] > 0.8 * counts["deferred_steps"]
     assert_same(vanilla, outputs, generate(vanilla, prompts[:7], greedy(24)))
-
-
-def test_the_budget_times_large_rounds_open_and_settled(
-    engines: EnginePool, prompts: list[str]
-) -> None:
-    engine, vanilla = get_engine(engines, spec={"cost_aware": True}), engines.get()
-    engine.collective_rpc(allow, args=(0,))
-    try:
-        # Whatever drafts bring and cost here.
-        with patch.object(AdaptiveDraftLength, "_best", lambda self, _: self.most):
-            outputs = generate(engine, prompts[:4], greedy(120))
-    finally:
-        engine.collective_rpc(allow, args=(None,))
-    assert_same(vanilla, outputs, generate(vanilla, prompts[:4], greedy(120)))
-
-    def timed(worker: Any) -> dict[Kind, float]:
-        times = worker.model_runner.speculator.draft_length.times
-        return {kind: sums.rounds for (_, kind), sums in times._sums.items()}
-
-    rounds = engine.collective_rpc(timed)[0]
-    assert min(rounds[Kind.SETTLED], rounds[Kind.OPEN]) >= LEAST_ROUNDS
-    counts = stats(engine)
-    assert 3 < counts["open_batches"] < counts["deferred_batches"] - 3
 
 
 def test_requests_that_end_do_not_stop_the_others(engines: EnginePool, prompts: list[str]) -> None:
@@ -426,7 +408,7 @@ def test_requests_that_end_do_not_stop_the_others(engines: EnginePool, prompts: 
     # All but the last, which leaves nobody behind.
     assert len(noted) >= 5
     counts = stats(engine)
-    assert counts["open_batches"] > 0.9 * counts["deferred_batches"]
+    assert counts["overlapped_steps"] > 0.9 * counts["deferred_steps"]
 
 
 def test_attention_is_prepared_once(engines: EnginePool, prompts: list[str]) -> None:
@@ -451,9 +433,9 @@ def test_attention_is_prepared_once(engines: EnginePool, prompts: list[str]) -> 
     finally:
         engine.collective_rpc(lambda worker: worker.model_runner.put_back())
     counts = stats(engine)
-    batches = counts["deferred_batches"] + counts["plain_batches"] + counts["prefill_batches"]
-    assert len(calls) == batches - counts["open_batches"]
-    assert counts["open_batches"] > 10
+    batches = counts["deferred_steps"] + counts["plain_steps"] + counts["prefill_steps"]
+    assert len(calls) == batches - counts["overlapped_steps"]
+    assert counts["overlapped_steps"] > 10
 
 
 def test_one_request_alone_is_verified_unseen(engines: EnginePool, prompts: list[str]) -> None:
@@ -461,18 +443,25 @@ def test_one_request_alone_is_verified_unseen(engines: EnginePool, prompts: list
     outputs = generate(engine, prompts[:4], greedy(48), batch=1)
     counts = stats(engine)
     assert_same(vanilla, outputs, generate(vanilla, prompts[:4], greedy(48), batch=1))
-    assert counts["open_batches"] > 0.8 * (counts["deferred_batches"] + counts["plain_batches"])
+    assert counts["overlapped_steps"] > 0.8 * (counts["deferred_steps"] + counts["plain_steps"])
 
 
-def test_another_guard_gives_the_same(engines: EnginePool, prompts: list[str]) -> None:
-    """All steps, and all spans of every verification: what nobody needs changes nothing."""
+def test_steps_and_passes_that_nobody_needs_change_nothing(
+    engines: EnginePool, prompts: list[str]
+) -> None:
+    """All steps, and in every verification all spans over all token slots."""
+
+    class EverySpan(EveryStep):
+        def pending(self) -> list[int]:
+            return [1000] * len(super().pending())
+
     engine = get_engine(engines)
     expected = token_ids(generate(engine, prompts[:5], greedy(24)))
-    engine.collective_rpc(guard_with(RunAlways()))
+    engine.collective_rpc(poll_with(EverySpan()))
     try:
         assert token_ids(generate(engine, prompts[:5], greedy(24))) == expected
     finally:
-        engine.collective_rpc(guard_with(AskHost()))
+        engine.collective_rpc(poll_with(StatusPoll()))
 
 
 def test_a_grammar_is_asked_about_drafts_that_are_known(
@@ -488,7 +477,7 @@ def test_a_grammar_is_asked_about_drafts_that_are_known(
     reference = generate(vanilla, prompts[:2], [p.clone() for p in params])
     assert_same(vanilla, outputs[1:], reference[1:])
     assert token_ids(outputs)[0] == token_ids(reference)[0]
-    assert stats(engine)["open_batches"] > 3
+    assert stats(engine)["overlapped_steps"] > 3
 
 
 def test_an_open_round_is_dropped_with_its_requests(
@@ -573,15 +562,14 @@ def unwatch(worker: Any) -> list[tuple[bool, list[str]]]:
     return waits
 
 
-@pytest.mark.parametrize("loop", ["device", "graph"])
-def test_nobody_waits_for_a_round(
-    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch, loop: str
+def test_the_host_waits_for_nothing_but_polls(
+    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole round, from one batch to the next; where the host leads, it asks after each step.
+    """A whole round, from one batch to the next, with one poll after each step.
 
     With all graphs, recorded, and with copies that have not come when they are looked for.
     """
-    engine = graphs_engine(engines, loop, async_scheduling=True)
+    engine = graphs_engine(engines, "device", async_scheduling=True)
     # The first of a kind makes what all others read.
     params = [greedy(10 + 3 * i) for i in range(12)]
     generate(engine, prompts[:12], params)
@@ -592,15 +580,11 @@ def test_nobody_waits_for_a_round(
     assert len(waits) > 15
     # Requests that take the seats of others, beside those that decode.
     assert sum(is_new for is_new, _ in waits) >= 3
-    # vLLM's own, and the device's looks at conditions, are not ours.
+    # vLLM's own are not ours.
     ours = [{w for w in of_round if w.startswith("vllm_adadecode/")} for _, of_round in waits]
-    if loop == "graph":
-        assert ours == [set()] * len(waits)
-    else:
-        assert all(len(places) == 1 for places in ours)
-        assert {w.split(":")[0] for places in ours for w in places} == {
-            "vllm_adadecode/draft/step_guard.py"
-        }
+    assert all(len(places) == 1 for places in ours)
+    files = {w.split(":")[0] for places in ours for w in places}
+    assert files == {"vllm_adadecode/draft/status_poll.py"}
 
 
 def test_planning_is_compiled_before_the_first_request(

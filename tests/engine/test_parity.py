@@ -53,7 +53,7 @@ def test_thresholds_and_batch_sizes(
     count = 16 if batch == 1 else len(prompts)
     outputs = generate(engine, prompts[:count], greedy(), batch=batch)
     assert_same(vanilla, outputs, reference[:count])
-    drafted = stats(engine)["drafted"]
+    drafted = stats(engine)["draft_tokens"]
     assert drafted == 0 if threshold == 1.0 else drafted > 100
 
 
@@ -75,7 +75,7 @@ def test_windows_and_exits(
         )
     )
     assert_same(vanilla, generate(engine, prompts, greedy(), batch=4), reference)
-    assert stats(engine)["accepted"] > 100
+    assert stats(engine)["accepted_tokens"] > 100
 
 
 def test_one_threshold_per_exit(
@@ -87,8 +87,8 @@ def test_one_threshold_per_exit(
     stats(engine, reset=True)
     assert_same(vanilla, generate(engine, prompts, greedy(), batch=16), reference)
     exits = stats(engine)["exits"]
-    assert exits["4"]["checked"] == 0
-    assert exits["6"]["drafted"] > 100
+    assert exits["4"]["heads_evaluated"] == 0
+    assert exits["6"]["draft_tokens"] > 100
 
 
 CHUNKED: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 64}
@@ -116,9 +116,9 @@ def test_chunked_prefill_mixes_with_decoding(
     for ours, theirs in zip(outputs, reference, strict=True):
         compare_logprobs(ours, theirs)
     counts = stats(engine)
-    assert counts["prefill_batches"] > 30
-    assert counts["mixed_batches"] > 30
-    assert counts["deferred_batches"] > 10
+    assert counts["prefill_steps"] > 30
+    assert counts["mixed_steps"] > 30
+    assert counts["deferred_steps"] > 10
 
 
 def test_negative_control_shifted_states_beside_prefill(
@@ -186,7 +186,7 @@ def test_preemption(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> No
     assert_same(vanilla, generate(engine, prompts[:8], params), reference)
     preemptions = [m for m in engine.get_metrics() if m.name == "vllm:num_preemptions"]
     assert preemptions[0].value > 0
-    assert stats(engine)["mixed_batches"] > 2
+    assert stats(engine)["mixed_steps"] > 2
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [64, 2048])
@@ -203,8 +203,8 @@ def test_async_scheduling(
     )
     assert_same(vanilla, generate(engine, prompts[:24], params), reference)
     counts = stats(engine)
-    assert counts["deferred_batches"] > 20
-    assert counts["tokens_per_verification"] > 1.5
+    assert counts["deferred_steps"] > 20
+    assert counts["mean_acceptance_length"] > 1.5
 
 
 def test_stop_strings_and_tokens(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
@@ -276,7 +276,7 @@ def test_structured_outputs_equal(engines: EnginePool, vanilla: LLM, prompts: li
         stats(engine, reset=True)
         assert_same(vanilla, generate(engine, prompts[:12], mixed), reference)
     # Six seats for twelve: prefill met pending tokens.
-    assert stats(engine)["mixed_batches"] > 2
+    assert stats(engine)["mixed_steps"] > 2
 
 
 def test_abort_mid_stream(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:

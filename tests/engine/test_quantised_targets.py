@@ -57,9 +57,9 @@ def compare(vanilla: LLM, engine: LLM, prompts: list[str], batch: int = 4) -> li
     outputs = run(engine, prompts, batch)
     assert_same(vanilla, outputs, run(vanilla, prompts, batch), tie_gap=BFLOAT16_TIE)
     counts = stats(engine)
-    assert counts["drafted"] > 100
-    assert counts["acceptance_rate"] > 0.8
-    assert counts["deferred_batches"] > 10
+    assert counts["draft_tokens"] > 100
+    assert counts["draft_acceptance_rate"] > 0.8
+    assert counts["deferred_steps"] > 10
     return outputs
 
 
@@ -95,7 +95,7 @@ def check_reload(engine: LLM, prompts: list[str], outputs: list[Any]) -> None:
     engine.collective_rpc(spoil)
     engine.collective_rpc("reload_weights")
     assert token_ids(run(engine, prompts)) == token_ids(outputs)
-    assert stats(engine)["acceptance_rate"] > 0.8
+    assert stats(engine)["draft_acceptance_rate"] > 0.8
 
 
 def check_control(vanilla: LLM, engine: LLM, prompts: list[str]) -> None:

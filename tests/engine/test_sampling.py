@@ -144,8 +144,8 @@ def check_distribution(
     sequences = sample(engine, **options)
     counts = stats(engine)
     # Both outcomes must have been tried often, or the test would show nothing.
-    assert counts["accepted"] > 2000
-    assert counts["drafted"] - counts["accepted"] > 2000
+    assert counts["accepted_tokens"] > 2000
+    assert counts["draft_tokens"] - counts["accepted_tokens"] > 2000
     score, name = worst(generated(sequences), *probabilities(exact, sequences, process))
     assert score < limit(), f"{name} is {score:.1f} standard deviations off"
     return counts
@@ -218,8 +218,8 @@ def test_tokens_of_open_rounds_follow_the_target(
     engine.collective_rpc(allow_large_batches)
     counts = check_distribution(engine, exact, (0.3, 0.3, 0.25), options, process)
     # Most rounds, and many windows that were not full.
-    assert counts["open_batches"] > 0.6 * counts["deferred_batches"]
-    assert counts["drafted"] < 3.5 * counts["verifications"]
+    assert counts["overlapped_steps"] > 0.6 * counts["deferred_steps"]
+    assert counts["draft_tokens"] < 3.5 * counts["verification_steps"]
 
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["logits", "kernels"])
@@ -274,10 +274,14 @@ def test_a_draft_vocabulary_is_exact_too(
     engine.collective_rpc(use_kernels)
     sequences = sample(engine)
     counts = stats(engine)
-    assert counts["accepted"] > 2000
-    assert counts["drafted"] - counts["accepted"] > 2000
+    assert counts["accepted_tokens"] > 2000
+    assert counts["draft_tokens"] - counts["accepted_tokens"] > 2000
     exits = counts["exits"].values()
-    assert 2000 < sum(e["checked"] for e in exits) < 0.95 * sum(e["gated"] for e in exits)
+    assert (
+        2000
+        < sum(e["heads_evaluated"] for e in exits)
+        < 0.95 * sum(e["gates_evaluated"] for e in exits)
+    )
     score, name = worst(generated(sequences), *probabilities(exact, sequences, softmax))
     assert score < limit(), f"{name} is {score:.1f} standard deviations off"
 

@@ -221,10 +221,10 @@ def test_each_request_as_its_vanilla_reference(
     assert preemptions[0].value > 10
     assert sum((o.num_cached_tokens or 0) > 0 for o in finished.values()) > 10
     counts = stats(engine)
-    assert min(counts["mixed_batches"], counts["deferred_batches"]) > 50
-    assert (counts["open_batches"] > 50) == (loop == "device")
-    assert counts["accepted"] > 700
-    assert counts["drafted"] - counts["accepted"] > 200
+    assert min(counts["mixed_steps"], counts["deferred_steps"]) > 50
+    assert (counts["overlapped_steps"] > 50) == (loop == "device")
+    assert counts["accepted_tokens"] > 700
+    assert counts["draft_tokens"] - counts["accepted_tokens"] > 200
     reasons = {(o.outputs[0].finish_reason, type(o.outputs[0].stop_reason)) for o in ours}
     assert reasons == {
         ("length", type(None)),
@@ -255,8 +255,8 @@ def test_drafts_by_batch_size(
     ours, theirs = [finished[i] for i in chosen], [reference[i] for i in chosen]
     assert_same(vanilla, ours, theirs, [some[i].params for i in chosen])
     counts = stats(engine)
-    assert counts["accepted"] > 120
-    assert counts["plain_batches"] > 10
+    assert counts["accepted_tokens"] > 120
+    assert counts["plain_steps"] > 10
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_seeded_sampling_in_another_schedule(
     again = serve(engine, second)
     preemptions = [m for m in engine.get_metrics() if m.name == "vllm:num_preemptions"]
     assert preemptions[0].value == 0
-    assert stats(engine)["accepted"] > 180
+    assert stats(engine)["accepted_tokens"] > 180
     different = [
         int(i)
         for place, i in enumerate(order)

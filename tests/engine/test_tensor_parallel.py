@@ -137,10 +137,10 @@ def test_ranks_decide_alike(
     assert noted[0] == noted[1]
     assert counts[0] == counts[1]
     drafted = [w for of_round in noted[0] if isinstance(of_round, list) for w in of_round]
-    assert sum(len(exits) for _, _, exits, _ in drafted) == counts[0]["drafted"]
+    assert sum(len(exits) for _, _, exits, _ in drafted) == counts[0]["draft_tokens"]
     if on_device:
         # How much drafting pays on this machine is not known; that it was tried is.
-        assert min(counts[0]["drafted"], counts[0]["open_batches"]) > 5
+        assert min(counts[0]["draft_tokens"], counts[0]["overlapped_steps"]) > 5
     else:
-        assert counts[0]["drafted"] > 100
-        assert min(counts[0]["mixed_batches"], counts[0]["deferred_batches"]) > 5
+        assert counts[0]["draft_tokens"] > 100
+        assert min(counts[0]["mixed_steps"], counts[0]["deferred_steps"]) > 5

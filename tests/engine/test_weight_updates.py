@@ -169,7 +169,7 @@ def test_weights_from_a_trainer(engines: EnginePool, prompts: list[str], tmp_pat
 
     stats(engine, reset=True)
     assert_same(engines.get(changed), generate(engine, spoken, greedy()), after)
-    assert stats(engine)["accepted"] > 50
+    assert stats(engine)["accepted_tokens"] > 50
     update_weights(engine, old)
     assert copy_is_of(engine, old)
     assert_same(engines.get(first), generate(engine, spoken, greedy()), before)
@@ -197,7 +197,7 @@ def test_requests_that_wait(engines: EnginePool, prompts: list[str], what: str) 
     for _ in rounds:
         pass
     assert_same(engines.get(), [FINISHED.pop(f"{what}-{i}") for i in range(NUM_PROMPTS)], reference)
-    assert stats(engine)["accepted"] > 50
+    assert stats(engine)["accepted_tokens"] > 50
 
 
 def test_sleep_mode_is_not_for_a_cpu() -> None:

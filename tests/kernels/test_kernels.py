@@ -131,7 +131,7 @@ def assert_same(found: Any, expected: Any) -> None:
     assert (found.token.dtype, found.p.dtype) == (torch.int64, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("extra", [{}, {"soft_cap": 3.0, "logit_scale": 0.5}])
 def test_head_confidence(rng: torch.Generator, dtype: torch.dtype, extra: dict[str, Any]) -> None:
     head = head_cases.make_head(rng, 300, 64, dtype, **extra)
@@ -273,7 +273,7 @@ class Expected:
 def account(rows: DraftRows, rng: torch.Generator) -> list[Expected]:
     """The rules of the draft loop for single rows, pass by pass.
 
-    DraftSampler the same answers from ``rng`` as `round_of_steps`.
+    Draws the same answers from ``rng`` as `round_of_steps`.
     """
     num_rows, window = rows.tokens.shape
     num_exits = len(rows.counts)
@@ -329,9 +329,7 @@ def test_draft_steps_follow_the_rules(seed: int) -> None:
     for inputs, expected in zip(passes, account(rows, again), strict=True):
         starts, counts = inputs["query_start_loc"], expected.counts
         assert inputs["num_waiting"].tolist() == expected.num_waiting
-        assert inputs["waiting"].tolist() == [n > 0 for n in expected.num_waiting]
         assert inputs["num_pending"].tolist() == expected.num_pending
-        assert inputs["missing"].tolist() == [n > 0 for n in expected.num_pending[:-1]]
         assert starts.diff().tolist() == counts
         total = int(starts[-1])
         assert (inputs["token_slots"][total:] == -1).all()

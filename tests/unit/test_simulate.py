@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -18,12 +16,12 @@ TWO = Setting((0.75, 0.75), max_drafts=2)
 def totals(counts: Counts) -> tuple[int, ...]:
     """tokens, layer passes, head checks, verifications, drafts, accepted"""
     return (
-        counts.tokens,
-        counts.layer_passes,
-        counts.head_checks,
-        counts.verifications,
-        counts.drafts,
-        counts.accepted,
+        counts.generated_tokens,
+        counts.layers_executed,
+        counts.heads_evaluated,
+        counts.verification_steps,
+        counts.draft_tokens,
+        counts.accepted_tokens,
     )
 
 
@@ -32,7 +30,7 @@ class TestCounts:
         # A threshold is to be exceeded; the last token has nothing to draft for.
         counts = simulate([make_trace([[0.1] * 3, [0.75] * 3], [[1] * 3] * 2)], TWO)
         assert totals(counts) == (3, 24, 4, 3, 0, 0)
-        assert counts.acceptance is None
+        assert counts.draft_acceptance_rate is None
 
     def test_confident_and_right_fills_the_window(self) -> None:
         # First exit at positions 0 and 3, second at 1 and 4; a full window checks no head.
@@ -40,8 +38,8 @@ class TestCounts:
         counts = simulate([make_trace(confidence, np.ones((2, 6)))], TWO)
         assert totals(counts) == (6, 2 * (2 + 4 + 8), 2 * (1 + 2), 2, 4, 4)
         assert counts.exits == (ExitCounts(0, 4, 2, 2), ExitCounts(0, 2, 2, 2))
-        assert counts.tokens_per_verification == 3.0
-        assert counts.layer_passes_per_token == 28 / (6 * 8)
+        assert counts.mean_acceptance_length == 3.0
+        assert counts.layers_executed_per_token == 28 / (6 * 8)
 
     def test_drafts_behind_a_wrong_one_are_lost(self) -> None:
         # Drafts at 0 (wrong) and 1; then at 1 and 2, both right.
@@ -76,10 +74,14 @@ class TestCounts:
         counts = simulate([trace], Setting((0.5, 0.5), 5, gate_thresholds=(0.5, 0.5)))
         # Position 0: gate 1 closed, head 2 drafts. Position 1: head 1 drafts. 2: the last token.
         assert counts.exits == (ExitCounts(2, 1, 1, 1), ExitCounts(1, 1, 1, 1))
-        assert (counts.layer_passes, counts.tokens) == (4 + 2 + 8, 3)
+        assert (counts.layers_executed, counts.generated_tokens) == (4 + 2 + 8, 3)
         # All gates closed: every round asks both gates and ends, but for the last token's.
         counts = simulate([trace], Setting((0.5, 0.5), 5, gate_thresholds=(0.95, 0.95)))
-        assert (counts.head_checks, counts.gate_checks, counts.layer_passes) == (0, 4, 24)
+        assert (counts.heads_evaluated, counts.gates_evaluated, counts.layers_executed) == (
+            0,
+            4,
+            24,
+        )
 
     def test_gate_threshold_zero_asks_no_gate(self) -> None:
         # A gate can round to 0.
@@ -89,15 +91,15 @@ class TestCounts:
 
     def test_nan_is_never_confident(self) -> None:
         trace = make_trace([[np.nan] * 3, [np.nan] * 3], np.ones((2, 3)))
-        assert simulate([trace], Setting((0.0, 0.0), 5)).drafts == 0
+        assert simulate([trace], Setting((0.0, 0.0), 5)).draft_tokens == 0
 
 
 def plain_rules(trace: Trace, setting: Setting) -> list[int]:
-    """draft_loop.py, policy.py and scorer.py for one request, pass by pass."""
+    """host_loop.py and verify/forward.py for one request, pass by pass."""
     ends, start, emitted = len(trace.generated), 0, 0
     spans = [b - a for a, b in zip((0, *trace.exit_layers), (*trace.exit_layers, 8), strict=True)]
     num_used = max((i + 1 for i, use in enumerate(setting.used) if use), default=0)
-    passes = head_checks = gate_checks = verifications = drafts = kept = 0
+    passes = heads_evaluated = gates_evaluated = verifications = drafts = kept = 0
     while start < ends:
         depths, right = [0], []
         limit = min(setting.max_drafts, ends - start - 1) if num_used else 0
@@ -110,10 +112,10 @@ def plain_rules(trace: Trace, setting: Setting) -> list[int]:
                     continue
                 at = start + offset
                 if setting.gate_thresholds and setting.gate_thresholds[e] > 0:
-                    gate_checks += 1
+                    gates_evaluated += 1
                     if not trace.gate[e, at] > np.float32(setting.gate_thresholds[e]):
                         continue
-                head_checks += 1
+                heads_evaluated += 1
                 if trace.confidence[e, at] > np.float32(setting.thresholds[e]):
                     right.append(bool(trace.correct[e, at]))
                     depths.append(0)
@@ -126,7 +128,7 @@ def plain_rules(trace: Trace, setting: Setting) -> list[int]:
         verifications, drafts, kept = verifications + 1, drafts + len(right), kept + accepted
         emitted += accepted + 1
         start += accepted + 1
-    return [emitted, passes, head_checks, verifications, drafts, kept, gate_checks]
+    return [emitted, passes, heads_evaluated, verifications, drafts, kept, gates_evaluated]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -139,7 +141,7 @@ def test_counts_are_those_of_the_plain_rules(seed: int) -> None:
         setting = Setting(thresholds, int(rng.integers(1, 8)), gates)
         counts = Simulator(traces).run(setting)
         expected = np.sum([plain_rules(t, setting) for t in traces], axis=0).tolist()
-        assert [*totals(counts), counts.gate_checks] == expected, setting
+        assert [*totals(counts), counts.gates_evaluated] == expected, setting
 
 
 class TestBadInput:
@@ -164,40 +166,3 @@ class TestBadInput:
     def test_settings(self, setting: Setting, message: str) -> None:
         with pytest.raises(AdaDecodeError, match=message):
             simulate([random_trace(0, 3)], setting)
-
-
-class TestTraceFiles:
-    def test_a_trace_survives_the_disk(self, tmp_path: Path) -> None:
-        trace = random_trace(3, 17)
-        loaded = Trace.load(trace.save(tmp_path / "sub" / "a.npz"))
-        assert (loaded.exit_layers, loaded.num_layers) == (trace.exit_layers, trace.num_layers)
-        for name in ("generated", "final", "token", "confidence", "gate", "correct"):
-            np.testing.assert_array_equal(getattr(loaded, name), getattr(trace, name))
-        assert [p.name for p in (tmp_path / "sub").iterdir()] == ["a.npz"]
-
-    def test_pickles_are_not_read(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.npz"
-        np.savez(path, exit_layers=np.array([{}], dtype=object))
-        with pytest.raises(AdaDecodeError, match="is no trace"):
-            Trace.load(path)
-
-    @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04"])
-    def test_damaged_files(self, tmp_path: Path, content: bytes) -> None:
-        path = tmp_path / "a.npz"
-        path.write_bytes(content)
-        with pytest.raises(AdaDecodeError, match="is no trace"):
-            Trace.load(path)
-        with pytest.raises(AdaDecodeError, match="is no trace"):
-            Trace.load(tmp_path / "absent.npz")
-
-    def test_shapes_must_agree(self) -> None:
-        with pytest.raises(AdaDecodeError, match="confidence has shape"):
-            make_trace(np.ones((3, 4)), np.ones((2, 4)))
-        with pytest.raises(AdaDecodeError, match="do not suit 8 layers"):
-            make_trace(np.ones((2, 4)), np.ones((2, 4)), exit_layers=(2, 8))
-
-    def test_some_exits(self) -> None:
-        trace = random_trace(4, 9)
-        np.testing.assert_array_equal(trace.select((2, 6)).confidence, trace.confidence[[0, 2]])
-        with pytest.raises(AdaDecodeError, match="has exits"):
-            trace.select((3,))

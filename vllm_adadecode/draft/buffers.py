@@ -48,7 +48,8 @@ class LoopBuffers:
         asked: int64 ``[num_exits]``, head passes, each of all rows that had their head asked.
         passes: int64 ``[num_exits]``, passes of each span; of the round.
         status: what is left to do.
-        follow, gate: float32 ``[num_exits]``, the policy's `Cutoffs`.
+        accept_above, gate_above: float32 ``[num_exits]``, the numbers of `ExitThresholds`; of no
+            meaning at exits without.
     """
 
     rows: DraftRows
@@ -61,8 +62,8 @@ class LoopBuffers:
     asked: torch.Tensor
     passes: torch.Tensor
     status: RoundStatus
-    follow: torch.Tensor
-    gate: torch.Tensor
+    accept_above: torch.Tensor
+    gate_above: torch.Tensor
 
     @staticmethod
     def empty(
@@ -91,8 +92,8 @@ class LoopBuffers:
             asked=torch.zeros_like(counts),
             passes=torch.zeros_like(counts),
             status=RoundStatus.empty(num_exits, device),
-            follow=torch.zeros_like(counts, dtype=torch.float32),
-            gate=torch.zeros_like(counts, dtype=torch.float32),
+            accept_above=torch.zeros_like(counts, dtype=torch.float32),
+            gate_above=torch.zeros_like(counts, dtype=torch.float32),
         )
 
     def first(self, num_rows: int, num_exits: int) -> "LoopBuffers":
@@ -109,6 +110,6 @@ class LoopBuffers:
             asked=self.asked[:num_exits],
             passes=self.passes[:num_exits],
             status=self.status,
-            follow=self.follow[:num_exits],
-            gate=self.gate[:num_exits],
+            accept_above=self.accept_above[:num_exits],
+            gate_above=self.gate_above[:num_exits],
         )

@@ -4,28 +4,25 @@ Owns the order of passes. Nothing here depends on data: the same calls with the 
 shapes and addresses for every round of a padded batch size, so that a round can be queued without
 waiting for the device, or captured in a graph. A row that has no part in a pass is padding in it.
 
-Requests go in step as in draft_loop.py, and every pass is guarded (step_guard.py): by "some row
-waits for span 0" for each draft, and inside of it by "some row waits for the next span".
-What lies between two guards is a step (`Steps.run`), which may be captured by itself. Where the
-host leads (`Drafting`), it may do something else between the first step and the others.
+Requests go in step as in host_loop.py. A step (`Steps.run`) is a span, its head and the kernel that
+follows, and may be captured by itself. After each one the host polls which is needed next, if any
+(status_poll.py); it may do something else between the first step and the others (`Drafting`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.v1.utils import record_function_or_nullcontext
 
 from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
-from vllm_adadecode.draft.policy import DraftPolicy, PassesGate
-from vllm_adadecode.draft.sampling import DraftSampler
-from vllm_adadecode.draft.step_guard import LeadingGuard, StepGuard
+from vllm_adadecode.draft.status_poll import StatusPoll
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.answer import note_answers
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_step import draft_step
+from vllm_adadecode.model.draft_sampler import DraftSampler
 from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.model.target import StagedTarget
 from vllm_adadecode.spans.padded import PaddedSpans
@@ -37,18 +34,10 @@ if TYPE_CHECKING:
 class DeviceLoop:
     """Drafts with buffers of its own; one round is `begin`, `start`, and `Drafting.finish`.
 
-    Follows policies that stop at the last exit only: whether an earlier head was in doubt or meant
-    to stop is not told apart. Their decisions are held on the device as numbers (`Cutoffs`).
-
     Args:
         buffers: for the largest batch.
-        leader: which steps run where the host leads.
-
-    Attributes:
-        capturing: the guard in place of the leader while something is captured.
+        poll: what the host knows after each step.
     """
-
-    capturing: StepGuard | None = None
 
     def __init__(
         self,
@@ -56,17 +45,12 @@ class DeviceLoop:
         spans: PaddedSpans,
         deferred: DeferredStates,
         buffers: LoopBuffers,
-        leader: LeadingGuard,
+        poll: StatusPoll,
     ) -> None:
         self.staged, self.spans, self.deferred = staged, spans, deferred
-        self.buffers, self.leader = buffers, leader
+        self.buffers, self.poll = buffers, poll
         self.max_num_rows = len(buffers.rows.slots)
-        self._loaded: DraftPolicy | None = None
-
-    @property
-    def guard(self) -> StepGuard:
-        """Of conditions inside of a step, and of steps where the device skips them."""
-        return self.leader if self.capturing is None else self.capturing
+        self._loaded: ExitThresholds | None = None
 
     def begin(
         self,
@@ -78,47 +62,46 @@ class DeviceLoop:
         limits: torch.Tensor,
         # [n] int64
         last_sampled: torch.Tensor,
-        policy: DraftPolicy,
+        thresholds: ExitThresholds,
         num_exits: int,
     ) -> LoopBuffers:
         """Load a round's requests, all of these on the device; the buffers of their batch size.
 
         Args:
-            num_exits: as many of the policy's exits are used. A row that waits for another has
+            num_exits: so many of the used exits may be. A row that waits for another has
                 stopped.
         """
         num_rows = padded_size(len(slots), self.max_num_rows)
-        round_ = self._first(num_rows, policy, num_exits)
+        round_ = self._first(num_rows, thresholds, num_exits)
         round_.rows.load(slots, first_pos, limits, last_sampled)
         torch._foreach_zero_([round_.checked, round_.asked, round_.passes])
         self.spans.begin(slots, len(round_.rows.slots))
         return round_
 
-    def idle(self, num_rows: int, policy: DraftPolicy) -> LoopBuffers:
+    def idle(self, num_rows: int, thresholds: ExitThresholds) -> LoopBuffers:
         """The buffers of a round without requests: steps on them change nothing that is kept."""
-        round_ = self._first(num_rows, policy, policy.num_used_exits)
+        round_ = self._first(num_rows, thresholds, thresholds.num_used_exits)
         nothing = round_.rows.first_pos[:0]
         round_.rows.load(nothing, nothing, nothing, nothing)
         return round_
 
-    def _first(self, num_rows: int, policy: DraftPolicy, num_exits: int) -> LoopBuffers:
-        self._load_policy(policy)
-        round_ = self.buffers.first(num_rows, policy.num_used_exits)
+    def _first(self, num_rows: int, thresholds: ExitThresholds, num_exits: int) -> LoopBuffers:
+        self._load(thresholds)
+        round_ = self.buffers.first(num_rows, thresholds.num_used_exits)
         round_.status.allowed.fill_(num_exits)
         return round_
 
-    def _load_policy(self, policy: DraftPolicy) -> None:
-        # Another one comes with costs that are measured at start, or in tests: not in every round.
-        if policy is self._loaded:
+    def _load(self, thresholds: ExitThresholds) -> None:
+        # Others come with costs that are measured at start, or in tests: not in every round.
+        if thresholds is self._loaded:
             return
-        self._loaded = policy
-        cutoffs = policy.cutoffs()
-        used = policy.num_used_exits
+        self._loaded = thresholds
         for buffer, values in (
-            (self.buffers.follow, cutoffs.follow),
-            (self.buffers.gate, cutoffs.gate),
+            (self.buffers.accept_above, thresholds.confidence),
+            (self.buffers.gate_above, thresholds.gate),
         ):
-            buffer[:used] = torch.tensor(values[:used])
+            # Nothing is compared with those that are None.
+            buffer[: len(values)] = torch.tensor([0.0 if v is None else v for v in values])
 
     def rehearse(self) -> None:
         """Compile the kernels between passes for every batch size; between rounds only."""
@@ -151,59 +134,28 @@ class DeviceLoop:
     def start(
         self,
         round_: LoopBuffers,
-        policy: DraftPolicy,
+        thresholds: ExitThresholds,
         max_drafts: int,
-        draws: DraftSampler | None,
+        sampler: DraftSampler | None,
         fused: FusedHeads | None,
         captured: "DraftGraphs | None" = None,
     ) -> "Drafting":
-        """Queue the first step of a round, or all of them where they are one graph.
+        """Queue the first step of a round.
 
         Args:
             round_: from `begin`; updated.
-            policy: that of `begin`.
+            thresholds: those of `begin`.
             max_drafts: no limit is above it.
-            draws: as for `draft_loop.HostLoop`; None: the most likely token.
+            sampler: draws draft tokens; None: the most likely ones.
             fused: heads by the fused kernels; None: from stored logits.
-            captured: graphs that run in place of a round or a step where they have it.
+            captured: graphs that run in place of a step where they have it.
         """
-        steps = Steps(self, round_, policy, draws, fused)
+        steps = Steps(self, round_, thresholds, sampler, fused, self.poll)
         return Drafting(self, round_, max_drafts, steps, captured)
-
-    def run_steps(
-        self, round_: LoopBuffers, max_drafts: int, step: Callable[[int, int], None]
-    ) -> None:
-        """All steps of a round, each guarded by the device: what may be captured.
-
-        Args:
-            step: `Steps.run`.
-        """
-        for offset in range(max_drafts):
-            self._attempt(round_, step, offset, 0)
-
-    def _attempt(
-        self, round_: LoopBuffers, step: Callable[[int, int], None], offset: int, exit_index: int
-    ) -> None:
-        """Try to predict the token after window offset ``offset``, from this exit on."""
-
-        def go_through() -> None:
-            step(1 + offset, exit_index)
-            if exit_index + 1 < len(round_.rows.counts):
-                self._attempt(round_, step, offset, exit_index + 1)
-
-        if offset == exit_index == 0:
-            # Whoever begins a round knows of a request that may draft.
-            go_through()
-        else:
-            self.guard.when(round_.status.waiting[exit_index], go_through)
 
 
 class Drafting:
-    """A round that has been started: by `DeviceLoop.start`, which says what the arguments are.
-
-    Attributes:
-        led: whether the host leads, step by step; else all is queued, and it knows of nothing.
-    """
+    """A round that has been started: by `DeviceLoop.start`, which says what the arguments are."""
 
     def __init__(
         self,
@@ -216,31 +168,24 @@ class Drafting:
         self.round_ = round_
         self._loop, self._max_drafts, self._captured = loop, max_drafts, captured
         self._num_exits = len(round_.rows.counts)
-        self.led = captured is None or not captured.replay_round(len(round_.rows.slots))
         self._steps: Steps | None = steps
         # Of the last step: window offset and exit.
         self._at = 0, 0
-        if self.led:
-            # Whoever begins a round knows of a request that may draft.
-            self._run(0, 0)
+        # Whoever begins a round knows of a request that may draft.
+        self._run(0, 0)
 
     def finish(self) -> None:
         """Queue all other steps, as many as are needed; to be called once."""
-        while self.led and (following := self._next()) is not None:
+        while (following := self._next()) is not None:
             self._run(*following)
         self._steps = None
 
-    def pending(self) -> list[int] | None:
-        """Tokens that a verification runs in each span, after `finish`; None: see `ask_pending`."""
-        return self._loop.leader.pending() if self.led else None
-
-    def ask_pending(self) -> list[int] | None:
-        """The same, of a round that the host has not led: waits for its end."""
-        self._loop.leader.stepped(self.round_.status)
-        return self._loop.leader.pending()
+    def pending(self) -> list[int]:
+        """Tokens that a verification runs in each span, after `finish`."""
+        return self._loop.poll.pending()
 
     def _next(self) -> tuple[int, int] | None:
-        (offset, exit_index), waits = self._at, self._loop.leader.waits
+        (offset, exit_index), waits = self._at, self._loop.poll.waits
         if exit_index + 1 < self._num_exits and waits(exit_index + 1):
             return offset, exit_index + 1
         if offset + 1 < self._max_drafts and waits(0):
@@ -253,18 +198,23 @@ class Drafting:
         if self._captured is None or not self._captured.replay_step(*place):
             self._steps.run(1 + offset, exit_index)
         self._at = offset, exit_index
-        self._loop.leader.stepped(self.round_.status)
+        self._loop.poll.stepped(self.round_.status)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one round: what runs between two guards, the same whatever the data."""
+    """The steps of one round: what runs between two polls, the same whatever the data.
+
+    Attributes:
+        poll: leaves out heads that no row needs; None while a graph is captured: all of them run.
+    """
 
     loop: DeviceLoop
     round_: LoopBuffers
-    policy: DraftPolicy
-    draws: DraftSampler | None
+    thresholds: ExitThresholds
+    sampler: DraftSampler | None
     fused: FusedHeads | None
+    poll: StatusPoll | None = None
 
     def run(self, row_tokens: int, exit_index: int) -> None:
         """Span and head at this exit for the newest token of each row that waits for it.
@@ -277,7 +227,7 @@ class Steps:
             # The last step that ran laid out another span's pass, or none.
             self.loop.step(round_, exit_index=None, next_span=0)
         hidden, residual = self._run_span(row_tokens, exit_index)
-        if self.policy.uses(exit_index):
+        if self.thresholds.uses(exit_index):
             with record_function_or_nullcontext(f"adadecode: head {exit_index + 1}"):
                 self._ask(exit_index, hidden, residual)
         else:
@@ -319,11 +269,10 @@ class Steps:
         newest = inputs.newest.clamp(min=0)
         return hidden[newest], residual[newest]
 
-    def _gate_at(self, exit_index: int) -> PassesGate | None:
-        if not self.policy.uses_gate(exit_index):
-            return None
-        above = self.round_.gate[exit_index]
-        return lambda p: p > above
+    def _gate_threshold(self, exit_index: int) -> torch.Tensor | None:
+        """What a gate's probability is compared with, on the device; None: the gate is left out."""
+        uses_gate = self.thresholds.uses_gate(exit_index)
+        return self.round_.gate_above[exit_index] if uses_gate else None
 
     def _ask(
         self,
@@ -349,7 +298,6 @@ class Steps:
         assert self.fused is not None
         round_ = self.round_
         rows = round_.rows
-        gate = self._gate_at(exit_index)
         check = self.fused.check(
             exit_index,
             hidden,
@@ -358,11 +306,11 @@ class Steps:
             slots=torch.where(in_pass, rows.slots, -1),
             positions=rows.first_pos + rows.num_drafts,
             draft=round_.status.offset,
-            passes_gate=None if gate is None else lambda p: gate(p) & in_pass,
+            gate_threshold=self._gate_threshold(exit_index),
+            in_pass=in_pass,
         )
-        live = in_pass if gate is None else check.live
-        assert live is not None
-        self._follow(exit_index, check.token, check.p, live)
+        assert check.live is not None
+        self._follow(exit_index, check.token, check.p, check.live)
 
     def _ask_stored(
         self,
@@ -371,16 +319,16 @@ class Steps:
         residual: torch.Tensor,
         in_pass: torch.Tensor,
     ) -> None:
-        gate = self._gate_at(exit_index)
-        if gate is None:
+        threshold = self._gate_threshold(exit_index)
+        if threshold is None:
             self._head(exit_index, hidden, residual, in_pass)
             return
         # The head may be left out.
         self.round_.confident.zero_()
         p = self.loop.staged.gate_probability(exit_index, hidden, residual)
-        live = gate(p) & in_pass
-        head = partial(self._head, exit_index, hidden, residual, live)
-        self.loop.guard.when(live.any(), head)
+        live = (p > threshold) & in_pass
+        if self.poll is None or self.poll.any(live):
+            self._head(exit_index, hidden, residual, live)
 
     def _head(
         self,
@@ -392,12 +340,12 @@ class Steps:
     ) -> None:
         """The head from stored logits, of all rows."""
         staged, rows = self.loop.staged, self.round_.rows
-        if self.draws is None:
+        if self.sampler is None:
             token, p = staged.head_top1(exit_index, hidden, residual)
         else:
             logits, other = staged.head_logits(exit_index, hidden, residual)
             _, p = top1_confidence(logits, other)
-            token = self.draws.sample(
+            token = self.sampler.sample(
                 staged.projection.over_all_tokens(logits),
                 torch.where(live, rows.slots, -1),
                 rows.first_pos + rows.num_drafts,
@@ -427,7 +375,7 @@ def _note(
         p,
         live,
         exit_index,
-        follow=round_.follow,
+        follow=round_.accept_above,
         token_out=round_.token,
         confident=round_.confident,
         checked=round_.checked,

@@ -5,26 +5,20 @@ a request that is confident takes the head's token as its next draft and waits f
 that is not is promoted through the next span together with its shallower tokens (fill-in).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from vllm.v1.utils import record_function_or_nullcontext
 
-from vllm_adadecode.draft.policy import Action, DraftPolicy, gate_at
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.metrics.counters import Counters, ExitCounters
+from vllm_adadecode.model.draft_sampler import DraftSampler
 from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.model.target import StagedTarget
 from vllm_adadecode.spans.ragged import RaggedSpans
-
-# (logits [rows, vocab], slots [rows], positions [rows], draft number) -> token ids [rows]
-DraftSampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-
-# In place of an `Action`: the row did not pass the gate, and its head was not evaluated.
-HELD_BACK = -1
 
 
 @dataclass
@@ -50,16 +44,16 @@ class HostLoop:
     """One round's drafting; all collaborators are the proposer's.
 
     Attributes:
-        sample: draws drafts from stored logits; None: the most likely token.
-        fused: heads by the fused kernels, with draws of their own; None: from stored logits.
+        sampler: draws draft tokens; None: the most likely ones.
+        fused: heads by the fused kernels, which draw themselves; None: from stored logits.
     """
 
     staged: StagedTarget
     spans: RaggedSpans
     deferred: DeferredStates
-    policy: DraftPolicy
+    thresholds: ExitThresholds
     counters: Counters
-    sample: DraftSampler | None
+    sampler: DraftSampler | None
     fused: FusedHeads | None = None
 
     def run(
@@ -105,28 +99,28 @@ class HostLoop:
         self, state: DraftState, rows: np.ndarray, offset: int, used_exits: np.ndarray
     ) -> None:
         """Try to predict the token after window offset ``offset`` for ``rows``."""
-        for exit_index in range(self.policy.num_used_exits):
+        for exit_index in range(self.thresholds.num_used_exits):
             rows = rows[used_exits[rows] > exit_index]
             if rows.size == 0:
                 return
             hidden, residual = self._run_span(state, exit_index, rows, offset)
-            if not self.policy.uses(exit_index):
+            if not self.thresholds.uses(exit_index):
                 continue
-            if self.policy.uses_gate(exit_index):
-                self._exit_counters(exit_index).gated += len(rows)
-            ask = self._ask_stored if self.fused is None else self._ask_fused
+            if self.thresholds.uses_gate(exit_index):
+                self._exit_counters(exit_index).gates_evaluated += len(rows)
+            evaluate = self._head_stored if self.fused is None else self._head_fused
             with record_function_or_nullcontext(f"adadecode: head {exit_index + 1}"):
-                actions, tokens = ask(exit_index, rows, offset, hidden, residual)
-            self._extend(state, exit_index, rows, offset, actions, tokens)
-            # Rows that the gate holds back go deeper, or stop here if this is their last exit.
-            rows = rows[(actions == Action.PROMOTE) | (actions == HELD_BACK)]
+                evaluated, confident, tokens = evaluate(exit_index, rows, offset, hidden, residual)
+            self._extend(state, exit_index, rows, offset, evaluated, confident, tokens)
+            # The others, skipped by the gate or not, go deeper, or stop behind their last exit.
+            rows = rows[~confident]
             rows = rows[used_exits[rows] > exit_index + 1]
             if rows.size == 0:
                 return
-            if exit_index + 1 < self.policy.num_used_exits:
-                self._exit_counters(exit_index).promoted += len(rows)
+            if exit_index + 1 < self.thresholds.num_used_exits:
+                self._exit_counters(exit_index).next_exit += len(rows)
 
-    def _ask_fused(
+    def _head_fused(
         self,
         exit_index: int,
         rows: np.ndarray,
@@ -135,12 +129,12 @@ class HostLoop:
         hidden: torch.Tensor,
         # [len(rows), hidden_size]
         residual: torch.Tensor,
-    ) -> tuple[np.ndarray, torch.Tensor]:
+    ) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
         """Gate and head of every row, by the fused kernels.
 
         Returns:
-            int8 ``[len(rows)]`` `Action` or `HELD_BACK` per row, and int64 ``[len(rows)]`` tokens,
-            of no meaning where it was held back.
+            bool ``[len(rows)]`` each, whether a row's head was evaluated and whether its prediction
+            is accepted, and int64 ``[len(rows)]`` tokens, of no meaning where it was not evaluated.
         """
         assert self.fused is not None
         rows_device = torch.from_numpy(rows).to(self._first_pos.device)
@@ -151,55 +145,67 @@ class HostLoop:
             slots=self._slots_device[rows_device],
             positions=self._first_pos[rows_device] + offset,
             draft=offset,
-            passes_gate=gate_at(self.policy, exit_index),
+            gate_threshold=self.thresholds.gate[exit_index],
         )
-        actions = self.policy.decide(exit_index, check.p)
-        if check.live is not None:
-            actions = actions.masked_fill(~check.live, HELD_BACK)
-        # The one host synchronisation of a head check, with or without a gate.
-        return actions.cpu().numpy(), check.token
+        confident = self._confident(exit_index, check.p)
+        # The one host synchronisation of a head, with or without a gate.
+        if check.live is None:
+            return np.ones(len(rows), dtype=bool), confident.cpu().numpy(), check.token
+        evaluated, accepted = torch.stack([check.live, confident & check.live]).cpu().numpy()
+        return evaluated, accepted, check.token
 
-    def _ask_stored(
+    def _head_stored(
         self,
         exit_index: int,
         rows: np.ndarray,
         offset: int,
         hidden: torch.Tensor,
         residual: torch.Tensor,
-    ) -> tuple[np.ndarray, torch.Tensor]:
-        """The same as `_ask_fused` from stored logits, of the rows that pass the gate alone."""
+    ) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+        """The same as `_head_fused` from stored logits, of the rows that pass the gate alone."""
         device = self._first_pos.device
-        passed = np.arange(len(rows))
-        passes_gate = gate_at(self.policy, exit_index)
-        if passes_gate is not None:
+        evaluated, confident = np.ones(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
+        threshold = self.thresholds.gate[exit_index]
+        if threshold is not None:
             gate = self.staged.gate_probability(exit_index, hidden, residual)
             # The one host synchronisation of a gate: the rows for the LM head are picked out, so
             # that it never reads its weights for a row that it is not worth.
-            passed = np.flatnonzero(passes_gate(gate).cpu().numpy())
-        actions = np.full(len(rows), HELD_BACK, dtype=np.int8)
+            evaluated = (gate > threshold).cpu().numpy()
+        passed = np.flatnonzero(evaluated)
         tokens = torch.zeros(len(rows), dtype=torch.int64, device=device)
         if passed.size == 0:
-            return actions, tokens
+            return evaluated, confident, tokens
         index = torch.from_numpy(passed).to(device)
         if len(passed) < len(rows):
             hidden, residual = hidden[index], residual[index]
-        if self.sample is None:
+        if self.sampler is None:
             tokens[index], p = self.staged.head_top1(exit_index, hidden, residual)
         else:
             rows_device = torch.from_numpy(rows[passed]).to(device)
             logits, other = self.staged.head_logits(exit_index, hidden, residual)
             _, p = top1_confidence(logits, other)
-            # Drawn from the head's distribution; whether to follow depends on that
-            # distribution alone (see policy.py).
-            tokens[index] = self.sample(
+            # Drawn from the head's distribution; whether it is accepted depends on that
+            # distribution alone (see thresholds.py).
+            tokens[index] = self.sampler.sample(
                 self.staged.projection.over_all_tokens(logits),
                 self._slots_device[rows_device],
                 self._first_pos[rows_device] + offset,
                 offset,
             )
-        # The one host synchronisation of a head check.
-        actions[passed] = self.policy.decide(exit_index, p).cpu().numpy()
-        return actions, tokens
+        # The one host synchronisation of a head.
+        confident[passed] = self._confident(exit_index, p).cpu().numpy()
+        return evaluated, confident, tokens
+
+    def _confident(
+        self,
+        exit_index: int,
+        # [num_rows] float32
+        p: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rows whose prediction is accepted, bool ``[num_rows]``."""
+        threshold = self.thresholds.confidence[exit_index]
+        assert threshold is not None, "the exit is turned off"
+        return p > threshold
 
     def _extend(
         self,
@@ -207,18 +213,19 @@ class HostLoop:
         exit_index: int,
         rows: np.ndarray,
         offset: int,
-        # [len(rows)] int8
-        actions: np.ndarray,
+        # [len(rows)] bool
+        evaluated: np.ndarray,
+        # [len(rows)] bool
+        confident: np.ndarray,
         # [len(rows)] int64
         tokens: torch.Tensor,
     ) -> None:
         """Give the confident ones of ``rows`` their next draft, and count."""
-        confident = actions == Action.EXTEND
         counters = self._exit_counters(exit_index)
-        checked = int((actions != HELD_BACK).sum())
-        counters.checked += checked
-        counters.head_passes += checked > 0
-        counters.drafted += int(confident.sum())
+        checked = int(evaluated.sum())
+        counters.heads_evaluated += checked
+        counters.head_batches += checked > 0
+        counters.draft_tokens += int(confident.sum())
         if confident.any():
             chosen = torch.from_numpy(np.flatnonzero(confident)).to(tokens.device)
             rows_device = torch.from_numpy(rows[confident]).to(tokens.device)
@@ -265,7 +272,7 @@ class HostLoop:
         self.deferred.store(slots_device, offsets_device, hidden, residual)
         state.depths[token_rows, offsets] = span + 1
         start, stop = self.staged.spans[span]
-        self.counters.draft_layer_passes += stop - start
+        self.counters.draft_layers += stop - start
         self.counters.draft_token_layers += (stop - start) * len(token_rows)
 
         newest = torch.from_numpy(ends - 1).to(device)

@@ -27,7 +27,7 @@ from vllm.v1.worker.workspace import use_workspace_lane
 from vllm_adadecode.draft.buffers import LoopBuffers
 from vllm_adadecode.draft.device_loop import DeviceLoop, Drafting
 from vllm_adadecode.draft.readback import RoundReadback, RoundResult
-from vllm_adadecode.draft.step_guard import AskHost
+from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.draft.windows import PendingWindow
 from vllm_adadecode.kernels.draft_state import STOPPED
 from vllm_adadecode.spans.padded import PaddedSpans
@@ -95,13 +95,12 @@ class DeviceRounds:
     """The speculator's rounds with the loop on the device.
 
     Args:
-        speculator: its deferred states, policy, heads and records are used.
+        speculator: its deferred states, thresholds, heads and records are used.
         keeps_open: whether rounds may stay open; drafts are then not known when `propose` returns.
         num_ranks: of tensor parallelism.
 
     Attributes:
-        most_places: of a batch that verifies an open round, vacant ones among them; of a larger one
-            adaptive draft length says whether it does.
+        most_places: of a batch that verifies an open round, vacant ones among them.
     """
 
     most_places = MOST_PLACES
@@ -138,7 +137,7 @@ class DeviceRounds:
             states,
         )
         spans = PaddedSpans(speculator.spans, speculator.max_model_len)
-        loop = DeviceLoop(speculator.model, spans, speculator.deferred, buffers, AskHost())
+        loop = DeviceLoop(speculator.model, spans, speculator.deferred, buffers, StatusPoll())
         config = speculator.vllm_config
         return cls(
             speculator,
@@ -168,7 +167,7 @@ class DeviceRounds:
         """
         self.settle(wait=not self.keeps_open)
         speculator, num_reqs = self.speculator, input_batch.num_reqs
-        policy, max_drafts = speculator.policy, speculator.num_speculative_steps
+        thresholds, max_drafts = speculator.thresholds, speculator.num_speculative_steps
         if num_speculative_tokens is not None:
             max_drafts = min(max_drafts, num_speculative_tokens)
         prefilled = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
@@ -199,18 +198,17 @@ class DeviceRounds:
         speculator.temperature.copy_(temperature)
         speculator.seeds.copy_(seeds)
         heads = speculator.heads(speculator.temperature, speculator.seeds)
-        round_ = self.loop.begin(slots, first_pos, limits, last, policy, exits)
+        round_ = self.loop.begin(slots, first_pos, limits, last, thresholds, exits)
         graphs = speculator.draft_graphs
-        captured = graphs if graphs is not None and graphs.fits(policy) else None
+        captured = graphs if graphs is not None and graphs.fits(thresholds) else None
         with record_function_or_nullcontext("adadecode: draft loop"):
-            this.drafting = self.loop.start(round_, policy, int(caps.max()), *heads, captured)
+            this.drafting = self.loop.start(round_, thresholds, int(caps.max()), *heads, captured)
         this.caps = dict(zip(input_batch.req_ids, caps.tolist(), strict=True))
         if CHECK_KV_BOUNDS:
             this.kv_capacity = speculator.spans.kv_capacity(input_batch.idx_mapping_np)
         if self.keeps_open:
             self._open = this
-            if this.drafting.led:
-                return speculator.no_drafts(num_reqs)
+            return speculator.no_drafts(num_reqs)
         self._finish(this)
         self._end(this)
         # A copy: vLLM may write to it.
@@ -229,8 +227,7 @@ class DeviceRounds:
         """Queue the copy of what comes of a round, which is queued to its end."""
         round_ = this.drafting.round_ if this.drafting is not None else None
         this.copy = RoundReadback.start(this.input_batch.num_reqs, round_, this.num_sampled)
-        opened = this.verified_as is not None
-        self.speculator.end_round(this.input_batch, this.timed, opened)
+        self.speculator.end_round(this.input_batch, this.timed)
 
     # --- a round that is open while the next batch is prepared ---------------------------------
 
@@ -256,21 +253,17 @@ class DeviceRounds:
             return False
         self._open, self._verifying = None, this
         this.left_out = set(batch.left_out)
-        if batch.gone and this.copy is None:
+        if batch.gone:
             self._stop_rows(this, batch.gone)
         return True
 
     def _stays_open(self, this: _Round, batch: NextBatch) -> bool:
         """Whether this batch verifies the round unseen, as it might."""
-        passes, draft_length = self.speculator.verification_passes, self.speculator.draft_length
+        passes = self.speculator.verification_passes
         assert passes is not None
         places = sum(1 + this.caps[r] for r in batch.decoding)
-        if places > passes.most_tokens or (batch.prefills and not passes.static.takes_prefill):
-            return False
-        if places <= self.most_places:
-            return True
-        # A round that has ended has been timed as one that is settled.
-        return this.copy is None and draft_length is not None and draft_length.opens()
+        fits = places <= min(self.most_places, passes.most_tokens)
+        return fits and (passes.static.takes_prefill or not batch.prefills)
 
     def _stop_rows(self, this: _Round, req_ids: list[str]) -> None:
         """Have requests that are gone draft no more: their blocks may become others'."""
@@ -310,8 +303,7 @@ class DeviceRounds:
     def end_open(self) -> None:
         """The same round's copy; after the batch, which the device should not wait for."""
         assert self._verifying is not None
-        if self._verifying.copy is None:
-            self._end(self._verifying)
+        self._end(self._verifying)
 
     def _close(self, drop: bool = False, timed: bool = False) -> None:
         """The last round will be verified as the host knows it: end it, and hand on its drafts.
@@ -321,7 +313,7 @@ class DeviceRounds:
             timed: whether nothing else kept it from being closed.
         """
         this, self._open = self._open, None
-        if this is None or this.copy is not None:
+        if this is None:
             return
         this.timed &= timed
         if not drop:
@@ -357,7 +349,7 @@ class DeviceRounds:
         caps, exits = speculator.allowed(input_batch.req_ids, samples, max_drafts)
         caps[~samples] = 0
         drafting = exits[caps > 0]
-        most = int(drafting.max(initial=0)) or speculator.policy.num_used_exits
+        most = int(drafting.max(initial=0)) or speculator.thresholds.num_used_exits
         return caps, most, bool((drafting == most).all())
 
     def _limits(
@@ -442,21 +434,21 @@ class DeviceRounds:
         """What draft_loop.py counts as it goes, of a round that might use so many exits."""
         assert result.state is not None
         counters, staged = self.speculator.counters, self.speculator.model
-        policy = self.speculator.policy
+        thresholds = self.speculator.thresholds
         for e in range(num_exits):
             start, stop = staged.spans[e]
-            counters.draft_layer_passes += (stop - start) * int(result.passes[e])
+            counters.draft_layers += (stop - start) * int(result.passes[e])
             # Each token goes through a span once at most.
             tokens = int((result.state.depths > e).sum())
             counters.draft_token_layers += (stop - start) * tokens
-            if not policy.uses(e):
+            if not thresholds.uses(e):
                 continue
             exit_counters = counters.exits[staged.exit_layers[e]]
             visited, drafted = int(result.visited[e]), int(result.drafted[e])
-            exit_counters.checked += int(result.checked[e])
-            exit_counters.head_passes += int(result.asked[e])
-            exit_counters.drafted += drafted
-            if policy.uses_gate(e):
-                exit_counters.gated += visited
+            exit_counters.heads_evaluated += int(result.checked[e])
+            exit_counters.head_batches += int(result.asked[e])
+            exit_counters.draft_tokens += drafted
+            if thresholds.uses_gate(e):
+                exit_counters.gates_evaluated += visited
             if e + 1 < num_exits:
-                exit_counters.promoted += visited - drafted
+                exit_counters.next_exit += visited - drafted

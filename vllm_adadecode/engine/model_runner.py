@@ -173,13 +173,13 @@ class AdaDecodeRunnerMixin(_Base):
         if self._plan is not None:
             counters.deferred_tokens += int((self._plan.depths > 0).sum())
         if input_batch.has_prefill:
-            counters.prefill_batches += 1
-            counters.mixed_batches += self._plan is not None
+            counters.prefill_steps += 1
+            counters.mixed_steps += self._plan is not None
         elif self._plan is not None:
-            counters.deferred_batches += 1
+            counters.deferred_steps += 1
         else:
-            counters.plain_batches += 1
-            counters.verify_layer_passes += counters.num_layers
+            counters.plain_steps += 1
+            counters.verification_layers += counters.num_layers
             counters.verify_token_layers += counters.num_layers * input_batch.num_tokens
         return input_batch
 

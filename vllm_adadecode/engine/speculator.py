@@ -2,8 +2,8 @@
 
 Owns one call of `propose` per round: it extends each request's pending window with early
 predictions, filling in the missing spans of shallower tokens when a request goes deeper, and
-leaves the window and its deferred states for the scorer. It decides nothing (policy.py), runs no
-layer itself (span_runner.py) and verifies nothing (scorer.py).
+leaves the window and its deferred states for the scorer. It decides nothing (thresholds.py), runs
+no layer itself (span_runner.py) and verifies nothing (scorer.py).
 
 The loop advances all drafting requests in step: one pass of span 0 for the newest token of each,
 then head by head, deeper spans only for those that are not yet confident.
@@ -28,19 +28,19 @@ from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength
 from vllm_adadecode.config import resolve_draft_loop
 from vllm_adadecode.draft.buffers import LoopBuffers, pass_states
 from vllm_adadecode.draft.device_loop import Steps
-from vllm_adadecode.draft.graphs import MOST_ROWS_WHOLE, DraftGraphs
+from vllm_adadecode.draft.graphs import DraftGraphs
 from vllm_adadecode.draft.host_loop import DraftState, HostLoop
-from vllm_adadecode.draft.policy import DraftPolicy, ThresholdPolicy
-from vllm_adadecode.draft.sampling import DraftSampler, draft_columns
 from vllm_adadecode.draft.windows import PendingWindow, PendingWindows
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.warmup import launch_kernels, run_everything
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.warmup import register_warmup
 from vllm_adadecode.metrics.counters import Counters
 from vllm_adadecode.model.draft_lm_head import HeadProjection
+from vllm_adadecode.model.draft_sampler import DraftSampler, draft_columns
 from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.model.target import StagedTarget
 from vllm_adadecode.spans.padded import PaddedSpans, why_not_captured
@@ -64,9 +64,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.req_states = req_states
         config = self.speculative_config
-        self.policy: DraftPolicy = ThresholdPolicy(
-            config.confidence_threshold, config.gate_threshold
-        )
+        self.thresholds = ExitThresholds.of(config.confidence_threshold, config.gate_threshold)
         # Set once rounds have been measured; None: always as many drafts as there may be.
         self.draft_length: AdaptiveDraftLength | None = None
         # Requests whose samples must not depend on what rounds take: their user gave a seed, and
@@ -187,22 +185,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             return
         if self.verification_passes is None:
             self.verification_passes = self._make_verification_passes()
-        rounds = self.device_rounds
-        whole = rounds is not None and self.draft_loop == "graph"
         self.verification_graphs = VerificationGraphs(
-            self.vllm_config,
-            self.device,
-            self.verification_passes,
-            rounds.loop.buffers.status if rounds is not None and whole else None,
-            MOST_ROWS_WHOLE * (1 + self.num_speculative_steps),
+            self.vllm_config, self.device, self.verification_passes
         )
-        if rounds is not None:
+        if self.device_rounds is not None:
             self.draft_graphs = DraftGraphs(
                 self.vllm_config,
                 self.device,
-                rounds.loop,
-                whole,
-                self.policy,
+                self.device_rounds.loop,
+                self.thresholds,
                 self.num_speculative_steps,
                 make_steps=self._steps,
             )
@@ -210,7 +201,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
     def _steps(self, round_: LoopBuffers) -> Steps:
         assert self.device_rounds is not None
         heads = self.heads(self.temperature, self.seeds)
-        return Steps(self.device_rounds.loop, round_, self.policy, *heads)
+        return Steps(self.device_rounds.loop, round_, self.thresholds, *heads)
 
     def capture(self) -> None:
         """Capture what `init_cudagraph_manager` has chosen."""
@@ -277,17 +268,17 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.end_round(input_batch)
             return self.no_drafts(num_reqs)
 
-        draws, fused = self.heads(temperature, seeds)
+        sampler, fused = self.heads(temperature, seeds)
         loop = HostLoop(
             staged=self.model,
             spans=self.spans,
             deferred=self.deferred,
-            policy=self.policy,
+            thresholds=self.thresholds,
             counters=self.counters,
-            sample=None if draws is None else draws.sample,
+            sampler=sampler,
             fused=fused,
         )
-        checked = self.counters.checked(self.policy.num_used_exits)
+        checked = self.counters.heads_evaluated(self.thresholds.num_used_exits)
         with record_function_or_nullcontext("adadecode: draft loop"):
             state = loop.run(
                 slots=input_batch.idx_mapping_np,
@@ -300,7 +291,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             )
 
         if self.draft_length is not None:
-            checked = self.counters.checked(self.policy.num_used_exits) - checked
+            checked = self.counters.heads_evaluated(self.thresholds.num_used_exits) - checked
             self.draft_length.statistics.add_round(
                 limits, used_exits, state.num_drafts, state.exits, checked
             )
@@ -358,16 +349,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             if num_sampled[row] > 0
         }
 
-    def end_round(self, input_batch: InputBatch, timed: bool = True, opened: bool = False) -> None:
+    def end_round(self, input_batch: InputBatch, timed: bool = True) -> None:
         """Tell adaptive draft length that drafting has ended.
 
         Args:
             timed: whether all requests did as it said.
-            opened: as for `AdaptiveDraftLength.round_ended`.
         """
         if self.draft_length is not None:
             timed &= not input_batch.has_prefill
-            self.draft_length.round_ended(input_batch.req_ids if timed else None, opened)
+            self.draft_length.round_ended(input_batch.req_ids if timed else None)
 
     def _draft_limits(
         self,
@@ -401,14 +391,14 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         may_draft: np.ndarray,
         max_drafts: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Most drafts of each request in this round, by policy and adaptive draft length.
+        """Most drafts of each request in this round, by thresholds and adaptive draft length.
 
         Returns:
             most drafts, and exits that may give them, from the first. Of requests that may not
             draft anyway they say nothing.
         """
-        caps = np.full(len(req_ids), max_drafts if self.policy.num_used_exits else 0)
-        used_exits = np.full(len(req_ids), self.policy.num_used_exits)
+        caps = np.full(len(req_ids), max_drafts if self.thresholds.num_used_exits else 0)
+        used_exits = np.full(len(req_ids), self.thresholds.num_used_exits)
         if self.draft_length is None or not caps.any():
             return caps, used_exits
         free = may_draft
@@ -424,12 +414,12 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self, temperature: torch.Tensor, seeds: torch.Tensor
     ) -> tuple[DraftSampler | None, FusedHeads | None]:
         """How drafts are drawn (None for `greedy`, the argmax), and heads by the fused kernels."""
-        draws = None
+        sampler = None
         if self.draft_logits is not None:
-            draws = DraftSampler(
+            sampler = DraftSampler(
                 temperature, seeds, self.draft_logits, self.draft_columns, self.use_fp64_gumbel
             )
-        return draws, FusedHeads.make(self.model, draws, self.dtype)
+        return sampler, FusedHeads.make(self.model, sampler, self.dtype)
 
     def count_verified(
         self,
@@ -449,8 +439,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             accepted = int(num_sampled[row]) - 1
             verified = int(scheduled[row]) if scheduled is not None else 0
             if not input_batch.has_prefill:
-                counters.verifications += 1
-                counters.tokens += accepted + 1
+                counters.verification_steps += 1
+                counters.generated_tokens += accepted + 1
             window = windows.get(req_id)
             if window is not None:
                 if self.draft_length is not None:
@@ -460,8 +450,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                     )
                 for i, exit_index in enumerate(window.exits[:verified]):
                     exit_counters = counters.exits[exit_layers[exit_index]]
-                    exit_counters.accepted += i < accepted
-                    exit_counters.rejected += i >= accepted
+                    exit_counters.accepted_tokens += i < accepted
+                    exit_counters.rejected_tokens += i >= accepted
 
     def register_warmup(self) -> None:
         """Have our kernels compiled at start, inside an active warm-up registry."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_adadecode.draft.policy import gate_at
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.spans.ragged import run_span
 
@@ -25,7 +24,7 @@ def run_everything(
         is_profile: memory is measured, but on a CPU: spans run on as many tokens as they may ever,
             prompts beside windows.
     """
-    model, used = speculator.model, speculator.policy.num_used_exits
+    model, used = speculator.model, speculator.thresholds.num_used_exits
     if used == 0:
         return
     # vLLM compiles a span for all sizes, with the first that it sees, which must not be 1.
@@ -53,14 +52,14 @@ def _check_head(
     # [num_reqs, hidden_size]
     residual: torch.Tensor,
 ) -> None:
-    model, policy = speculator.model, speculator.policy
-    draws, fused = speculator.heads(speculator.temperature, speculator.seeds)
+    model, gate_threshold = speculator.model, speculator.thresholds.gate[exit_index]
+    sampler, fused = speculator.heads(speculator.temperature, speculator.seeds)
     if fused is not None:
-        fused.rehearse(exit_index, hidden, residual, gate_at(policy, exit_index))
+        fused.warm_up(exit_index, hidden, residual, gate_threshold)
         return
-    if policy.uses_gate(exit_index):
+    if gate_threshold is not None:
         model.gate_probability(exit_index, hidden, residual)
-    if draws is None:
+    if sampler is None:
         model.head_top1(exit_index, hidden, residual)
     else:
         logits, other = model.head_logits(exit_index, hidden, residual)
@@ -75,8 +74,8 @@ def launch_kernels(speculator: "AdaDecodeSpeculator", num_rows: int) -> None:
     zeros = torch.zeros(shape, dtype=speculator.dtype, device=speculator.device)
     _, fused = speculator.heads(speculator.temperature, speculator.seeds)
     if fused is not None:
-        for exit_index in range(speculator.policy.num_used_exits):
-            fused.rehearse(exit_index, zeros, zeros, gate_at(speculator.policy, exit_index))
+        for exit_index in range(speculator.thresholds.num_used_exits):
+            fused.warm_up(exit_index, zeros, zeros, speculator.thresholds.gate[exit_index])
     padding = torch.full((num_rows,), -1, dtype=torch.int64, device=speculator.device)
     speculator.deferred.store(padding, padding, zeros, zeros)
     speculator.deferred.gather(padding, padding)

@@ -45,7 +45,7 @@ class _AdaDecodeWorkerMixin(Worker):
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         speculator = self.model_runner.speculator
-        if self.vllm_config.speculative_config.cost_aware and speculator.policy.num_used_exits:
+        if self.vllm_config.speculative_config.cost_aware and speculator.thresholds.num_used_exits:
             costs = measure_round_costs(self)
             speculator.windows.clear()
             self.model_runner.start_counting()
@@ -53,7 +53,7 @@ class _AdaDecodeWorkerMixin(Worker):
                 speculator.draft_length = AdaptiveDraftLength(
                     costs,
                     speculator.num_speculative_steps,
-                    speculator.policy.num_used_exits,
+                    speculator.thresholds.num_used_exits,
                     rank_0,
                 )
             # As at the end of vLLM's own warm-up: what ran until here must not be seen in samples.

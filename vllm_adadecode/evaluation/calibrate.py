@@ -158,7 +158,10 @@ class Floor:
         counts = [m.counts(setting) for m in measurers]
         speedups = [m.costs.speedup(c) for m, c in zip(measurers, counts, strict=True)]
         together = len(speedups) / sum(1.0 / s for s in speedups)
-        kept = min((c.acceptance for c in counts if c.acceptance is not None), default=1.0)
+        kept = min(
+            (c.draft_acceptance_rate for c in counts if c.draft_acceptance_rate is not None),
+            default=1.0,
+        )
         missing = max(0.0, self.acceptance - kept)
         if missing or min(speedups) < 1.0:
             return min(1.0, *speedups) - missing - UNDER

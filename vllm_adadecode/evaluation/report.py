@@ -37,16 +37,18 @@ def sets_table(sets: Mapping[str, Metrics], title: str) -> Table:
     rows: dict[str, list[str]] = {
         "sequences": [f"{m.sequences:,}" for m in sets.values()],
         "tokens": [f"{m.tokens:,}" for m in sets.values()],
-        "ideal speed-up in layer passes": [f"{m.ideal_speedup:.2f}" for m in sets.values()],
+        "ideal speed-up in layers executed": [f"{m.ideal_speedup:.2f}" for m in sets.values()],
         "ideal speed-up, heads counted": [
             f"{m.ideal_speedup_with_head_cost:.2f}" for m in sets.values()
         ],
-        "tokens a verification": [f"{m.tokens_per_verification:.2f}" for m in sets.values()],
-        "drafts accepted": [_share(m.acceptance) for m in sets.values()],
-        "head checks a token": [f"{m.head_checks_per_token:.2f}" for m in sets.values()],
+        "mean acceptance length": [f"{m.mean_acceptance_length:.2f}" for m in sets.values()],
+        "draft acceptance rate": [_share(m.draft_acceptance_rate) for m in sets.values()],
+        "heads evaluated per token": [f"{m.heads_evaluated_per_token:.2f}" for m in sets.values()],
     }
-    if any(m.gate_checks_per_token for m in sets.values()):
-        rows["gate checks a token"] = [f"{m.gate_checks_per_token:.2f}" for m in sets.values()]
+    if any(m.gates_evaluated_per_token for m in sets.values()):
+        rows["gates evaluated per token"] = [
+            f"{m.gates_evaluated_per_token:.2f}" for m in sets.values()
+        ]
     if any(m.own_text < OWN_TEXT for m in sets.values()):
         rows["text is the target's own"] = [_share(m.own_text) for m in sets.values()]
     for name, values in rows.items():
@@ -66,8 +68,8 @@ def exits_table(sets: Mapping[str, Metrics]) -> Table:
         "precise",
         "ECE",
         "checks",
-        "drafts",
-        "accepted",
+        "draft tokens",
+        "acceptance rate",
     ):
         table.add_column(column, justify="right")
     for name, metrics in sets.items():
@@ -85,9 +87,9 @@ def _exit_cells(e: ExitMetrics) -> list[str]:
         f"{e.coverage:.2f}",
         "-" if e.precision is None else f"{e.precision:.2f}",
         f"{e.calibration_error:.3f}",
-        f"{e.checks_per_token:.2f}",
-        f"{e.drafts:,}",
-        _share(e.acceptance),
+        f"{e.heads_evaluated_per_token:.2f}",
+        f"{e.draft_tokens:,}",
+        _share(e.draft_acceptance_rate),
     ]
 
 
@@ -120,15 +122,20 @@ def calibration_table(found: Calibration) -> Table:
     table = Table(title="Ideal speed-up, heads counted", title_justify="left")
     table.add_column("set")
     columns = ("calibrated", "paper", "before")
-    for column in (*columns, "in layer passes", "tokens a verification", "drafts accepted"):
+    for column in (
+        *columns,
+        "in layers executed",
+        "mean acceptance length",
+        "draft acceptance rate",
+    ):
         table.add_column(column, justify="right")
     for name, p in found.predictions.items():
         table.add_row(
             name,
             *(f"{m.ideal_speedup_with_head_cost:.3f}" for m in (p.calibrated, p.paper, p.current)),
             f"{p.calibrated.ideal_speedup:.3f}",
-            f"{p.calibrated.tokens_per_verification:.2f}",
-            _share(p.calibrated.acceptance),
+            f"{p.calibrated.mean_acceptance_length:.2f}",
+            _share(p.calibrated.draft_acceptance_rate),
         )
     return table
 

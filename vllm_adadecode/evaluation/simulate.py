@@ -1,13 +1,13 @@
 """Counts what the engine would do on known generations, without running it (batch 1, greedy).
 
-Owns the replay of rounds (draft_loop.py, policy.py, scorer.py) on traces. A round ends as in the
+Owns the replay of rounds (host_loop.py, verify/forward.py) on traces. A round ends as in the
 engine: after K drafts, at the end of the request, or where no head is confident; what drafts had
 deferred rides along with the window's last token, so a round costs the exit layer of each draft
 plus all layers once.
 
 Behind a wrong draft the engine goes on drafting on a text that no trace has: until the round ends,
 what it does there is read off the true text. Emitted tokens, verifications and accepted drafts do
-not depend on it; layer passes and checks do, a little (tests/engine/test_simulate_engine.py
+not depend on it; layers executed and evaluations do, a little (tests/engine/test_simulate_engine.py
 compares).
 """
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.evaluation.trace import Trace
+from vllm_adadecode.heads.thresholds import ExitThresholds
 
 
 @dataclass(frozen=True)
@@ -50,69 +51,73 @@ class Setting:
 
     @property
     def used(self) -> tuple[bool, ...]:
-        """Per exit, whether its head can be followed: a probability is never above 1."""
-        gates = self.gate_thresholds or (0.0,) * len(self.thresholds)
-        return tuple(t < 1.0 and g < 1.0 for t, g in zip(self.thresholds, gates, strict=True))
+        """Per exit, whether its predictions can be accepted."""
+        exits = ExitThresholds.of(self.thresholds, self.gate_thresholds)
+        return tuple(c is not None for c in exits.confidence)
 
     @property
     def gated(self) -> tuple[bool, ...]:
-        """Per exit, whether its gate is asked before its head."""
-        gates = self.gate_thresholds or (0.0,) * len(self.thresholds)
-        return tuple(use and g > 0.0 for use, g in zip(self.used, gates, strict=True))
+        """Per exit, whether its gate is evaluated before its head."""
+        exits = ExitThresholds.of(self.thresholds, self.gate_thresholds)
+        return tuple(g is not None for g in exits.gate)
 
 
 @dataclass(frozen=True)
 class ExitCounts:
     """Of one exit layer, as `counters.ExitCounters`."""
 
-    gate_checks: int = 0
-    head_checks: int = 0
-    drafts: int = 0
-    accepted: int = 0
+    gates_evaluated: int = 0
+    heads_evaluated: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Totals over rounds. A layer pass is one layer run once, on however many tokens."""
+    """Totals over rounds. Layers executed: each once, on however many tokens."""
 
     num_layers: int
-    tokens: int
-    layer_passes: int
-    verifications: int
+    generated_tokens: int
+    layers_executed: int
+    verification_steps: int
     exits: tuple[ExitCounts, ...]
 
     def _total(self, name: str) -> int:
         return sum(getattr(e, name) for e in self.exits)
 
     @property
-    def gate_checks(self) -> int:
-        return self._total("gate_checks")
+    def gates_evaluated(self) -> int:
+        return self._total("gates_evaluated")
 
     @property
-    def head_checks(self) -> int:
-        return self._total("head_checks")
+    def heads_evaluated(self) -> int:
+        return self._total("heads_evaluated")
 
     @property
-    def drafts(self) -> int:
-        return self._total("drafts")
+    def draft_tokens(self) -> int:
+        return self._total("draft_tokens")
 
     @property
-    def accepted(self) -> int:
-        return self._total("accepted")
+    def accepted_tokens(self) -> int:
+        return self._total("accepted_tokens")
 
     @property
-    def acceptance(self) -> float | None:
+    def draft_acceptance_rate(self) -> float | None:
         """Share of drafts that verification kept; None without drafts."""
-        return self.accepted / self.drafts if self.drafts else None
+        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else None
 
     @property
-    def tokens_per_verification(self) -> float | None:
-        return self.tokens / self.verifications if self.verifications else None
+    def mean_acceptance_length(self) -> float | None:
+        return self.generated_tokens / self.verification_steps if self.verification_steps else None
 
     @property
-    def layer_passes_per_token(self) -> float | None:
+    def layers_executed_per_token(self) -> float | None:
         """In whole models: 1 is plain decoding."""
-        return self.layer_passes / (self.tokens * self.num_layers) if self.tokens else None
+        return (
+            self.layers_executed / (self.generated_tokens * self.num_layers)
+            if self.generated_tokens
+            else None
+        )
 
 
 class Simulator:
@@ -175,9 +180,9 @@ class Simulator:
         exits = tuple(ExitCounts(*values) for values in zip(*per_exit, strict=True))
         return Counts(
             num_layers=self.num_layers,
-            tokens=int((accepted + 1).sum()),
-            layer_passes=int(draft_layers) + self.num_layers * len(starts),
-            verifications=len(starts),
+            generated_tokens=int((accepted + 1).sum()),
+            layers_executed=int(draft_layers) + self.num_layers * len(starts),
+            verification_steps=len(starts),
             exits=exits,
         )
 

@@ -41,7 +41,7 @@ def save_heads(
         directory: the heads folder; made if absent.
         config: says which tensors there must be.
         tensors: on any device. Floating point: ``exit_{e}.weight`` ``[d, d]`` for full transforms,
-            ``exit_{e}.down`` ``[r, d]`` and ``exit_{e}.up`` ``[d, r]`` for low rank and adapter,
+            ``exit_{e}.down`` ``[r, d]`` and ``exit_{e}.up`` ``[d, r]`` for low rank,
             ``exit_{e}.gate_weight`` ``[d]`` and ``exit_{e}.gate_bias`` ``[1]`` for gates,
             ``exit_{e}.other_weight`` ``[d]`` and ``exit_{e}.other_bias`` ``[1]`` beside a draft
             vocabulary; that itself is ``draft_vocab``, int64 ``[draft_vocab_size]``, strictly

@@ -164,11 +164,6 @@ class VerificationForward:
         pending = plan.drafting.pending()
         if prefill is not None:
             return self._beside(prefill, plan, passes, pending)
-        if pending is None and graphs is not None and size is not None and graphs.replay_all(size):
-            return graphs.output[:num_tokens]
-        if pending is None:
-            # Any number is right that is not too small.
-            pending = plan.drafting.ask_pending() or [num_tokens] * passes.num_spans
         # Requests that have left since are in the numbers, and a window may be scheduled in part.
         counts = {span: min(n, num_tokens) for span, n in enumerate(pending) if n}
         if graphs is not None and size is not None:
@@ -185,13 +180,11 @@ class VerificationForward:
         prefill: "PrefillPart",
         plan: "OpenPlan",
         passes: "VerificationPasses",
-        pending: list[int] | None,
+        pending: list[int],
     ) -> torch.Tensor:
         """All spans for what is prefilled, with the windows of an open round."""
-        # Beside a prompt, places without a token cost less than to ask how many there are.
-        counts = pending or [plan.num_places] * passes.num_spans
         output = None
-        for span, count in enumerate(counts):
+        for span, count in enumerate(pending):
             if span + 1 == passes.num_spans:
                 output = passes.new_output(plan.num_tokens)
             passes.run(span, min(count, plan.num_places), len(plan.req_ids), output, prefill)
@@ -244,10 +237,10 @@ class VerificationForward:
         start, stop = self.staged.spans[span]
         num_layers, counters = stop - start, self.counters
         if not plan.is_mixed:
-            counters.verify_layer_passes += num_layers
+            counters.verification_layers += num_layers
             counters.verify_token_layers += num_layers * len(rows)
             return
         prefill = int(plan.is_prefilling[rows].sum())
-        counters.mixed_layer_passes += num_layers
+        counters.mixed_layers += num_layers
         counters.mixed_prefill_token_layers += num_layers * prefill
         counters.mixed_verify_token_layers += num_layers * (len(rows) - prefill)

@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 
 
 # A batch that verifies an open round runs LM head and sampler on every place for a draft, vacant or
-# not. For about so many rows that is bound by the reading of weights on a large GPU; for more of
-# them, waiting for the round may cost less than arithmetic on what is not there: both are tried and
-# timed (`AdaptiveDraftLength.opens`), or without adaptive draft length the round is settled.
+# not. For about so many rows that is bound by the reading of weights on a large GPU; with more of
+# them the host waits for the round, which costs less than arithmetic on what is not there.
 MOST_PLACES = 192
 
 
@@ -207,21 +206,21 @@ class OpenPlan:
                 if req_id in windows
             ]
         )
-        counters.open_batches += 1
+        counters.overlapped_steps += 1
         counters.deferred_tokens += int((depths > 0).sum())
         if self.prefill is not None:
-            counters.prefill_batches += 1
-            counters.mixed_batches += bool(depths.any())
+            counters.prefill_steps += 1
+            counters.mixed_steps += bool(depths.any())
         elif depths.any():
-            counters.deferred_batches += 1
+            counters.deferred_steps += 1
         else:
-            counters.plain_batches += 1
+            counters.plain_steps += 1
         for span, (start, stop) in enumerate(staged.spans):
             num_layers, tokens = stop - start, int((depths <= span).sum())
             if self.prefill is None:
-                counters.verify_layer_passes += num_layers * (tokens > 0)
+                counters.verification_layers += num_layers * (tokens > 0)
                 counters.verify_token_layers += num_layers * tokens
             elif depths.any():
-                counters.mixed_layer_passes += num_layers
+                counters.mixed_layers += num_layers
                 counters.mixed_prefill_token_layers += num_layers * self.prefill.num_tokens
                 counters.mixed_verify_token_layers += num_layers * tokens
