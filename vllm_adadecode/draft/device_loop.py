@@ -18,10 +18,10 @@ from vllm.v1.utils import record_function_or_nullcontext
 from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
 from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.heads.thresholds import ExitThresholds
-from vllm_adadecode.kernels.answer import note_answers
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_step import draft_step
+from vllm_adadecode.kernels.head_results import record_head_results
 from vllm_adadecode.model.draft_sampler import DraftSampler
 from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.model.target import StagedTarget
@@ -370,14 +370,14 @@ def _note(
     exit_index: int,
 ) -> None:
     """A head's answers, into the round's buffers."""
-    note_answers(
+    record_head_results(
         token,
         p,
         live,
         exit_index,
-        follow=round_.accept_above,
+        thresholds=round_.accept_above,
         token_out=round_.token,
         confident=round_.confident,
-        checked=round_.checked,
-        asked=round_.asked,
+        heads_evaluated=round_.checked,
+        head_batches=round_.asked,
     )

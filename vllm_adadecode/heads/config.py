@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictBool, ValidationError, field_validator, model_validator
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.files import write_whole
 from vllm_adadecode.heads.files import CONFIG_NAME, read_json
@@ -23,7 +24,6 @@ from vllm_adadecode.heads.sections import (
     one_line,
 )
 
-ALGORITHM = "adadecode"
 # Version of the *speculators* layout that the file follows; not a version of our own fields.
 SPECULATORS_VERSION = "0.3.0"
 DEFAULT_THRESHOLD = 0.75
@@ -266,7 +266,7 @@ class HeadsConfig(Section):
             file = file / CONFIG_NAME
         data = read_json(file)
         kind = data.get("speculators_model_type") if isinstance(data, dict) else None
-        if kind != ALGORITHM:
+        if kind != METHOD:
             found = f"speculators of type {kind!r}" if kind else "no heads"
             raise AdaDecodeError(
                 f"{file} describes {found}, not AdaDecode heads: give the folder of a heads "

@@ -104,8 +104,7 @@ class FusedHeads:
                 live &= in_pass
             # So many rows leave no tile of the LM head without a live one.
             if len(live) <= MAX_ORDERED_ROWS:
-                # Compared already: 1 passes, 0 does not.
-                rows["order"], rows["num_live"] = live_first(live.float(), 0.5)
+                rows["order"], rows["num_live"] = live_first(live)
         other = head.other_logit(x)
         projection = self.staged.projection
         if self.sampler is None:
