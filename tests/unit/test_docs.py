@@ -121,6 +121,13 @@ def test_what_does_not_exist_is_noticed() -> None:
     assert missing_commands("```\npython -m benchmarks.no --x\n```") == ["python -m benchmarks.no"]
 
 
+def test_pre_commit_runs_the_linters_of_ci() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    lint = (ROOT / "Makefile").read_text().partition("\nlint: setup\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^ +entry: (.*)$", hooks, re.MULTILINE)
+    assert entries == [line.strip().replace("$(BIN)", ".venv/bin") for line in lint.splitlines()]
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= MOST_README_LINES
 
@@ -144,7 +151,7 @@ def test_every_option_is_documented_and_no_other() -> None:
 
 
 def test_every_metric_is_documented_and_no_other() -> None:
-    names = {name for name, *_ in (*EXIT_COUNTERS, *COUNTERS)}
+    names = {*EXIT_COUNTERS, *(name for name, *_ in COUNTERS)}
     documented = first_cells("metrics.md")
     ranges = {name for name in documented if name.startswith("adadecode: ")}
     assert documented - ranges == {f"{name}_total" for name in names} | {EXIT_DEPTH}
