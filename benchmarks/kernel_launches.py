@@ -203,10 +203,10 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
             _meta(MAX_REQS, dtype=torch.float32),
             confident,
             1,
-            thresholds=_meta(NUM_EXITS, dtype=torch.float32),
+            accept_above=_meta(NUM_EXITS, dtype=torch.float32),
             token_out=slots,
             confident=confident,
-            heads_evaluated=exits,
+            head_rows=exits,
             head_batches=exits,
         ),
     )
@@ -221,8 +221,8 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
             query_start_loc=_meta(MAX_REQS + 1, dtype=torch.int32),
             input_ids=_meta(places, dtype=torch.int32),
             seq_lens=_meta(MAX_REQS, dtype=torch.int32),
-            vacant=_meta(places, dtype=torch.bool),
-            num_places=places,
+            is_padding=_meta(places, dtype=torch.bool),
+            num_token_slots=places,
         ),
     )
 

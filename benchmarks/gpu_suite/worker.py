@@ -48,10 +48,10 @@ class SuiteWorker:
         """
         runner = self.model_runner
         speculator = runner.speculator
-        speculator.settle(everything=True)
+        speculator.resolve(everything=True)
         is_first = "_suite_thresholds" not in vars(self)
-        real = vars(self).setdefault("_suite_thresholds", speculator.thresholds)
-        speculator.thresholds = covering(real, coverage)
+        real = vars(self).setdefault("_suite_thresholds", speculator.ledger.thresholds)
+        speculator.ledger.thresholds = covering(real, coverage)
         if is_first:
             follow_noise()
             if speculator.draft_graphs is not None:
@@ -74,10 +74,7 @@ def covering(real: ExitThresholds, coverage: float) -> ExitThresholds:
 
 
 def noise(rows: DraftRows, exit_index: int) -> torch.Tensor:
-    """Float32 ``[num_rows]`` in [0, 1), by request, position and exit: no generator is asked.
-
-    PyTorch's can't be in bodies of IF nodes.
-    """
+    """Float32 ``[num_rows]`` in [0, 1), by request, position and exit: no generator is asked."""
     x = (rows.first_pos + rows.num_drafts) * 0x9E3779B1 + rows.slots * 0x85EBCA6B
     x = x + (exit_index + 1) * 0xC2B2AE35
     for multiplier in (0x7FEB352D, 0x846CA68B):
@@ -89,15 +86,15 @@ def noise(rows: DraftRows, exit_index: int) -> torch.Tensor:
 
 def follow_noise() -> None:
     """From now on, have the draft loops compare noise with thresholds, not confidences."""
-    follow, confident = Steps._follow, HostLoop._confident
+    accept, confident = Steps._accept, HostLoop._confident
 
     def follow_noise_instead(
         self: Steps, exit_index: int, token: torch.Tensor, p: torch.Tensor, live: Any
     ) -> None:
-        follow(self, exit_index, token, noise(self.round_.rows, exit_index), live)
+        accept(self, exit_index, token, noise(self.buffers.rows, exit_index), live)
 
     def confident_instead(self: HostLoop, exit_index: int, p: torch.Tensor) -> torch.Tensor:
         return confident(self, exit_index, torch.rand_like(p))
 
-    Steps._follow = follow_noise_instead  # type: ignore[method-assign]
+    Steps._accept = follow_noise_instead  # type: ignore[method-assign]
     HostLoop._confident = confident_instead  # type: ignore[method-assign]

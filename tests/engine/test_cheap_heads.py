@@ -21,7 +21,6 @@ from tests.support.engines import (
     token_ids,
 )
 from tests.support.heads_samples import demo_heads
-from vllm_adadecode.engine.warmup import launch_kernels
 
 VOCAB, HIDDEN = 2048, 256
 NUM_PROMPTS = 12
@@ -297,7 +296,7 @@ def test_kernels_in_place_of_logits(
         projection.logits = no_logits
         # Warming up changes nothing that a request has.
         cache = None if speculator.draft_logits is None else speculator.draft_logits.clone()
-        launch_kernels(speculator, 16)
+        speculator.launch_kernels(16)
         assert cache is None or torch.equal(cache, speculator.draft_logits)
         return projection.kernel_weight(torch.float32) is not None
 

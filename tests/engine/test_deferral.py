@@ -31,7 +31,7 @@ from tests.support.engines import (
     stop,
 )
 from vllm_adadecode.plugin import register
-from vllm_adadecode.verify.forward import make_plan
+from vllm_adadecode.verify.plan import make_plan
 
 EXITS = [2, 4, 6]
 NUM_LAYERS = 8
@@ -121,7 +121,7 @@ def recorded(engine: LLM) -> Iterator[list[Round]]:
                 return propose(*args, **kwargs)
             finally:
                 drafting[0] = False
-                rounds[-1].num_drafts = sum(map(len, runner.speculator.last_drafts))
+                rounds[-1].num_drafts = sum(map(len, runner.speculator.ledger.last_drafts))
 
         def prepare_inputs_noted(*args: Any, **kwargs: Any) -> Any:
             input_batch = prepare_inputs(*args, **kwargs)

@@ -95,16 +95,16 @@ def replays(engine: LLM) -> dict[str, int]:
 
 def pause_now_and_then(worker: Any) -> None:
     """Rounds without drafts in between, as adaptive draft length would have them."""
-    speculator = worker.model_runner.speculator
+    ledger = worker.model_runner.speculator.ledger
     rng = random.Random(0)
 
     def allowed(*args: Any) -> Any:
-        caps, used_exits = type(speculator).allowed(speculator, *args)
+        caps, used_exits = type(ledger).allowed(ledger, *args)
         if rng.random() < 0.4:
             caps[:] = 0
         return caps, used_exits
 
-    speculator.allowed = allowed
+    ledger.allowed = allowed
 
 
 def get_engine(engines: EnginePool, loop: str, **options: Any) -> LLM:
@@ -151,7 +151,9 @@ def test_sampling_is_the_same_as_without_graphs(
     params = [greedy(24, temperature=0.8 if i % 3 else 0.0, seed=i) for i in range(8)]
     spec = {"draft_sample_method": "probabilistic"}
     engine = get_engine(engines, loop, spec=spec)
-    engine.collective_rpc(lambda worker: vars(worker.model_runner.speculator).pop("allowed", None))
+    engine.collective_rpc(
+        lambda worker: vars(worker.model_runner.speculator.ledger).pop("allowed", None)
+    )
     outputs = token_ids(generate(engine, prompts[:8], params))
     assert replays(engine)["verification"] > 30
     plain = engines.get(speculative_config=speculative(**SPEC, **spec), max_num_seqs=8)
@@ -167,8 +169,8 @@ def test_a_stale_plan_shows(
 ) -> None:
     """The control: replays that read what they were captured with give other tokens."""
     engine = get_engine(engines, "device", async_scheduling=async_scheduling)
-    # Of open rounds the device makes the plan.
-    name = "load_open" if async_scheduling else "load"
+    # Of overlapped rounds the device makes the plan.
+    name = "load_overlapped" if async_scheduling else "load"
     load = getattr(VerificationPasses, name)
 
     def one_off(self: VerificationPasses, *args: Any) -> None:
@@ -200,14 +202,16 @@ def test_what_does_not_fit_runs_without_graphs(
 
     def fit_less(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        graphs, thresholds = speculator.verification_graphs, speculator.thresholds
+        graphs, thresholds = speculator.verification_graphs, speculator.ledger.thresholds
         speculator.fitting = graphs.sizes, thresholds
         graphs.sizes = graphs.sizes[graphs.sizes <= 4]
-        speculator.thresholds = replace(thresholds, confidence=(None, *thresholds.confidence[1:]))
+        confidence = (None, *thresholds.confidence[1:])
+        speculator.ledger.thresholds = replace(thresholds, confidence=confidence)
 
     def fit_again(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        speculator.verification_graphs.sizes, speculator.thresholds = speculator.fitting
+        graphs, ledger = speculator.verification_graphs, speculator.ledger
+        graphs.sizes, ledger.thresholds = speculator.fitting
 
     engine.collective_rpc(fit_less)
     try:

@@ -20,7 +20,7 @@ from tests.support.engines import (
     stats,
     token_ids,
 )
-from vllm_adadecode.verify.forward import VerificationPlan
+from vllm_adadecode.verify.plan import VerificationPlan
 
 THREE_EXITS = speculative(num_speculative_tokens=5, exit_layers=[2, 4, 6])
 
@@ -138,17 +138,17 @@ def test_negative_control_shifted_states_beside_prefill(
     """Deferred states read one token off, in mixed batches alone."""
 
     def shift(worker: Any) -> None:
-        scorer = worker.model_runner.scorer
+        verification = worker.model_runner.verification
 
         def forward(plan: VerificationPlan, *args: Any) -> Any:
             if plan.is_mixed:
                 plan = replace(plan, offsets=(plan.offsets - 1).clip(min=0))
-            return type(scorer).forward(scorer, plan, *args)
+            return type(verification).forward(verification, plan, *args)
 
-        scorer.forward = forward
+        verification.forward = forward
 
     def restore(worker: Any) -> None:
-        del worker.model_runner.scorer.forward
+        del worker.model_runner.verification.forward
 
     mixed, params = long_and_short(prompts)
     reference = generate(vanilla, mixed, params)

@@ -213,7 +213,7 @@ def test_tokens_of_open_rounds_follow_the_target(
     )
 
     def allow_large_batches(worker: Any) -> None:
-        worker.model_runner.speculator.device_rounds.most_places = 10 * NUM_REQUESTS
+        worker.model_runner.speculator.device_rounds.most_token_slots = 10 * NUM_REQUESTS
 
     engine.collective_rpc(allow_large_batches)
     counts = check_distribution(engine, exact, (0.3, 0.3, 0.25), options, process)

@@ -216,7 +216,7 @@ def test_each_request_as_its_vanilla_reference(
         assert 1 <= len(tokens) <= (requests_[i].params.max_tokens or 0)
 
     # Whoever left took its window along; the runner hears of the last ones with the next step.
-    windows = engine.collective_rpc(lambda worker: worker.model_runner.speculator.windows)[0]
+    windows = engine.collective_rpc(lambda worker: worker.model_runner.speculator.ledger.windows)[0]
     assert len(windows._windows) <= 8
 
     # The schedule was as hard as it was meant to be.

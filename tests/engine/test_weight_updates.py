@@ -86,7 +86,7 @@ def pending(engine: LLM) -> int:
     """Requests with deferred states."""
 
     def count(worker: Any) -> int:
-        return len(worker.model_runner.speculator.windows._windows)
+        return len(worker.model_runner.speculator.ledger.windows._windows)
 
     return int(engine.collective_rpc(count)[0])
 

@@ -170,14 +170,14 @@ def verification_plan(
     found = {
         "input_ids": torch.full((most,), -7, dtype=torch.int32),
         "seq_lens": torch.full((most_rows,), -7, dtype=torch.int32),
-        "vacant": torch.zeros(most, dtype=torch.bool),
+        "is_padding": torch.zeros(most, dtype=torch.bool),
     }
     plan_verification(
         plans,
         rows,
         row_of=row_of,
         query_start_loc=query_start_loc,
-        num_places=num_tokens + 3,
+        num_token_slots=num_tokens + 3,
         **found,
     )
     return found | {"plans": plans.data, "row_of": row_of, "query_start_loc": query_start_loc}
@@ -196,9 +196,10 @@ def head_results(rng: torch.Generator, num_rows: int = 9, share: float = 0.6) ->
     kept = {
         "token_out": torch.full((num_rows,), -7),
         "confident": torch.ones(num_rows, dtype=torch.bool),
-        "heads_evaluated": torch.tensor([5, 6, 7]),
+        "head_rows": torch.tensor([5, 6, 7]),
         "head_batches": torch.tensor([1, 2, 3]),
     }
+    accept_above = torch.tensor([0.2, 0.5, 0.9])
     found: Outputs = {}
     for exit_index in (2, 1):
         p = torch.rand(num_rows, generator=rng)
@@ -208,7 +209,7 @@ def head_results(rng: torch.Generator, num_rows: int = 9, share: float = 0.6) ->
             p,
             torch.rand(num_rows, generator=rng) < share,
             exit_index,
-            thresholds=torch.tensor([0.2, 0.5, 0.9]),
+            accept_above=accept_above,
             **kept,
         )
         found |= {f"{name} {exit_index}": value.clone() for name, value in kept.items()}

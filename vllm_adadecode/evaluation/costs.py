@@ -19,10 +19,11 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.errors import AdaDecodeError, one_line
 from vllm_adadecode.evaluation.simulate import Counts
 from vllm_adadecode.evaluation.trace import HeadReadout
-from vllm_adadecode.heads.config import HeadsConfig, one_line, read_json
+from vllm_adadecode.files import read_json
+from vllm_adadecode.heads.config import HeadsConfig
 from vllm_adadecode.training.target_model import FrozenTarget
 
 CONTEXT = 128  # tokens in the cache while layers are timed
