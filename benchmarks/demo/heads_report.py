@@ -138,8 +138,8 @@ def print_report(console: Console, result: Mapping[str, Any]) -> None:
                 setting,
                 f"{m['ideal_speedup_with_head_cost']:.3f}",
                 f"{m['ideal_speedup']:.3f}",
-                "-" if m["acceptance"] is None else f"{m['acceptance']:.1%}",
-                f"{m['tokens_per_verification']:.2f}",
+                "-" if (rate := m["draft_acceptance_rate"]) is None else f"{rate:.1%}",
+                f"{m['mean_acceptance_length']:.2f}",
             )
         table.add_section()
     console.print(table)

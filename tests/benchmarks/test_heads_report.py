@@ -46,8 +46,8 @@ def test_report(
             for name in (
                 "ideal_speedup",
                 "ideal_speedup_with_head_cost",
-                "acceptance",
-                "tokens_per_verification",
+                "draft_acceptance_rate",
+                "mean_acceptance_length",
             ):
                 assert name in setting
             assert set(setting["exits"]) == {"2", "4", "6"}

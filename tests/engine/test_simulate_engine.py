@@ -68,16 +68,16 @@ def test_counts_are_the_engine_s(
             assert all((t.generated == t.final).mean() > 0.98 for t in traces)
             simulator = Simulator(traces)
         counts = simulator.run(setting)
-        assert counts.tokens == real["tokens"] == PROMPTS * (TOKENS - 1)
-        assert counts.verifications == pytest.approx(real["verifications"], rel=0.01)
-        assert counts.accepted == pytest.approx(real["accepted"], rel=0.01)
-        for name, real_name in (("head_checks", "checked"), ("gate_checks", "gated")):
+        assert counts.generated_tokens == real["tokens"] == PROMPTS * (TOKENS - 1)
+        assert counts.verification_steps == pytest.approx(real["verifications"], rel=0.01)
+        assert counts.accepted_tokens == pytest.approx(real["accepted"], rel=0.01)
+        for name, real_name in (("heads_evaluated", "checked"), ("gates_evaluated", "gated")):
             there = sum(e[real_name] for e in real["exits"].values())
             assert getattr(counts, name) == pytest.approx(there, rel=0.05), setting
-        found, expected = counts.layer_passes_per_token, real["layer_passes_per_token"]
+        found, expected = counts.layers_executed_per_token, real["layer_passes_per_token"]
         assert found == pytest.approx(expected, rel=LAYER_PASSES), setting
         # It is drafting that is compared.
-        assert counts.drafts > 100
+        assert counts.draft_tokens > 100
 
 
 def test_prompts_are_continued_as_by_the_engine(engines: EnginePool, prompts: list[str]) -> None:

@@ -18,7 +18,6 @@ from vllm_adadecode.evaluation.costs import (
     ModelShape,
     costs_from_bytes,
     read_costs,
-    speedup_in_passes,
 )
 from vllm_adadecode.evaluation.metrics import (
     Measurer,
@@ -39,7 +38,7 @@ class TestCosts:
         # A round of two drafts at layers 2 and 4, three head checks, three tokens.
         trace = make_trace([[0.9, 0, 0], [0.9] * 3], np.ones((2, 3)))
         counts = simulate([trace], Setting((0.5, 0.5), 2))
-        assert speedup_in_passes(counts) == 3 * 8 / (2 + 4 + 8)
+        assert 1 / counts.layers_executed_per_token == 3 * 8 / (2 + 4 + 8)
         assert COSTLY.speedup(counts) == 3 * (8 + 1) / (14 + 3 * 1.0 + 1 + 0.5)
         gated = simulate([trace], Setting((0.5, 0.5), 2, (0.5, 0.5)))
         assert COSTLY.total(gated) == COSTLY.total(counts) + 3 * 0.1
@@ -170,7 +169,7 @@ class TestSearch:
         # Below 0.6 drafts are wrong, above it right ones are given away.
         assert found.setting.thresholds[1] == 0.6
         prediction = found.predictions["a"]
-        assert prediction.calibrated.acceptance == 1.0
+        assert prediction.calibrated.draft_acceptance_rate == 1.0
         assert prediction.paper.ideal_speedup < 1.0 < prediction.calibrated.ideal_speedup
 
     def test_predicts_on_the_half_that_did_not_choose(self) -> None:
@@ -203,7 +202,7 @@ class TestSearch:
         found = calibrate({"a": traces}, FREE, least_acceptance=0.95)
         assert found.pays
         assert found.setting.thresholds[1] >= 0.75
-        assert (found.predictions["a"].calibrated.acceptance or 0.0) > 0.9
+        assert (found.predictions["a"].calibrated.draft_acceptance_rate or 0.0) > 0.9
 
     @pytest.mark.parametrize("seed", range(2))
     @pytest.mark.parametrize("head", [0.2, 0.8, 2.5])

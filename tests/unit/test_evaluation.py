@@ -294,7 +294,7 @@ class TestCommands:
         assert result["setting"]["exit_layers"] == [1]
         assert result["setting"]["num_speculative_tokens"] > 5
         prediction = result["predictions"]["own"]
-        assert prediction["calibrated"]["acceptance"] >= 0.9
+        assert prediction["calibrated"]["draft_acceptance_rate"] >= 0.9
         better = prediction["calibrated"]["ideal_speedup_with_head_cost"]
         assert better > prediction["paper"]["ideal_speedup_with_head_cost"] > 1.0
         config = HeadsConfig.load(output)

@@ -14,14 +14,14 @@ TWO = Setting((0.75, 0.75), max_drafts=2)
 
 
 def totals(counts: Counts) -> tuple[int, ...]:
-    """tokens, layer passes, head checks, verifications, drafts, accepted"""
+    """generated tokens, layers, heads, verification steps, draft tokens, accepted"""
     return (
-        counts.tokens,
-        counts.layer_passes,
-        counts.head_checks,
-        counts.verifications,
-        counts.drafts,
-        counts.accepted,
+        counts.generated_tokens,
+        counts.layers_executed,
+        counts.heads_evaluated,
+        counts.verification_steps,
+        counts.draft_tokens,
+        counts.accepted_tokens,
     )
 
 
@@ -30,7 +30,7 @@ class TestCounts:
         # A threshold is to be exceeded; the last token has nothing to draft for.
         counts = simulate([make_trace([[0.1] * 3, [0.75] * 3], [[1] * 3] * 2)], TWO)
         assert totals(counts) == (3, 24, 4, 3, 0, 0)
-        assert counts.acceptance is None
+        assert counts.draft_acceptance_rate is None
 
     def test_confident_and_right_fills_the_window(self) -> None:
         # First exit at positions 0 and 3, second at 1 and 4; a full window checks no head.
@@ -38,8 +38,8 @@ class TestCounts:
         counts = simulate([make_trace(confidence, np.ones((2, 6)))], TWO)
         assert totals(counts) == (6, 2 * (2 + 4 + 8), 2 * (1 + 2), 2, 4, 4)
         assert counts.exits == (ExitCounts(0, 4, 2, 2), ExitCounts(0, 2, 2, 2))
-        assert counts.tokens_per_verification == 3.0
-        assert counts.layer_passes_per_token == 28 / (6 * 8)
+        assert counts.mean_acceptance_length == 3.0
+        assert counts.layers_executed_per_token == 28 / (6 * 8)
 
     def test_drafts_behind_a_wrong_one_are_lost(self) -> None:
         # Drafts at 0 (wrong) and 1; then at 1 and 2, both right.
@@ -74,10 +74,11 @@ class TestCounts:
         counts = simulate([trace], Setting((0.5, 0.5), 5, gate_thresholds=(0.5, 0.5)))
         # Position 0: gate 1 closed, head 2 drafts. Position 1: head 1 drafts. 2: the last token.
         assert counts.exits == (ExitCounts(2, 1, 1, 1), ExitCounts(1, 1, 1, 1))
-        assert (counts.layer_passes, counts.tokens) == (4 + 2 + 8, 3)
+        assert (counts.layers_executed, counts.generated_tokens) == (4 + 2 + 8, 3)
         # All gates closed: every round asks both gates and ends, but for the last token's.
         counts = simulate([trace], Setting((0.5, 0.5), 5, gate_thresholds=(0.95, 0.95)))
-        assert (counts.head_checks, counts.gate_checks, counts.layer_passes) == (0, 4, 24)
+        evaluated = (counts.heads_evaluated, counts.gates_evaluated)
+        assert (*evaluated, counts.layers_executed) == (0, 4, 24)
 
     def test_gate_threshold_zero_asks_no_gate(self) -> None:
         # A gate can round to 0.
@@ -87,7 +88,7 @@ class TestCounts:
 
     def test_nan_is_never_confident(self) -> None:
         trace = make_trace([[np.nan] * 3, [np.nan] * 3], np.ones((2, 3)))
-        assert simulate([trace], Setting((0.0, 0.0), 5)).drafts == 0
+        assert simulate([trace], Setting((0.0, 0.0), 5)).draft_tokens == 0
 
 
 def plain_rules(trace: Trace, setting: Setting) -> list[int]:
@@ -95,7 +96,7 @@ def plain_rules(trace: Trace, setting: Setting) -> list[int]:
     ends, start, emitted = len(trace.generated), 0, 0
     spans = [b - a for a, b in zip((0, *trace.exit_layers), (*trace.exit_layers, 8), strict=True)]
     num_used = max((i + 1 for i, use in enumerate(setting.used) if use), default=0)
-    passes = head_checks = gate_checks = verifications = drafts = kept = 0
+    passes = heads_evaluated = gates_evaluated = steps = drafts = kept = 0
     while start < ends:
         depths, right = [0], []
         limit = min(setting.max_drafts, ends - start - 1) if num_used else 0
@@ -108,10 +109,10 @@ def plain_rules(trace: Trace, setting: Setting) -> list[int]:
                     continue
                 at = start + offset
                 if setting.gate_thresholds and setting.gate_thresholds[e] > 0:
-                    gate_checks += 1
+                    gates_evaluated += 1
                     if not trace.gate[e, at] > np.float32(setting.gate_thresholds[e]):
                         continue
-                head_checks += 1
+                heads_evaluated += 1
                 if trace.confidence[e, at] > np.float32(setting.thresholds[e]):
                     right.append(bool(trace.correct[e, at]))
                     depths.append(0)
@@ -121,10 +122,10 @@ def plain_rules(trace: Trace, setting: Setting) -> list[int]:
                 break
         passes += sum(n for span, n in enumerate(spans) if min(depths) <= span)
         accepted = right.index(False) if False in right else len(right)
-        verifications, drafts, kept = verifications + 1, drafts + len(right), kept + accepted
+        steps, drafts, kept = steps + 1, drafts + len(right), kept + accepted
         emitted += accepted + 1
         start += accepted + 1
-    return [emitted, passes, head_checks, verifications, drafts, kept, gate_checks]
+    return [emitted, passes, heads_evaluated, steps, drafts, kept, gates_evaluated]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -137,7 +138,7 @@ def test_counts_are_those_of_the_plain_rules(seed: int) -> None:
         setting = Setting(thresholds, int(rng.integers(1, 8)), gates)
         counts = Simulator(traces).run(setting)
         expected = np.sum([plain_rules(t, setting) for t in traces], axis=0).tolist()
-        assert [*totals(counts), counts.gate_checks] == expected, setting
+        assert [*totals(counts), counts.gates_evaluated] == expected, setting
 
 
 class TestBadInput:

@@ -66,26 +66,21 @@ class Costs(BaseModel):
     def total(self, counts: Counts) -> float:
         """Of everything counted."""
         return (
-            counts.layer_passes
-            + self.head * counts.head_checks
-            + self.gate * counts.gate_checks
-            + (self.lm_head + self.verification) * counts.verifications
+            counts.layers_executed
+            + self.head * counts.heads_evaluated
+            + self.gate * counts.gates_evaluated
+            + (self.lm_head + self.verification) * counts.verification_steps
         )
 
     def speedup(self, counts: Counts) -> float:
-        """Ideal speed-up over vanilla decoding, heads, gates and verifications counted.
+        """Ideal speed-up over vanilla decoding, heads, gates and verification_steps counted.
 
         1.0 where there is nothing to count, and where nothing is drafted: then no head runs and
         verification is the vanilla step.
         """
-        if not counts.tokens or not counts.head_checks + counts.gate_checks:
+        if not counts.generated_tokens or not counts.heads_evaluated + counts.gates_evaluated:
             return 1.0
-        return counts.tokens * self.vanilla_token / self.total(counts)
-
-
-def speedup_in_passes(counts: Counts) -> float:
-    """Ideal speed-up if layers were all that costs; 1.0 without tokens."""
-    return counts.tokens * counts.num_layers / counts.layer_passes if counts.tokens else 1.0
+        return counts.generated_tokens * self.vanilla_token / self.total(counts)
 
 
 @dataclass(frozen=True)
