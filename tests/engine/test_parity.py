@@ -37,7 +37,11 @@ def reference(engines: EnginePool, prompts: list[str]) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("threshold", "batch"),
-    [(t, b) for t in (0.0, 0.5, 0.9) for b in (1, 4, 16)] + [(1.0, 4)],
+    [(0.0, 16), (0.5, 4), (0.9, 1), (1.0, 4)]
+    + [
+        pytest.param(threshold, batch, marks=pytest.mark.slow)
+        for threshold, batch in [(0.0, 1), (0.0, 4), (0.5, 1), (0.5, 16), (0.9, 4), (0.9, 16)]
+    ],
 )
 def test_thresholds_and_batch_sizes(
     engines: EnginePool,
@@ -57,8 +61,15 @@ def test_thresholds_and_batch_sizes(
     assert drafted == 0 if threshold == 1.0 else drafted > 100
 
 
-@pytest.mark.parametrize("exit_layers", [[4], [2, 4, 6]], ids=lambda layers: f"exits={len(layers)}")
-@pytest.mark.parametrize("num_speculative_tokens", [1, 8])
+@pytest.mark.parametrize(
+    ("num_speculative_tokens", "exit_layers"),
+    [
+        (8, [2, 4, 6]),
+        pytest.param(1, [2, 4, 6], marks=pytest.mark.slow),
+        pytest.param(8, [4], marks=pytest.mark.slow),
+        pytest.param(1, [4], marks=pytest.mark.slow),
+    ],
+)
 def test_windows_and_exits(
     engines: EnginePool,
     vanilla: LLM,
@@ -189,7 +200,7 @@ def test_preemption(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> No
     assert stats(engine)["mixed_steps"] > 2
 
 
-@pytest.mark.parametrize("max_num_batched_tokens", [64, 2048])
+@pytest.mark.parametrize("max_num_batched_tokens", [64, pytest.param(2048, marks=pytest.mark.slow)])
 def test_async_scheduling(
     engines: EnginePool, vanilla: LLM, prompts: list[str], max_num_batched_tokens: int
 ) -> None:

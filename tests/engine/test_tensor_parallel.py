@@ -98,9 +98,9 @@ def see_copies_at_different_times(worker: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "of_the_demo"),
     [
-        ({}, False),
+        pytest.param({}, False, marks=pytest.mark.slow),
         # With a draft vocabulary, whose copy of the LM head is spread over the ranks.
-        ({"draft_sample_method": "probabilistic"}, True),
+        pytest.param({"draft_sample_method": "probabilistic"}, True, marks=pytest.mark.slow),
         ({"draft_loop": "device", "cost_aware": True}, True),
     ],
     ids=["own-lm-head", "copy", "device"],

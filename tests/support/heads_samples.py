@@ -43,7 +43,7 @@ def heads_fields(**changes: Any) -> dict[str, Any]:
         "confidence_threshold": [0.5, 0.75],
         "transform": "low_rank",
         "rank": 4,
-        "norm": "none",
+        "norm": "after",
         "target": {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_hidden_layers": LAYERS},
         "speculators_config": {"verifier": {"name_or_path": ".."}},
         "provenance": {"command": "adadecode train"},

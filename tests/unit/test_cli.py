@@ -79,7 +79,7 @@ def test_heads_that_fit(target: Path, capsys: Capture) -> None:
     assert result["exit_layers"] == [1, 3]
     assert result["confidence_threshold"] == [0.5, 0.75]
     assert result["num_speculative_tokens"] == 5
-    assert (result["transform"], result["rank"], result["norm"]) == ("low_rank", 4, "none")
+    assert (result["transform"], result["rank"], result["norm"]) == ("low_rank", 4, "after")
     assert result["num_parameters"] == config.num_parameters
     total = sum(tensor.numel() for tensor in torch_tensors(target / "model.safetensors").values())
     assert result["share_of_target"] == pytest.approx(config.num_parameters / total)
@@ -109,7 +109,7 @@ def test_text_for_people(target: Path, capsys: Capture) -> None:
     heads, _, _ = make_heads(target / "adadecode")
     assert main(["info", str(heads)]) == 0
     text = capsys.readouterr().out
-    for part in ("1, 3 of 4", "0.5, 0.75", "identity + rank 4, final norm not applied", "1,024 ("):
+    for part in ("1, 3 of 4", "0.5, 0.75", "identity + rank 4, final norm after it", "1,024 ("):
         assert part in text
     assert "command" in text
     assert "not ok" not in text

@@ -196,7 +196,7 @@ def test_outputs_that_are_something_else(
         (["--data", "absent.jsonl"], "absent.jsonl is no file here"),
         (["--held-out", "1e-9"], "leave none to hold out"),
         (["--learning-rate", "nan"], "--learning-rate must be above 0"),
-        (["--learning-rate", "1e37", "--norm", "none", "--epochs", "9"], "lower --learning-rate"),
+        (["--learning-rate", "1e37", "--norm", "before", "--epochs", "9"], "lower --learning-rate"),
     ],
 )
 def test_bad_values(

@@ -274,10 +274,8 @@ def _transform(config: HeadsConfig) -> str:
         "identity": "identity",
         "full": "full matrix",
         "low_rank": f"identity + rank {config.rank}",
-        "adapter": f"adapter, {config.rank} wide",
     }[config.transform]
-    norm = {"before": "before it", "after": "after it", "none": "not applied"}[config.norm]
-    return f"{kind}, final norm {norm}"
+    return f"{kind}, final norm {config.norm} it"
 
 
 def _parameters(report: Report) -> str:

@@ -19,9 +19,9 @@ from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
 from vllm_adadecode.draft.heads import Heads
 from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.heads.thresholds import ExitThresholds
-from vllm_adadecode.kernels.answer import note_answers
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_step import draft_step
+from vllm_adadecode.kernels.head_results import record_head_results
 from vllm_adadecode.model.target import StagedTarget
 from vllm_adadecode.spans.padded import PaddedSpans
 
@@ -86,7 +86,7 @@ class DeviceLoop:
         """
         buffers = self._first(padded_size(len(slots), self.max_num_rows), thresholds, num_exits)
         buffers.rows.load(slots, first_pos, limits, last_sampled)
-        torch._foreach_zero_([buffers.head_rows, buffers.head_batches, buffers.span_passes])
+        torch._foreach_zero_([buffers.heads_evaluated, buffers.head_batches, buffers.span_passes])
         self.spans.begin(slots, len(buffers.rows.slots))
         return DraftRun(Steps(self, buffers, thresholds, heads), max_drafts, graphs)
 
@@ -288,15 +288,15 @@ def _record_head(
     live: torch.Tensor,
     exit_index: int,
 ) -> None:
-    """A head's answers, into the round's buffers."""
-    note_answers(
+    """A head's results, into the round's buffers."""
+    record_head_results(
         token,
         p,
         live,
         exit_index,
-        accept_above=buffers.accept_above,
+        thresholds=buffers.accept_above,
         token_out=buffers.token,
         confident=buffers.confident,
-        head_rows=buffers.head_rows,
+        heads_evaluated=buffers.heads_evaluated,
         head_batches=buffers.head_batches,
     )

@@ -87,7 +87,7 @@ class HostLoop:
                 evaluated, confident, tokens = self._evaluate(
                     exit_index, rows, offset, hidden, residual
                 )
-            counts.head_rows[exit_index] += int(evaluated.sum())
+            counts.heads_evaluated[exit_index] += int(evaluated.sum())
             counts.head_batches[exit_index] += bool(evaluated.any())
             counts.draft_tokens[exit_index] += int(confident.sum())
             self._extend(result.state, exit_index, rows, offset, confident, tokens)

@@ -29,6 +29,11 @@ from vllm_adadecode.metrics.prometheus import UnsentCounts, attach_counts
 from vllm_adadecode.verify.forward import VerificationForward
 from vllm_adadecode.verify.overlapped_plan import OverlappedPlan
 from vllm_adadecode.verify.plan import VerificationPlan, count_step, make_plan
+from vllm_adadecode.vllm_patches.runtime import (
+    CUDAGRAPH_DISPATCH,
+    MODEL_FORWARD,
+    PREPARE_ATTENTION,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
@@ -54,11 +59,11 @@ class AdaDecodeRunnerMixin(_Base):
         self._unsent = UnsentCounts(self.speculator.ledger.counters)
         # vLLM calls the model it loaded. Batches that start at a depth run as spans from now on;
         # all others, prefill among them, are vanilla's: the same compiled code, the same graphs.
-        self._all_layers = self.model.forward
-        self.model.forward = self._forward
+        self._all_layers = MODEL_FORWARD.apply_to(self.model, self._forward)
         # Here, for this is once: KV caches are initialised twice where vLLM profiles graphs.
-        self._prepare_all_attention = self.model_state.prepare_attn
-        self.model_state.prepare_attn = self._prepare_attention
+        self._prepare_all_attention = PREPARE_ATTENTION.apply_to(
+            self.model_state, self._prepare_attention
+        )
         with self.jit_warmup_registry.activate():
             self.speculator.register_warmup()
 
@@ -90,7 +95,7 @@ class AdaDecodeRunnerMixin(_Base):
                 return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
             return dispatch(num_reqs, num_tokens, *args, **kwargs)
 
-        manager.dispatch = dispatch_unless_deferred
+        CUDAGRAPH_DISPATCH.apply_to(manager, dispatch_unless_deferred)
 
     def _prepare_attention(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         # The passes over an overlapped round prepare their own, each of its tokens.

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.config import ALGORITHM, HeadsConfig
+from vllm_adadecode.heads.config import HeadsConfig
 from vllm_adadecode.heads.files import CONFIG_NAME, WEIGHTS_NAME, replace_together
 from vllm_adadecode.heads.head import EarlyHead, make_heads
 from vllm_adadecode.heads.tensors import (
@@ -41,7 +42,7 @@ def save_heads(
         directory: the heads folder; made if absent.
         config: says which tensors there must be.
         tensors: on any device. Floating point: ``exit_{e}.weight`` ``[d, d]`` for full transforms,
-            ``exit_{e}.down`` ``[r, d]`` and ``exit_{e}.up`` ``[d, r]`` for low rank and adapter,
+            ``exit_{e}.down`` ``[r, d]`` and ``exit_{e}.up`` ``[d, r]`` for low rank,
             ``exit_{e}.gate_weight`` ``[d]`` and ``exit_{e}.gate_bias`` ``[1]`` for gates,
             ``exit_{e}.other_weight`` ``[d]`` and ``exit_{e}.other_bias`` ``[1]`` beside a draft
             vocabulary; that itself is ``draft_vocab``, int64 ``[draft_vocab_size]``, strictly
@@ -283,7 +284,7 @@ def _refuse_other_content(folder: Path) -> None:
     if (folder / CONFIG_NAME).exists():
         with suppress(OSError, ValueError):
             existing = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            if existing.get("speculators_model_type") == ALGORITHM:
+            if existing.get("speculators_model_type") == METHOD:
                 return
     elif not (folder / WEIGHTS_NAME).exists():
         return

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictBool, ValidationError, field_validator, model_validator
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.files import write_whole
 from vllm_adadecode.heads.files import CONFIG_NAME, read_json
@@ -23,25 +24,22 @@ from vllm_adadecode.heads.sections import (
     one_line,
 )
 
-ALGORITHM = "adadecode"
 # Version of the *speculators* layout that the file follows; not a version of our own fields.
 SPECULATORS_VERSION = "0.3.0"
 DEFAULT_THRESHOLD = 0.75
 DEFAULT_GATE_THRESHOLD = 0.5
 
-Norm = Literal["before", "after", "none"]
-TransformKind = Literal["identity", "full", "low_rank", "adapter"]
-Quantization = Literal["fp8", "int8"]
-# Transforms with a rank.
-RANKED = ("low_rank", "adapter")
+Norm = Literal["before", "after"]
+TransformKind = Literal["identity", "full", "low_rank"]
+Quantization = Literal["int8"]
 
 
 class HeadsConfig(Section):
     """The heads of one target: where they sit, when they are trusted, how they are computed.
 
     Logits of the head at exit layer e, from the hidden state h after e layers (residual added):
-    ``E* . T . norm(h)``, ``E* . norm(T . h)`` or ``E* . T . h``, with the target's own final norm
-    and LM head E*, as `norm` says. The confidence is the largest softmax probability (paper,
+    ``E* . T . norm(h)`` or ``E* . norm(T . h)`` as `norm` says, with the target's own final norm
+    and LM head E*. The confidence is the largest softmax probability (paper,
     section "Confidence"). Three optional parts make a head check cheaper; verification, and so the
     output, is the same with and without them:
 
@@ -67,14 +65,12 @@ class HeadsConfig(Section):
         "or one per exit. 1 turns an exit off.",
     )
     transform: TransformKind = Field(
-        description="T of each head: identity (no weights), a full d x d matrix, I + up . down of "
-        "rank `rank`, or the adapter h + up . silu(down . h), `rank` wide inside."
+        description="T of each head: identity (no weights), a full d x d matrix, or I + up . down "
+        "of rank `rank`."
     )
-    rank: Count | None = Field(
-        default=None, description="Rank r of `low_rank` and `adapter`, else None."
-    )
+    rank: Count | None = Field(default=None, description="Rank r of `low_rank`, else None.")
     norm: Norm = Field(
-        description="Where the target's final norm is applied: before T, after T, or not at all."
+        description="Where the target's final norm is applied: before T or after it."
     )
     gate: StrictBool = Field(
         default=False,
@@ -147,17 +143,15 @@ class HeadsConfig(Section):
                     f"{name} has {len(thresholds)} values for {len(exits)} exit layers: "
                     "give one number, or one per exit layer"
                 )
-        if self.transform in RANKED:
+        if self.transform == "low_rank":
             if self.rank is None:
-                raise ValueError(f"transform {self.transform} needs a rank")
+                raise ValueError("transform low_rank needs a rank")
             if self.rank >= self.target.hidden_size:
                 raise ValueError(
                     f"rank {self.rank} must be below the hidden size {self.target.hidden_size}"
                 )
         elif self.rank is not None:
-            raise ValueError(
-                f"rank is for transform {' and '.join(RANKED)}, not for {self.transform}"
-            )
+            raise ValueError(f"rank is for transform low_rank, not for {self.transform}")
         if not self.gate and self.gate_threshold != DEFAULT_GATE_THRESHOLD:
             raise ValueError("gate_threshold is for heads with a gate: set gate, or leave it out")
         if (size := self.draft_vocab_size) is not None and size > self.target.vocab_size:
@@ -272,7 +266,7 @@ class HeadsConfig(Section):
             file = file / CONFIG_NAME
         data = read_json(file)
         kind = data.get("speculators_model_type") if isinstance(data, dict) else None
-        if kind != ALGORITHM:
+        if kind != METHOD:
             found = f"speculators of type {kind!r}" if kind else "no heads"
             raise AdaDecodeError(
                 f"{file} describes {found}, not AdaDecode heads: give the folder of a heads "

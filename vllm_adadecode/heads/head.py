@@ -22,7 +22,7 @@ class EarlyHead(nn.Module):
 
     Args:
         transform: T.
-        norm: where the target's final norm is applied: "before" T, "after" it, or "none".
+        norm: where the target's final norm is applied, "before" T or "after" it.
         hidden_size: width d; of the gate and the "other" logit.
         gate: whether there is a gate.
         other: whether there is an "other" logit (with a draft vocabulary).
@@ -66,7 +66,7 @@ class EarlyHead(nn.Module):
         hidden: torch.Tensor,
         norm: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """What the LM head multiplies, x = ``T . norm(h)``, ``norm(T . h)`` or ``T . h``.
+        """What the LM head multiplies, x = ``T . norm(h)`` or ``norm(T . h)``.
 
         Args:
             hidden: ``[num_tokens, hidden_size]`` in the dtype of T; left as it is.
@@ -77,8 +77,7 @@ class EarlyHead(nn.Module):
         """
         if self.norm_placement == "before":
             return self.transform(norm(hidden))
-        x = self.transform(hidden)
-        return norm(x) if self.norm_placement == "after" else x
+        return norm(self.transform(hidden))
 
     def gate_logit(
         self,

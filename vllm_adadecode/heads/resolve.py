@@ -12,8 +12,9 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.config import ALGORITHM, HeadsConfig
+from vllm_adadecode.heads.config import HeadsConfig
 from vllm_adadecode.heads.files import CONFIG_NAME, WEIGHTS_NAME
 from vllm_adadecode.heads.fingerprint import target_fingerprint
 
@@ -39,7 +40,7 @@ def is_heads_folder(folder: str | Path) -> bool:
         data = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(data, dict) and data.get("speculators_model_type") == ALGORITHM
+    return isinstance(data, dict) and data.get("speculators_model_type") == METHOD
 
 
 def find_heads(model: str | None, target: str, revision: str | None = None) -> Path | None:
@@ -71,7 +72,7 @@ def find_heads(model: str | None, target: str, revision: str | None = None) -> P
     if not is_heads_folder(folder):
         raise AdaDecodeError(
             f"{model} holds no AdaDecode heads (no {CONFIG_NAME} with speculators_model_type "
-            f"{ALGORITHM!r}): give a heads checkpoint, or no model at all for the training-free "
+            f"{METHOD!r}): give a heads checkpoint, or no model at all for the training-free "
             "logit lens"
         )
     return folder

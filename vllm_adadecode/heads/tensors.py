@@ -27,7 +27,6 @@ def tensor_shapes(config: HeadsConfig) -> dict[str, tuple[int, ...]]:
         "identity": {},
         "full": {"weight": (d, d)},
         "low_rank": {"down": (r, d), "up": (d, r)},
-        "adapter": {"down": (r, d), "up": (d, r)},
     }
     per_exit = dict(transforms[config.transform])
     if config.gate:

@@ -51,14 +51,6 @@ class LowRankTransform(Transform):
         return hidden + functional.linear(functional.linear(hidden, self.down), self.up)
 
 
-class AdapterTransform(LowRankTransform):
-    """T(h) = h + up . silu(down . h), with weights as `LowRankTransform` has them."""
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        inner = functional.silu(functional.linear(hidden, self.down))
-        return hidden + functional.linear(inner, self.up)
-
-
 def make_transform(
     config: HeadsConfig, dtype: torch.dtype, device: torch.device | str
 ) -> Transform:
@@ -69,5 +61,4 @@ def make_transform(
     if config.transform == "identity":
         return Transform()
     assert config.rank is not None
-    kind = LowRankTransform if config.transform == "low_rank" else AdapterTransform
-    return kind(d, config.rank, dtype, device)
+    return LowRankTransform(d, config.rank, dtype, device)

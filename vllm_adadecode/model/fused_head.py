@@ -104,8 +104,7 @@ class FusedHeads:
                 live &= in_pass
             # So many rows leave no tile of the LM head without a live one.
             if len(live) <= MAX_ORDERED_ROWS:
-                # Compared already: 1 passes, 0 does not.
-                rows["order"], rows["num_live"] = live_first(live.float(), 0.5)
+                rows["order"], rows["num_live"] = live_first(live)
         other = head.other_logit(x)
         projection = self.staged.projection
         if self.sampler is None:
@@ -155,10 +154,8 @@ def fused_features(
         assert head.gate_weight is not None, "a gate threshold for heads that have no gate"
         parts = {"gate_weight": head.gate_weight, "gate_bias": head.gate_bias}
         parts["gate_eps"] = GATE_NORM_EPS
-    norm_is_first = head.norm_placement == "before" or (
-        # The identity: T has no place.
-        head.norm_placement == "after" and type(head.transform) is Transform
-    )
+    # The identity: T has no place.
+    norm_is_first = head.norm_placement == "before" or type(head.transform) is Transform
     if norm_is_first and _is_plain(norm):
         parts |= {"norm_weight": norm.weight, "norm_eps": norm.variance_epsilon}
         x, probability = head_input(hidden, residual, **parts)
