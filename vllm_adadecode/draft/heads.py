@@ -99,7 +99,7 @@ Heads = FusedHeads | StoredHeads
 def make_heads(
     target: StagedTarget, sampler: DraftSampler | None, dtype: torch.dtype, picks_rows: bool
 ) -> Heads:
-    """By the fused kernels where they can do what is asked.
+    """By the fused kernels where these can do it.
 
     Args:
         dtype: of hidden states.

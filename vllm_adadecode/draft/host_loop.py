@@ -1,4 +1,4 @@
-"""The draft loop led by the host: the reference that the device's loop is tested against.
+"""The draft loop on the host: the reference that the device's loop is tested against.
 
 Owns the order of passes: span 0 for the newest token of every drafting request, then head by head.
 A request whose head is confident takes its prediction as the next draft token and waits for the

@@ -257,7 +257,7 @@ class DeviceRounds:
     # --- the end of a round ----------------------------------------------------------------------
 
     def _end_drafting(self, drop: bool = False, timed: bool = False) -> None:
-        """The last round will be verified as the host knows it: end it, and hand on its drafts.
+        """The last round will be verified as the host knows it: end it, hand on its draft tokens.
 
         Args:
             drop: nobody will verify it: what has been queued of it is enough.
