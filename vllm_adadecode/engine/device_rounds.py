@@ -174,6 +174,8 @@ class DeviceRounds:
         samples = prefilled >= input_batch.prefill_len_np
         caps, exits, is_even = self._allowed(input_batch, samples, max_drafts)
         last = self._last
+        if last is not None and last.state not in (RoundState.READBACK, RoundState.RESOLVED):
+            raise IllegalTransitionError(f"no round can start while the last is {last.state.name}")
         this = self._last = DraftRound(
             input_batch,
             num_sampled,
@@ -293,10 +295,10 @@ class DeviceRounds:
 
     def _read_back(self, this: DraftRound) -> None:
         """Queue the copy of what comes of a round that is queued to its end."""
+        this.move_to(RoundState.READBACK)
         buffers = this.run.buffers if this.run is not None else None
         num_reqs = this.input_batch.num_reqs
         this.readback = RoundReadback.start(num_reqs, buffers, this.num_sampled, this.used_exits)
-        this.move_to(RoundState.READBACK)
         self.context.ledger.round_ended(this.input_batch, this.timed)
 
     @torch.inference_mode()
