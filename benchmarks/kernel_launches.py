@@ -75,7 +75,6 @@ class _Recorder:
 
 def record() -> list[Launch]:
     """Every launch of `_variants`, each kernel and variant once."""
-    from vllm_adadecode.kernels import projection
     from vllm_adadecode.kernels.launch import REFERENCES
 
     launches: list[Launch] = []
@@ -92,9 +91,6 @@ def record() -> list[Launch]:
             launches.append(Launch(name, variant, architectures, kernel, arguments, options))
 
         with ExitStack() as stack:
-            # Where no device answers, wrappers read FP8 as bits.
-            if variant == "fp8":
-                stack.enter_context(patch.object(projection, "fp8_as_bits", lambda _: False))
             for full_name in REFERENCES:
                 module_name, _, attribute = full_name.rpartition(".")
                 module = __import__(module_name, fromlist=[attribute])
@@ -111,12 +107,12 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
     """(name, architectures, call of a wrapper)."""
-    from vllm_adadecode.kernels.answer import note_answers
     from vllm_adadecode.kernels.confidence import head_confidence
     from vllm_adadecode.kernels.deferred import DeferredStates
     from vllm_adadecode.kernels.draft_state import DraftRows, KVBlocks, PassInputs, RoundStatus
     from vllm_adadecode.kernels.draft_step import draft_step
     from vllm_adadecode.kernels.gate import head_input, live_first
+    from vllm_adadecode.kernels.head_results import record_head_results
     from vllm_adadecode.kernels.head_weight import HeadWeight
     from vllm_adadecode.kernels.merge import merge_partials
     from vllm_adadecode.kernels.sampling import head_sample
@@ -138,8 +134,6 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
     yield "float32", everywhere, check(weight(torch.float32), 1, torch.float32)
     yield "int8", everywhere, check(weight(torch.int8), 1)
     yield "int8, 256 rows", everywhere, check(weight(torch.int8), 256)
-    yield "fp8", ("sm_90",), check(weight(torch.float8_e4m3fn), 1)
-    yield "fp8 as bits", everywhere, check(weight(torch.float8_e4m3fn), 1)
     draft = weight(bf16, 8192, vocab_ids=_meta(8192, dtype=torch.int64), soft_cap=30.0)
     order, num_live = _meta(16, dtype=torch.int32), _meta(1, dtype=torch.int32)
     other = _meta(16, dtype=torch.float32)
@@ -171,8 +165,8 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
         everywhere,
         lambda: head_input(hidden, hidden, norm_weight=vector, norm_eps=1e-5, **gate),
     )
-    gates = _meta(MAX_REQS, dtype=torch.float32)
-    yield "256 rows", everywhere, lambda: live_first(gates, 0.5)
+    confident = _meta(MAX_REQS, dtype=torch.bool)
+    yield "256 rows", everywhere, lambda: live_first(confident)
 
     states = DeferredStates(MAX_REQS, WINDOW, HIDDEN_SIZE, bf16, torch.device("meta"))
     index = _meta(16, dtype=torch.int64)
@@ -190,30 +184,30 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
         "256 requests",
         everywhere,
         lambda: draft_step(
-            DraftRows.begin(slots, slots, slots, slots, WINDOW - 1, NUM_EXITS),
+            DraftRows.empty(MAX_REQS, WINDOW - 1, NUM_EXITS, torch.device("meta")),
             PassInputs.empty(MAX_REQS, WINDOW, 1, torch.device("meta")),
             blocks,
             RoundStatus.empty(NUM_EXITS, torch.device("meta")),
             exit_index=1,
             next_span=2,
             token=slots,
-            confident=_meta(MAX_REQS, dtype=torch.bool),
+            confident=confident,
         ),
     )
-    confident, exits = _meta(MAX_REQS, dtype=torch.bool), _meta(NUM_EXITS, dtype=torch.int64)
+    exits = _meta(NUM_EXITS, dtype=torch.int64)
     yield (
         "256 requests",
         everywhere,
-        lambda: note_answers(
+        lambda: record_head_results(
             slots,
-            gates,
+            _meta(MAX_REQS, dtype=torch.float32),
             confident,
             1,
-            follow=_meta(NUM_EXITS, dtype=torch.float32),
+            accept_above=_meta(NUM_EXITS, dtype=torch.float32),
             token_out=slots,
             confident=confident,
-            checked=exits,
-            asked=exits,
+            head_rows=exits,
+            head_batches=exits,
         ),
     )
     places = MAX_REQS * WINDOW
@@ -222,13 +216,13 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
         everywhere,
         lambda: plan_verification(
             PassPlans.empty(1 + NUM_EXITS, places, MAX_REQS, torch.device("meta")),
-            DraftRows.begin(slots, slots, slots, slots, WINDOW - 1, NUM_EXITS),
+            DraftRows.empty(MAX_REQS, WINDOW - 1, NUM_EXITS, torch.device("meta")),
             row_of=_meta(MAX_REQS, dtype=torch.int32),
             query_start_loc=_meta(MAX_REQS + 1, dtype=torch.int32),
             input_ids=_meta(places, dtype=torch.int32),
             seq_lens=_meta(MAX_REQS, dtype=torch.int32),
-            vacant=_meta(places, dtype=torch.bool),
-            num_places=places,
+            is_padding=_meta(places, dtype=torch.bool),
+            num_token_slots=places,
         ),
     )
 
@@ -237,9 +231,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
-    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int8: "*i8",
-    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint64: "*u64",

@@ -63,8 +63,6 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
     enabled_ptr,
     # RoundStatus
     numbers_ptr,
-    waiting_ptr,
-    missing_ptr,
     allowed_ptr,
     offset_ptr,
     exit_index,
@@ -171,8 +169,6 @@ def _draft_step_kernel(  # type: ignore[no-untyped-def]
     tl.store(numbers_ptr + early_span, num_waiting, mask=is_early)
     pending_ptr = numbers_ptr + num_early_spans
     tl.store(pending_ptr + early_span, num_pending, mask=early_span <= num_early_spans)
-    tl.store(waiting_ptr + early_span, num_waiting > 0, mask=is_early)
-    tl.store(missing_ptr + early_span, num_pending > 0, mask=is_early)
     tl.store(offset_ptr, newest_offset.to(tl.int64))
     if exit_index >= 0:
         count_ptr = counts_ptr + exit_index * 2
@@ -249,8 +245,6 @@ def draft_step(
         blocks.block_sizes,
         blocks.enabled,
         status.numbers,
-        status.waiting,
-        status.missing,
         status.allowed,
         status.offset,
         NO_EXIT if exit_index is None else exit_index,
@@ -258,7 +252,7 @@ def draft_step(
         len(rows.counts),
         num_rows,
         num_rows * window,
-        len(status.waiting),
+        len(status.num_waiting),
         WINDOW=window,
         NUM_GROUPS=len(blocks.block_sizes),
         BLOCK_E=next_power_of_2(len(status.num_pending)),

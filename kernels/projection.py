@@ -14,7 +14,7 @@ from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.kernels.head_weight import FP8, HeadWeight
+from vllm_adadecode.kernels.head_weight import HeadWeight
 from vllm_adadecode.kernels.launch import check_matrix, register_references, rows_contiguous
 from vllm_adadecode.kernels.projection_reference import head_partials_reference
 from vllm_adadecode.kernels.tuning import HeadBlocks, head_blocks
@@ -25,18 +25,6 @@ PARTIAL_WORDS = 3
 NO_TOKEN = tl.constexpr(2**31 - 1)
 
 # --- kernel --------------------------------------------------------------------------------------
-
-
-@triton.jit
-def decode_weight(weight, like, FP8_BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """8-bit weights in the dtype of the rows. Exact: both formats fit into bfloat16 and float16."""
-    if FP8_BITS:
-        # e4m3 without the instructions of sm_89: its bits, moved, are a float16 of 2^-8 the value.
-        # The factor is in the row scales.
-        bits = weight.to(tl.int16)
-        bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        return bits.to(tl.float16, bitcast=True).to(like)
-    return weight.to(like)
 
 
 @triton.jit
@@ -57,7 +45,6 @@ def head_logits_tile(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    FP8_BITS: tl.constexpr,
 ):
     """Logits [BLOCK_V, BLOCK_R] in float32."""
     k = tl.arange(0, BLOCK_K)
@@ -72,8 +59,8 @@ def head_logits_tile(  # type: ignore[no-untyped-def]
         else:
             weight = tl.load(weight_ptrs + start, mask=k[None, :] < HIDDEN_SIZE - start, other=0.0)
             x = tl.load(x_ptrs + start, mask=k[:, None] < HIDDEN_SIZE - start, other=0.0)
-        # "ieee": float32 rows are not rounded to tf32.
-        acc = tl.dot(decode_weight(weight, x.dtype, FP8_BITS), x, acc, input_precision="ieee")
+        # int8 fits into bfloat16 and float16. "ieee": float32 rows are not rounded to tf32.
+        acc = tl.dot(weight.to(x.dtype), x, acc, input_precision="ieee")
     if row_scale_ptr is not None:
         acc *= tl.load(row_scale_ptr + vocab)[:, None]
     if HAS_SOFT_CAP:
@@ -144,7 +131,6 @@ def _head_partials_kernel(  # type: ignore[no-untyped-def]
     logit_scale,
     HIDDEN_SIZE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    FP8_BITS: tl.constexpr,
     TILES_PER_SPLIT: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -180,7 +166,6 @@ def _head_partials_kernel(  # type: ignore[no-untyped-def]
             BLOCK_R,
             BLOCK_K,
             HAS_SOFT_CAP,
-            FP8_BITS,
         )
         new_top, top_id = online_top(logits, vocab, valid, top, top_id)
         shift = finite_shift(new_top)
@@ -197,20 +182,6 @@ def _head_partials_kernel(  # type: ignore[no-untyped-def]
 
 
 # --- wrapper -------------------------------------------------------------------------------------
-
-
-def fp8_as_bits(weight: torch.Tensor) -> bool:
-    """Whether FP8 must be decoded by hand: Triton converts it from sm_89 on."""
-    if weight.dtype != FP8:
-        return False
-    return not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 9)
-
-
-def kernel_weight(head: HeadWeight) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-    """Weight and row scales as the kernels read them, and whether FP8 is read as bits."""
-    if not fp8_as_bits(head.weight):
-        return head.weight, head.row_scale, False
-    return head.weight.view(torch.uint8), head.bits_scale, True
 
 
 def check_head_inputs(x: torch.Tensor, head: HeadWeight) -> torch.Tensor:
@@ -258,14 +229,13 @@ def head_partials(
     )
     if num_rows == 0:
         return partials
-    weight, row_scale, as_bits = kernel_weight(head)
     _head_partials_kernel[(num_splits * cdiv(num_rows, blocks.BLOCK_R),)](
         partials,
         x,
         x.stride(0),
-        weight,
-        weight.stride(0),
-        row_scale,
+        head.weight,
+        head.weight.stride(0),
+        head.row_scale,
         order,
         num_live,
         num_rows,
@@ -275,7 +245,6 @@ def head_partials(
         float(head.logit_scale),
         HIDDEN_SIZE=head.hidden_size,
         HAS_SOFT_CAP=head.soft_cap is not None,
-        FP8_BITS=as_bits,
         TILES_PER_SPLIT=blocks.tiles_per_split,
         BLOCK_V=blocks.BLOCK_V,
         BLOCK_R=blocks.BLOCK_R,

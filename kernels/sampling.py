@@ -38,7 +38,6 @@ from vllm_adadecode.kernels.projection import (
     check_head_inputs,
     finite_shift,
     head_logits_tile,
-    kernel_weight,
     live_rows,
     online_top,
 )
@@ -121,7 +120,6 @@ def _sample_partials_kernel(  # type: ignore[no-untyped-def]
     logit_scale,
     HIDDEN_SIZE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    FP8_BITS: tl.constexpr,
     TILES_PER_SPLIT: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -164,7 +162,6 @@ def _sample_partials_kernel(  # type: ignore[no-untyped-def]
             BLOCK_R,
             BLOCK_K,
             HAS_SOFT_CAP,
-            FP8_BITS,
         )
         token = inside.to(tl.int64)
         if vocab_ids_ptr is not None:
@@ -324,14 +321,13 @@ def head_sample(
     if num_rows == 0:
         return result
     slots, positions = slots.contiguous(), positions.contiguous()
-    weight, row_scale, as_bits = kernel_weight(head)
     _sample_partials_kernel[(num_splits * cdiv(num_rows, blocks.BLOCK_R),)](
         partials,
         x,
         x.stride(0),
-        weight,
-        weight.stride(0),
-        row_scale,
+        head.weight,
+        head.weight.stride(0),
+        head.row_scale,
         order,
         num_live,
         head.vocab_ids,
@@ -349,7 +345,6 @@ def head_sample(
         float(head.logit_scale),
         HIDDEN_SIZE=head.hidden_size,
         HAS_SOFT_CAP=head.soft_cap is not None,
-        FP8_BITS=as_bits,
         TILES_PER_SPLIT=blocks.tiles_per_split,
         BLOCK_V=blocks.BLOCK_V,
         BLOCK_R=blocks.BLOCK_R,

@@ -1,11 +1,11 @@
-"""Torch reference of sampling.py, with the same noise from NumPy (cpu/noise.py)."""
+"""Torch reference of sampling.py, with the same noise from NumPy."""
 
 from typing import Any
 
 import torch
 
-from vllm_adadecode.cpu.noise import DRAFT_NOISE_SALT, gumbel_noise
 from vllm_adadecode.kernels.merge_reference import finish_in_torch, live_places, merged_tops
+from vllm_adadecode.kernels.noise import DRAFT_NOISE_SALT, gumbel_noise
 from vllm_adadecode.kernels.projection_reference import launched_logits, top_of, write_partials
 
 
@@ -38,7 +38,6 @@ def sample_partials_reference(
     logit_scale: float,
     *,
     HAS_SOFT_CAP: bool,
-    FP8_BITS: bool,
     **options: Any,
 ) -> None:
     rows, logits = launched_logits(
@@ -49,7 +48,6 @@ def sample_partials_reference(
         num_live,
         soft_cap if HAS_SOFT_CAP else None,
         logit_scale,
-        FP8_BITS,
     )
     slots = slots[rows].long()
     temperatures = _temperatures(slots, temperature)

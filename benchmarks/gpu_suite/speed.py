@@ -160,7 +160,7 @@ def traces(suite: Suite, found: dict[str, Any]) -> None:
                 if got["coverage"] is None or abs(got["coverage"] - wanted) > COVERAGE_SLACK:
                     raise EngineError(
                         f"controlled: asked for drafts in {wanted:.2f} of head checks, got "
-                        f"{got['coverage']}: the policy was not followed"
+                        f"{got['coverage']}: heads were not followed as set"
                     )
                 found[f"{wanted}, {precision}, {batch}"] = got
 

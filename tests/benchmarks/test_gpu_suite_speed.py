@@ -18,9 +18,9 @@ from benchmarks.gpu_suite.ideal import Reading
 from benchmarks.gpu_suite.result import DONE
 from benchmarks.gpu_suite.speed import Decoding
 from benchmarks.gpu_suite.suite import CONTROLLED, PLAIN
-from benchmarks.gpu_suite.worker import CoveragePolicy, follow_noise
-from tests.engine.test_device_loop import MAX_SLOTS, DeviceRuns
+from benchmarks.gpu_suite.worker import covering, follow_noise
 from tests.support.engines import DEMO_MODEL
+from tests.support.fake_target import MAX_SLOTS, DeviceRuns, draft
 from tests.support.suite_fakes import (
     COSTS,
     PROMPTS,
@@ -31,8 +31,9 @@ from tests.support.suite_fakes import (
     snapshot,
 )
 from vllm_adadecode.draft.device_loop import Steps
-from vllm_adadecode.draft.policy import Action, ThresholdPolicy
-from vllm_adadecode.draft.step_guard import AskHost
+from vllm_adadecode.draft.host_loop import HostLoop
+from vllm_adadecode.draft.status_poll import StatusPoll
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.metrics.counters import Counters, ExitCounters
 
 
@@ -157,26 +158,30 @@ def test_drafts_that_are_not_controlled_are_refused(tmp_path: Path) -> None:
     assert engine.asked[0] == ("set_drafts", {"coverage": 0.5, "precision": 0.8})
 
 
-def test_coverage_policy() -> None:
+def test_controlled_coverage_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostLoop, "_confident", HostLoop._confident)
+    monkeypatch.setattr(Steps, "_accept", Steps._accept)
+    follow_noise()
     torch.manual_seed(0)
-    real = ThresholdPolicy((0.5, 1.0, 0.5), (0.5, 0.5, 0.5))
-    confidence = torch.zeros(4000)
-    policy = CoveragePolicy(real, 0.3)
-    assert (policy.num_used_exits, policy.uses(1), policy.uses_gate(0)) == (3, False, False)
-    actions = policy.decide(0, confidence)
-    assert actions.dtype == torch.int8
-    assert (actions == Action.EXTEND).float().mean().item() == pytest.approx(0.3, abs=0.03)
-    assert set(actions.tolist()) == {Action.EXTEND, Action.PROMOTE}
-    assert set(policy.decide(2, confidence).tolist()) == {Action.EXTEND, Action.STOP}
-    assert (CoveragePolicy(real, 1.0).decide(0, confidence) == Action.EXTEND).all()
+    real = ExitThresholds.of((0.5, 1.0, 0.5), (0.5, 0.5, 0.5))
+    assert covering(real, 0.75) == ExitThresholds((0.25, None, 0.25), (None, None, None))
+    for coverage in (0.0, 0.3, 1.0):
+        checked = drafted = 0
+        for _ in range(40):
+            run = draft(lambda *_: 0.1, [5] * 8, thresholds=covering(real, coverage))
+            checked += sum(e.heads_evaluated for e in run.counters.exits.values())
+            drafted += int(run.state.num_drafts.sum())
+        assert checked > 300
+        assert drafted / checked == pytest.approx(coverage, abs=0.05)
 
 
 def test_controlled_coverage_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise by place is as good as drawn: half of the heads are followed, at each exit."""
-    monkeypatch.setattr(Steps, "_follow", Steps._follow)
+    monkeypatch.setattr(HostLoop, "_confident", HostLoop._confident)
+    monkeypatch.setattr(Steps, "_accept", Steps._accept)
     follow_noise()
-    runs = DeviceRuns(AskHost())
-    runs.policy = CoveragePolicy(ThresholdPolicy((0.9, 1.0, 0.9)), 0.5)  # type: ignore[assignment]
+    runs = DeviceRuns(StatusPoll())
+    runs.thresholds = covering(ExitThresholds.of((0.9, 1.0, 0.9)), 0.5)
     checked, drafted = np.zeros(3), np.zeros(3)
     for first in range(60):
         slots = [(first + i) % MAX_SLOTS for i in range(4)]

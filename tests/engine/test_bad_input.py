@@ -126,10 +126,9 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"model": 7}, ["model must be a string", "7"]),
     ({"revision": 7}, ["revision must be a string", "7"]),
     # Who drives the draft loop.
-    ({"draft_loop": "gpu"}, ["draft_loop", "'host', 'device' or 'graph'", "'gpu'"]),
-    ({"draft_loop": True}, ["draft_loop", "'host', 'device' or 'graph'", "True"]),
+    ({"draft_loop": "gpu"}, ["draft_loop", "'auto', 'host' or 'device'", "'gpu'"]),
+    ({"draft_loop": True}, ["draft_loop", "'auto', 'host' or 'device'", "True"]),
     # The PyTorch of the tests is for CPUs.
-    ({"draft_loop": "graph"}, ["conditional nodes"]),
     # Options that do not exist, or are other methods'.
     ({"confidence_treshold": 0.5}, ["unknown options", "confidence_treshold", "known:"]),
     ({"draft_tensor_parallel_size": 1, "prompt_lookup_max": 2}, ["unknown", "draft_tensor_par"]),
@@ -204,8 +203,6 @@ def test_where_the_draft_loop_can_be_on_the_device(target: Path) -> None:
     refused(words, target, spec, **fits | {"max_num_batched_tokens": 127})
     create(target, spec | {"draft_loop": "host"}, **fits | {"max_num_batched_tokens": 127})
     create(target, spec, tensor_parallel_size=2, **fits)
-    words = ["draft_loop 'graph'", "tensor parallelism", "draft_loop 'device'"]
-    refused(words, target, spec | {"draft_loop": "graph"}, tensor_parallel_size=2)
 
 
 def test_who_drives_the_draft_loop_by_itself(target: Path) -> None:

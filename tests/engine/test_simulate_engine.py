@@ -10,10 +10,10 @@ import torch
 from tests.support import engines as harness
 from tests.support.engines import DEMO_MODEL, EnginePool, greedy, speculative, token_ids
 from tests.support.heads_samples import demo_heads
-from vllm_adadecode.draft.policy import ThresholdPolicy
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
 from vllm_adadecode.evaluation.session import open_session
 from vllm_adadecode.evaluation.simulate import Setting, Simulator
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.training.sequences import Sequence
 
 PROMPTS, TOKENS, MAX_DRAFTS = 10, 64, 8
@@ -50,10 +50,10 @@ def test_counts_are_the_engine_s(
     session = open_session(str(gated_heads), dtype="float32")
     simulator = None
     for setting in SETTINGS:
-        policy = ThresholdPolicy(setting.thresholds, setting.gate_thresholds)
+        thresholds = ExitThresholds.of(setting.thresholds, setting.gate_thresholds)
 
-        def change(worker: object, policy: ThresholdPolicy = policy) -> None:
-            worker.model_runner.speculator.policy = policy  # type: ignore[attr-defined]
+        def change(worker: object, thresholds: ExitThresholds = thresholds) -> None:
+            worker.model_runner.speculator.ledger.thresholds = thresholds  # type: ignore[attr-defined]
 
         engine.collective_rpc(change)
         harness.stats(engine, reset=True)

@@ -93,7 +93,7 @@ def test_heads_that_fit(target: Path, capsys: Capture) -> None:
             "num_speculative_tokens": 5,
             "transform": "low_rank",
             "rank": 4,
-            "norm": "none",
+            "norm": "after",
             "gate": False,
             "draft_vocab_size": None,
             "lm_head_quantization": None,
@@ -110,7 +110,7 @@ def test_heads_that_fit(target: Path, capsys: Capture) -> None:
 
 @pytest.mark.parametrize("case", ["heads", "long provenance", "no heads"])
 def test_text_for_people(target: Path, capsys: Capture, case: str) -> None:
-    there = ["1, 3 of 4", "0.5, 0.75", "identity + rank 4, final norm not applied", "1,024 ("]
+    there = ["1, 3 of 4", "0.5, 0.75", "identity + rank 4, final norm after it", "1,024 ("]
     absent, made = "not ok", {"command": "adadecode train"}
     if case == "long provenance":
         # Left to the card.

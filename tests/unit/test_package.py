@@ -12,7 +12,7 @@ from setuptools.dist import Distribution
 
 import vllm_adadecode
 from vllm_adadecode import METHOD, AdaDecodeSpeculativeConfig, HeadsConfig
-from vllm_adadecode.heads.sections import SpeculatorsSection
+from vllm_adadecode.heads.config import SpeculatorsSection
 from vllm_adadecode.versions import SUPPORTED_VLLM
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,6 @@ from vllm_adadecode.training import trainer
 from vllm_adadecode.training.batches import TokenRow, token_rows
 from vllm_adadecode.training.distributions import Distributions
 from vllm_adadecode.training.gate import confident, evaluate_gates, train_gates
-from vllm_adadecode.training.losses import Loss
 from vllm_adadecode.training.state import RunState
 from vllm_adadecode.training.target_model import FrozenTarget, load_target
 from vllm_adadecode.training.trainer import TrainSettings, evaluate, rate_factor, train_heads
@@ -68,9 +67,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 KINDS: list[dict[str, Any]] = [
     {"transform": "full"},
     {"transform": "full", "norm": "before"},
-    {"transform": "full", "norm": "none"},
     {"transform": "low_rank", "rank": 8},
-    {"transform": "adapter", "rank": 8},
     {"transform": "identity", "draft_vocab": torch.arange(0, VOCAB, 2)},
 ]
 
@@ -100,7 +97,7 @@ def test_heads_get_better_on_held_out_rows(
 
 def test_every_variant_starts_at_the_logit_lens(target: FrozenTarget, rows: list[TokenRow]) -> None:
     lens = evaluate(distributions(target, transform="identity"), rows, SETTINGS, THRESHOLDS)
-    for kind in KINDS[:2] + KINDS[3:5]:
+    for kind in KINDS[:3]:
         found = evaluate(distributions(target, **kind), rows, SETTINGS, THRESHOLDS)
         for e in lens:
             assert found[e].loss == pytest.approx(lens[e].loss, rel=1e-4)
@@ -230,7 +227,7 @@ def test_nan_is_refused(
     when: str,
 ) -> None:
     settings = TrainSettings(learning_rate=1e37, warmup=0.0, epochs=9, batch_size=8)
-    parts = distributions(target, norm="none")
+    parts = distributions(target, norm="before")
     if when == "before":
         with torch.no_grad():
             next(parts.heads[3].parameters()).fill_(float("nan"))
@@ -268,7 +265,7 @@ def test_bf16_comes_near_fp32(
 def test_gates(
     target: FrozenTarget, rows: list[TokenRow], held_out: list[TokenRow], tmp_path: Path
 ) -> None:
-    settings = TrainSettings(epochs=2, batch_size=8, learning_rate=5e-3, loss=Loss("kl"))
+    settings = TrainSettings(epochs=2, batch_size=8, learning_rate=5e-3)
     parts = distributions(target, gate=True)
     train(parts, rows, held_out, tmp_path / "state", settings)
     trained = weights(parts)

@@ -5,9 +5,9 @@ drafts if none pays. The more requests draft in step, the more likely one of the
 and takes a round through all exits: large batches pay with the first exits only, where a single
 request pays with all.
 
-Costs are measured at start (`startup_costs.py`) and set right by the rounds that follow
-(`round_times.py`); what drafts bring is counted as they are verified (`draft_statistics.py`). All
-of it is the same on all tensor-parallel ranks, so the choice is.
+Costs are measured at start (profile.py) and set right by the rounds that follow (step_times.py);
+what drafts bring is counted as they are verified (acceptance.py). All of it is the same on all
+tensor-parallel ranks, so the choice is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_adadecode.adaptive.acceptance import AcceptanceStatistics
-from vllm_adadecode.adaptive.step_times import Factors, Kind, OpenOrSettled, RoundClock, StepTimes
+from vllm_adadecode.adaptive.step_times import Factors, RoundClock, StepTimes
 
 # Once in so many rounds of a batch size, a few do something else, to see what that takes and brings
 # by now: none where there were drafts, more where there were some, and where there were none, all
@@ -81,7 +81,6 @@ class _Plan:
         choice: what holds; ``less`` and ``more`` are tried in between.
         less_every, more_every: rounds between such tries.
         seconds: expected, ``[exits, 1 + K]``.
-        factors: of what is expected.
     """
 
     until: int
@@ -91,7 +90,6 @@ class _Plan:
     less_every: float
     more_every: float
     seconds: np.ndarray
-    factors: Factors
 
 
 @dataclass
@@ -120,7 +118,7 @@ class AdaptiveDraftLength:
     Args:
         costs: of this target on this machine.
         max_drafts: K, never exceeded.
-        num_exits: exits that the policy uses.
+        num_exits: exits in use.
         share: the first tensor-parallel rank's value of what ranks may see differently.
     """
 
@@ -139,7 +137,6 @@ class AdaptiveDraftLength:
         self._rounds = 0
         self._plans: dict[int, _Plan] = {}  # by requests
         self._probes: dict[int, _Probes] = {}
-        self._large: dict[int, OpenOrSettled] = {}
         # Of the round under way: requests that may draft, what holds for them, and its seconds.
         self._now = 0, self.most, 0.0
 
@@ -175,32 +172,19 @@ class AdaptiveDraftLength:
 
         # What was chosen without knowing anything holds for one round only.
         until = self._rounds + (REUSE if self._knows else 1)
-        return _Plan(until, choice, less, more, every(less), every(more), seconds, factors)
+        return _Plan(until, choice, less, more, every(less), every(more), seconds)
 
-    def opens(self) -> bool:
-        """Whether the round under way is better left open than settled, where it is large."""
-        plan = self._plans.get(self._now[0])
-        if plan is None:
-            return False
-        return self._large.setdefault(self._now[0].bit_length(), OpenOrSettled()).opens(
-            plan.factors
-        )
-
-    def round_ended(self, requests: Sequence[str] | None, opened: bool = False) -> None:
+    def round_ended(self, requests: Sequence[str] | None) -> None:
         """A draft loop is over.
 
         Args:
             requests: as for `RoundClock.ended`.
-            opened: whether its verification has been prepared.
         """
         num_reqs, choice, expected = self._now
         self._now = 0, self.most, 0.0
-        kind = Kind.PLAIN
-        if choice.drafts:
-            kind = Kind.OPEN if opened else Kind.SETTLED
-        taken = self._clock.ended(requests if num_reqs else None, (choice, kind))
+        taken = self._clock.ended(requests if num_reqs else None, choice)
         if taken is not None:
-            self.times.add(num_reqs, kind, expected, taken)
+            self.times.add(num_reqs, choice.drafts > 0, expected, taken)
 
     def best(self, num_reqs: int) -> Choice:
         """What gives most tokens a second; all that there may be while nothing is known about it.

@@ -82,7 +82,7 @@ def make_report(model: str, target: str | None = None) -> Report:
         AdaDecodeError: neither heads nor a model are there, or the heads' config is not valid.
     """
     from vllm_adadecode.heads import HeadsConfig, find_heads
-    from vllm_adadecode.heads.resolve import is_heads_folder
+    from vllm_adadecode.heads.config import is_heads_folder
     from vllm_adadecode.heads.target import fetch_config, read_target
 
     folder = fetch_config(model)
@@ -169,7 +169,7 @@ def _check_weights(report: Report) -> Check:
     import torch
 
     from vllm_adadecode.heads import load_draft_vocab, load_heads
-    from vllm_adadecode.heads.tensors import tensor_shapes
+    from vllm_adadecode.heads.checkpoint import tensor_shapes
 
     try:
         load_heads(report.heads, report.config, torch.float32, "cpu")
@@ -250,10 +250,8 @@ def _transform(config: HeadsConfig) -> str:
         "identity": "identity",
         "full": "full matrix",
         "low_rank": f"identity + rank {config.rank}",
-        "adapter": f"adapter, {config.rank} wide",
     }[config.transform]
-    norm = {"before": "before it", "after": "after it", "none": "not applied"}[config.norm]
-    return f"{kind}, final norm {norm}"
+    return f"{kind}, final norm {config.norm} it"
 
 
 def _parameters(report: Report) -> str:

@@ -71,11 +71,9 @@ def run(args: argparse.Namespace) -> int:
 def make_request(args: argparse.Namespace) -> Request:
     """The run that the options ask for."""
     from vllm_adadecode.training.generate import GenerationSettings
-    from vllm_adadecode.training.losses import Loss
     from vllm_adadecode.training.request import DataSettings, HeadSettings, Request
     from vllm_adadecode.training.trainer import TrainSettings
 
-    ranked = args.transform in ("low_rank", "adapter")
     _check_numbers(args)
     return Request(
         target=args.target,
@@ -100,7 +98,7 @@ def make_request(args: argparse.Namespace) -> Request:
         heads=HeadSettings(
             exit_layers=tuple(args.exit_layers) if args.exit_layers else None,
             transform=args.transform,
-            rank=args.rank or (64 if ranked else None),
+            rank=args.rank or (64 if args.transform == "low_rank" else None),
             norm=args.norm,
             confidence_threshold=args.confidence_threshold,
             num_speculative_tokens=args.num_speculative_tokens,
@@ -117,7 +115,7 @@ def make_request(args: argparse.Namespace) -> Request:
             engine=args.engine_args,
         ),
         training=TrainSettings(
-            loss=Loss(args.loss, args.top_k, args.confidence_weight, args.loss_temperature),
+            loss_temperature=args.loss_temperature,
             learning_rate=args.learning_rate,
             epochs=args.epochs,
             batch_size=args.batch_size,
@@ -140,9 +138,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("learning_rate", "epochs", "loss_temperature"):
         if not getattr(args, name) > 0:
             raise AdaDecodeError(f"--{name.replace('_', '-')} must be above 0")
-    for name in ("temperature", "confidence_weight"):
-        if not getattr(args, name) >= 0:
-            raise AdaDecodeError(f"--{name.replace('_', '-')} must be 0 or more")
+    if not args.temperature >= 0:
+        raise AdaDecodeError("--temperature must be 0 or more")
     if not 0 < args.top_p <= 1:
         raise AdaDecodeError("--top-p must be above 0 and at most 1")
 

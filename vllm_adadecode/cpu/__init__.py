@@ -7,7 +7,6 @@ of each such kernel in NumPy and torch, one file for each vLLM module that it se
 ``registry``         the table of replacements
 ``memory``           views on the memory that kernels are handed
 ``tokens``           helpers on bit masks and token sequences
-``noise``            the random numbers: murmur3 and Philox
 ``input_batch``      inputs of a step, bookkeeping after it
 ``buffer_utils``     staged writes into request state
 ``block_table``      paged KV cache: tables, slots

@@ -36,8 +36,8 @@ class _AdaDecodeWorkerMixin(Worker):
 
     def adadecode_stats(self, reset: bool = False) -> dict[str, Any]:
         """Counts and ratios since start or the last reset (see `counters.Counters.snapshot`)."""
-        self.model_runner.speculator.settle(everything=True)
-        counters = self.model_runner.speculator.counters
+        self.model_runner.speculator.resolve(everything=True)
+        counters = self.model_runner.speculator.ledger.counters
         stats = counters if self._at_reset is None else counters - self._at_reset
         if reset:
             self._at_reset = deepcopy(counters)
@@ -45,17 +45,14 @@ class _AdaDecodeWorkerMixin(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        speculator = self.model_runner.speculator
-        if self.vllm_config.speculative_config.cost_aware and speculator.policy.num_used_exits:
+        ledger = self.model_runner.speculator.ledger
+        if self.vllm_config.speculative_config.cost_aware and ledger.thresholds.num_used_exits:
             costs = measure_round_costs(self)
-            speculator.windows.clear()
+            ledger.windows.clear()
             self.model_runner.start_counting()
             if costs is not None:
-                speculator.draft_length = AdaptiveDraftLength(
-                    costs,
-                    speculator.num_speculative_steps,
-                    speculator.policy.num_used_exits,
-                    rank_0,
+                ledger.draft_length = AdaptiveDraftLength(
+                    costs, ledger.max_drafts, ledger.thresholds.num_used_exits, rank_0
                 )
             # As at the end of vLLM's own warm-up: what ran until here must not be seen in samples.
             set_random_seed(
@@ -65,8 +62,8 @@ class _AdaDecodeWorkerMixin(Worker):
 
     def sleep(self, level: int = 1) -> None:
         # The KV cache, and with level 2 the weights, that the deferred states belong to go away.
-        self.model_runner.speculator.settle(everything=True)
-        self.model_runner.speculator.windows.clear()
+        self.model_runner.speculator.resolve(everything=True)
+        self.model_runner.speculator.ledger.windows.clear()
         super().sleep(level)
 
     def finish_weight_update(self) -> None:

@@ -6,8 +6,8 @@ where its token is the one that was generated, which for a target's own greedy t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,6 @@ from vllm_adadecode.evaluation.simulate import Counts, Setting, Simulator
 from vllm_adadecode.evaluation.trace import Trace
 
 BINS = 15
-# Threshold grid of the curves; the last value still lets a certain head through.
-CURVE = (*(round(0.02 * i, 2) for i in range(50)), 0.99)
 # Below this share of positions where the text is the target's greedy choice, it is not its own.
 OWN_TEXT = 0.97
 
@@ -106,7 +104,7 @@ class Measurer:
         if costs.num_layers != self.simulator.num_layers:
             raise AdaDecodeError(
                 f"costs are of {costs.num_layers} layers, the target has "
-                f"{self.simulator.num_layers}: scale them with for_depth"
+                f"{self.simulator.num_layers}: give costs of this target"
             )
         self.confidence, self.gate, agrees, self.own = _concatenate(self.traces)
         self.agrees = agrees
@@ -115,10 +113,6 @@ class Measurer:
 
     def counts(self, setting: Setting) -> Counts:
         return self.simulator.run(setting)
-
-    def speedup(self, setting: Setting) -> float:
-        """Ideal speed-up with all costs."""
-        return self.costs.speedup(self.counts(setting))
 
     def measure(self, setting: Setting) -> Metrics:
         counts = self.counts(setting)
@@ -168,96 +162,20 @@ def measure(traces: Sequence[Trace], setting: Setting, costs: Costs | None = Non
     return Measurer(traces, costs).measure(setting)
 
 
-# --- curves ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Bins of equal width over [0, 1], empty ones left out; arrays ``[bins]``.
-
-    Attributes:
-        confidence: mean of a bin.
-        agreement: share of a bin that agrees with the final layer.
-        count: positions.
-    """
-
-    confidence: NDArray[np.float64]
-    agreement: NDArray[np.float64]
-    count: NDArray[np.int64]
-
-
-def reliability(
-    confidence: NDArray[np.float32], agrees: NDArray[np.bool_], bins: int = BINS
-) -> Reliability:
-    """Bins of ``[P]`` confidences; a NaN counts as 0."""
-    known = np.nan_to_num(confidence.astype(np.float64), nan=0.0).clip(0.0, 1.0)
-    which = np.minimum((known * bins).astype(np.int64), bins - 1)
-    count = np.bincount(which, minlength=bins)
-    filled = count > 0
-    total = np.maximum(count, 1)
-    mean = np.bincount(which, weights=known, minlength=bins) / total
-    share = np.bincount(which, weights=agrees.astype(np.float64), minlength=bins) / total
-    return Reliability(mean[filled], share[filled], count[filled])
-
-
 def expected_calibration_error(
     confidence: NDArray[np.float32], agrees: NDArray[np.bool_], bins: int = BINS
 ) -> float:
-    """Mean over positions of |confidence - agreement| of their bin; 0.0 without positions."""
-    found = reliability(confidence, agrees, bins)
-    if not found.count.sum():
+    """Mean over positions ``[P]`` of |confidence - agreement| of their bin; 0.0 without positions.
+
+    Bins are of equal width over [0, 1]; a NaN counts as 0.
+    """
+    if not len(confidence):
         return 0.0
-    gaps = np.abs(found.confidence - found.agreement)
-    return float((gaps * found.count).sum() / found.count.sum())
-
-
-@dataclass(frozen=True)
-class ThresholdCurves:
-    """Per threshold, ``[T]`` each: a head's coverage and precision (NaN where nothing is covered),
-    gates left out."""
-
-    thresholds: NDArray[np.float64]
-    coverage: NDArray[np.float64]
-    precision: NDArray[np.float64]
-
-
-def threshold_curves(
-    traces: Sequence[Trace], thresholds: Iterable[float] = CURVE
-) -> dict[int, ThresholdCurves]:
-    """Curves by exit layer."""
-    confidence, _, agrees, _ = _concatenate(traces)
-    grid = np.array(list(thresholds))
-    curves = {}
-    for i, layer in enumerate(traces[0].exit_layers):
-        covered = confidence[i] > grid[:, None].astype(np.float32)
-        count = covered.sum(axis=1)
-        right = (covered & agrees[i]).sum(axis=1)
-        precision = np.where(count > 0, right / np.maximum(count, 1), np.nan)
-        curves[layer] = ThresholdCurves(grid, count / max(1, covered.shape[1]), precision)
-    return curves
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Ideal speed-ups with one threshold for all exits in use, ``[T]`` each."""
-
-    thresholds: NDArray[np.float64]
-    in_passes: NDArray[np.float64]
-    with_costs: NDArray[np.float64]
-
-
-def sweep_thresholds(
-    measurer: Measurer, setting: Setting, thresholds: Iterable[float] = CURVE
-) -> Sweep:
-    """The setting's exits, gates and K with every threshold in turn."""
-    grid = np.array(list(thresholds))
-    passes, costs = [], []
-    for threshold in grid:
-        values = tuple(float(threshold) if use else 1.0 for use in setting.used)
-        counts = measurer.counts(replace(setting, thresholds=values))
-        passes.append(speedup_in_passes(counts))
-        costs.append(measurer.costs.speedup(counts))
-    return Sweep(grid, np.array(passes), np.array(costs))
+    known = np.nan_to_num(confidence.astype(np.float64), nan=0.0).clip(0.0, 1.0)
+    which = np.minimum((known * bins).astype(np.int64), bins - 1)
+    # Sums over a bin: the count, which a mean divides by, is what it weighs by.
+    gaps = np.bincount(which, weights=known - agrees, minlength=bins)
+    return float(np.abs(gaps).sum() / len(known))
 
 
 def _concatenate(

@@ -1,6 +1,6 @@
 """Counts what the engine would do on known generations, without running it (batch 1, greedy).
 
-Owns the replay of rounds (draft_loop.py, policy.py, scorer.py) on traces. A round ends as in the
+Owns the replay of rounds (host_loop.py, verify/forward.py) on traces. A round ends as in the
 engine: after K drafts, at the end of the request, or where no head is confident; what drafts had
 deferred rides along with the window's last token, so a round costs the exit layer of each draft
 plus all layers once.
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.evaluation.trace import Trace
+from vllm_adadecode.heads.thresholds import ExitThresholds
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,15 @@ class Setting:
 
     @property
     def used(self) -> tuple[bool, ...]:
-        """Per exit, whether its head can be followed: a probability is never above 1."""
-        gates = self.gate_thresholds or (0.0,) * len(self.thresholds)
-        return tuple(t < 1.0 and g < 1.0 for t, g in zip(self.thresholds, gates, strict=True))
+        """Per exit, whether its predictions can be accepted."""
+        exits = ExitThresholds.of(self.thresholds, self.gate_thresholds)
+        return tuple(c is not None for c in exits.confidence)
 
     @property
     def gated(self) -> tuple[bool, ...]:
-        """Per exit, whether its gate is asked before its head."""
-        gates = self.gate_thresholds or (0.0,) * len(self.thresholds)
-        return tuple(use and g > 0.0 for use, g in zip(self.used, gates, strict=True))
+        """Per exit, whether its gate is evaluated before its head."""
+        exits = ExitThresholds.of(self.thresholds, self.gate_thresholds)
+        return tuple(g is not None for g in exits.gate)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Owns the search order and the list of mismatches; reading the files is `config.p
 `fingerprint.py`'s.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.config import HeadsConfig
-from vllm_adadecode.heads.files import CONFIG_NAME, WEIGHTS_NAME
-from vllm_adadecode.heads.fingerprint import target_fingerprint
+from vllm_adadecode.heads.config import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    HeadsConfig,
+    is_heads_folder,
+)
+from vllm_adadecode.heads.target import target_fingerprint
 
 # Heads published inside their target's own repository.
 SUBFOLDER = "adadecode"
@@ -32,15 +35,6 @@ class Mismatch:
 
     def __str__(self) -> str:
         return f"{self.what} (heads: {self.heads}, target: {self.target})"
-
-
-def is_heads_folder(folder: str | Path) -> bool:
-    """Whether a folder's config.json says that it holds AdaDecode heads, valid or not."""
-    try:
-        data = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, dict) and data.get("speculators_model_type") == METHOD
 
 
 def find_heads(model: str | None, target: str, revision: str | None = None) -> Path | None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.config import HeadsConfig
-from vllm_adadecode.heads.resolve import is_heads_folder, is_relative, resolve_verifier
+from vllm_adadecode.heads.config import HeadsConfig, is_heads_folder
+from vllm_adadecode.heads.resolve import is_relative, resolve_verifier
 
 Override = Callable[..., tuple[str, str | None, dict[str, Any] | None]]
 

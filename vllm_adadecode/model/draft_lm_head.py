@@ -1,9 +1,9 @@
 """The LM head as the early heads read it: the target's own, or a copy that is cheaper to read.
 
-Owns the copy (rows of the draft vocabulary, quantised or not), made from the target's loaded
-weights (`lm_head_rows.py`) and spread evenly over tensor-parallel ranks, the way back from draft
-ids to the target's, and the choice between the fused kernels (`kernels.confidence`) and plain
-torch, their reference and what runs where there is no Triton.
+Owns the copy (rows of the draft vocabulary, quantised or not), made of the target's loaded weights
+(`lm_head_rows.py`) and spread evenly over tensor-parallel ranks, the way back from draft ids to the
+target's, and the choice between the fused kernels (`kernels.confidence`) and plain torch, their
+reference and what runs where there is no Triton.
 """
 
 from typing import Any
@@ -18,44 +18,13 @@ from vllm.utils.math_utils import cdiv
 from vllm_adadecode.heads.config import Quantization
 from vllm_adadecode.kernels.confidence import head_confidence, top1_confidence
 from vllm_adadecode.kernels.head_weight import HeadWeight
-from vllm_adadecode.model.lm_head_rows import own_rows, read_rows, stored_weight
-
-# Largest magnitude that a row's largest weight is mapped to.
-_STORED: dict[Quantization, tuple[torch.dtype, float]] = {
-    "int8": (torch.int8, 127.0),
-    "fp8": (torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max),
-}
-# Rows that are converted at once: bounds the float32 copies.
-CHUNK_ROWS = 8192
-
-
-def quantize_rows(
-    # [num_rows, hidden_size]
-    weight: torch.Tensor,
-    quantization: Quantization,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a matrix to 8 bits with one scale per row, symmetric about zero.
-
-    Args:
-        weight: ``[num_rows, hidden_size]``, floating point.
-        quantization: "int8" (steps of ``max|row| / 127``) or "fp8" (e4m3, ``max|row|`` at 448).
-
-    Returns:
-        ``rows`` ``[num_rows, hidden_size]`` int8 or float8_e4m3fn, and ``scales`` float32
-        ``[num_rows]``, with ``weight`` about ``rows * scales[:, None]``. A row of zeros stays so.
-    """
-    dtype, largest = _STORED[quantization]
-    rows = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    for start in range(0, len(weight), CHUNK_ROWS):
-        chunk = weight[start : start + CHUNK_ROWS].float()
-        scale = chunk.abs().amax(-1) / largest
-        scaled = chunk / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        if quantization == "int8":
-            scaled.round_()
-        rows[start : start + CHUNK_ROWS] = scaled.clamp_(-largest, largest).to(dtype)
-        scales[start : start + CHUNK_ROWS] = scale
-    return rows, scales
+from vllm_adadecode.model.lm_head_rows import (
+    CHUNK_ROWS,
+    own_rows,
+    quantize_rows,
+    read_rows,
+    stored_weight,
+)
 
 
 class HeadProjection(nn.Module):
@@ -152,7 +121,7 @@ class HeadProjection(nn.Module):
                     rows = part
         if self.quantization is None:
             return rows, None
-        return quantize_rows(rows, self.quantization)
+        return quantize_rows(rows)
 
     def logits(
         self,
@@ -205,7 +174,7 @@ class HeadProjection(nn.Module):
         if weight is None:
             column, p = top1_confidence(self.logits(x), other)
             return self.to_token_ids(column), p
-        # The threshold is the policy's: it looks at p.
+        # The draft loop compares p with its threshold.
         all_gather = self._gather_ranks if self.num_ranks() > 1 else None
         result = head_confidence(
             x, weight, 0.0, other=other, order=order, num_live=num_live, all_gather=all_gather

@@ -18,21 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rich.progress import Progress
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads import HeadsConfig, head_tensors, make_heads
-from vllm_adadecode.heads.files import CONFIG_NAME, read_json
-from vllm_adadecode.heads.tensors import DRAFT_VOCAB
+from vllm_adadecode.files import read_json
+from vllm_adadecode.heads import HeadsConfig, head_tensors, make_heads, save_heads
+from vllm_adadecode.heads.checkpoint import DRAFT_VOCAB, check_output
+from vllm_adadecode.heads.config import CONFIG_NAME
+from vllm_adadecode.heads.target import fetch
 from vllm_adadecode.training.batches import TokenRow, token_rows
+from vllm_adadecode.training.card import CARD_NAME, make_card
 from vllm_adadecode.training.distributions import Distributions
 from vllm_adadecode.training.draft_vocab import choose_draft_vocab
 from vllm_adadecode.training.gate import evaluate_gates, train_gates
 from vllm_adadecode.training.generate import generate_sequences
 from vllm_adadecode.training.json_lines import complaint
-from vllm_adadecode.training.output import check_output, publish
 from vllm_adadecode.training.prompts import load_data, prompts_of, sequences_of
 from vllm_adadecode.training.provenance import provenance
 from vllm_adadecode.training.records import RecordReader
@@ -62,7 +62,7 @@ def run_training(request: Request, progress: Progress) -> HeadsConfig:
         OSError: the disk refuses. In either case there is nothing new at the output path.
     """
     check_output(request.output, request.overwrite)
-    folder = _local_target(request.target)
+    folder = fetch(request.target, _TARGET_FILES)
     config = heads_config(request, folder)
     sequences = make_sequences(request, folder, progress)
     check_vocabulary(sequences, config.target.vocab_size, "the data")
@@ -81,7 +81,7 @@ def run_training(request: Request, progress: Progress) -> HeadsConfig:
     with _deterministic():
         tensors, results = _train(request, folder, config, sequences, run_folder, progress)
     config = HeadsConfig(**(config.model_dump() | {"provenance": made | results}))
-    publish(request.output, config, tensors)
+    save_heads(request.output, config, tensors, {CARD_NAME: make_card(config).encode()})
     shutil.rmtree(run_folder, ignore_errors=True)
     return config
 
@@ -115,7 +115,7 @@ def _train(
     distributions = Distributions(target, heads, draft_vocab, precision)
     thresholds = dict(zip(config.exit_layers, config.thresholds, strict=True))
     args = (distributions, rows, held_rows, request.training, thresholds)
-    state = train_heads(*args, run_folder / "state.safetensors", progress)
+    state = train_heads(*args, run_folder / "state.pt", progress)
     # What is stored is what is measured.
     stored_dtype = _stored_dtype(folder)
     _round(distributions, stored_dtype)
@@ -186,22 +186,6 @@ def _rows(sequences: ListOf[Sequence], data: DataSettings) -> list[TokenRow]:
             "two tokens, or have no outputs"
         )
     return rows
-
-
-def _local_target(target: str) -> Path:
-    """The target's folder; from the hub it is downloaded (from the cache alone when offline)."""
-    if Path(target).expanduser().is_dir():
-        return Path(target).expanduser()
-    try:
-        return Path(
-            snapshot_download(
-                target, allow_patterns=_TARGET_FILES, local_files_only=constants.HF_HUB_OFFLINE
-            )
-        )
-    except (HFValidationError, HfHubHTTPError, OSError):
-        raise AdaDecodeError(
-            f"target {target} is no folder and can't be had from the hub: give a folder or hub id"
-        ) from None
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from rich.progress import Progress
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.batches import TokenRow, micro_batches, step_rows
-from vllm_adadecode.training.distributions import Distributions
-from vllm_adadecode.training.losses import Loss
+from vllm_adadecode.training.distributions import Distributions, kl
 from vllm_adadecode.training.state import RunState, load_state, save_state
 
 
@@ -29,7 +28,8 @@ class TrainSettings:
     """Numbers of a run.
 
     Attributes:
-        loss: see `losses.Loss`.
+        loss_temperature: the final logits are divided by it; below 1 heads learn a sharper
+            distribution, nearer to what greedy decoding asks: is this the likeliest token?
         learning_rate: the highest, of AdamW; cosine to nothing after a linear warm-up.
         warmup: share of all steps (paper: 0.03).
         epochs: passes over the rows.
@@ -42,7 +42,7 @@ class TrainSettings:
         seed: of the order of the rows.
     """
 
-    loss: Loss = field(default_factory=Loss)
+    loss_temperature: float = 1.0
     learning_rate: float = 1e-3
     warmup: float = 0.03
     epochs: float = 4.0
@@ -170,10 +170,10 @@ def accumulate_gradients(
     for batch in micro_batches(rows, settings.micro_batch_tokens):
         hidden, final = distributions.states(batch)
         for chunk in distributions.chunks(len(final)):
-            goal = distributions.final(final[chunk], settings.loss.temperature)
+            goal = distributions.final(final[chunk], settings.loss_temperature)
             for e, h in hidden.items():
                 guess = distributions.head(e, h[chunk])
-                loss = settings.loss(guess, goal, distributions.num_tokens).sum() / total
+                loss = kl(goal, guess).sum() / total
                 loss.backward()
                 sums[e] += loss.detach()
     return {e: float(value) for e, value in sums.items()}
@@ -196,13 +196,13 @@ def evaluate(
         hidden, final = distributions.states(batch)
         total += len(final)
         for chunk in distributions.chunks(len(final)):
-            goal = distributions.final(final[chunk], settings.loss.temperature)
+            goal = distributions.final(final[chunk], settings.loss_temperature)
             best = goal.argmax(-1)
             for i, e in enumerate(exits):
                 guess = distributions.head(e, hidden[e][chunk])
                 confidence, token = guess[:, :tokens].max(-1)
                 right, covered = token == best, confidence.exp() > thresholds[e]
-                loss = settings.loss(guess, goal, tokens).sum()
+                loss = kl(goal, guess).sum()
                 counts = (right.sum(), covered.sum(), (right & covered).sum())
                 sums[i] += torch.stack([loss, *counts]).double()
     found = {}
