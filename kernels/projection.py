@@ -9,6 +9,8 @@ The vocabulary is the tensor cores' M side and the rows are their N side. So one
 and the order in which a row's products are added is the same at every number of rows.
 """
 
+from typing import Any
+
 import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
@@ -213,6 +215,21 @@ def kernel_weight(head: HeadWeight) -> tuple[torch.Tensor, torch.Tensor | None, 
     return head.weight.view(torch.uint8), head.bits_scale, True
 
 
+def tile_options(head: HeadWeight, blocks: HeadBlocks, fp8_bits: bool) -> dict[str, Any]:
+    """What is compiled into a kernel that calls `head_logits_tile`, and Triton's own options."""
+    return {
+        "HIDDEN_SIZE": head.hidden_size,
+        "HAS_SOFT_CAP": head.soft_cap is not None,
+        "FP8_BITS": fp8_bits,
+        "TILES_PER_SPLIT": blocks.tiles_per_split,
+        "BLOCK_V": blocks.BLOCK_V,
+        "BLOCK_R": blocks.BLOCK_R,
+        "BLOCK_K": blocks.BLOCK_K,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }
+
+
 def check_head_inputs(x: torch.Tensor, head: HeadWeight) -> torch.Tensor:
     """Rows fit for the kernels.
 
@@ -273,15 +290,7 @@ def head_partials(
         head.first_id,
         head.soft_cap or 1.0,
         float(head.logit_scale),
-        HIDDEN_SIZE=head.hidden_size,
-        HAS_SOFT_CAP=head.soft_cap is not None,
-        FP8_BITS=as_bits,
-        TILES_PER_SPLIT=blocks.tiles_per_split,
-        BLOCK_V=blocks.BLOCK_V,
-        BLOCK_R=blocks.BLOCK_R,
-        BLOCK_K=blocks.BLOCK_K,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        **tile_options(head, blocks, as_bits),
     )
     return partials
 

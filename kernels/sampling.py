@@ -41,6 +41,7 @@ from vllm_adadecode.kernels.projection import (
     kernel_weight,
     live_rows,
     online_top,
+    tile_options,
 )
 from vllm_adadecode.kernels.sampling_reference import (
     merge_samples_reference,
@@ -347,15 +348,7 @@ def head_sample(
         vocab_size,
         head.soft_cap or 1.0,
         float(head.logit_scale),
-        HIDDEN_SIZE=head.hidden_size,
-        HAS_SOFT_CAP=head.soft_cap is not None,
-        FP8_BITS=as_bits,
-        TILES_PER_SPLIT=blocks.tiles_per_split,
-        BLOCK_V=blocks.BLOCK_V,
-        BLOCK_R=blocks.BLOCK_R,
-        BLOCK_K=blocks.BLOCK_K,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        **tile_options(head, blocks, as_bits),
     )
     _merge_samples_kernel[(num_rows,)](
         partials,

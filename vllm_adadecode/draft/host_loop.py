@@ -1,8 +1,8 @@
-"""The draft loop of one round, for all drafting requests in step (DESIGN "One round", step 2).
+"""The draft loop of one round on the host, for all drafting requests in step.
 
 Owns the order of passes: span 0 for the newest token of every drafting request, then head by head;
 a request that is confident takes the head's token as its next draft and waits for the others, one
-that is not is promoted through the next span together with its shallower tokens (fill-in).
+that is not goes through the next span together with its shallower tokens (fill-in).
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class DraftState:
 
 @dataclass
 class HostLoop:
-    """One round's drafting; all collaborators are the proposer's.
+    """One round's drafting; all collaborators are the speculator's.
 
     Attributes:
         sampler: draws draft tokens; None: the most likely ones.

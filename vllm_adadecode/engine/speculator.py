@@ -32,12 +32,11 @@ from vllm_adadecode.draft.graphs import DraftGraphs
 from vllm_adadecode.draft.host_loop import DraftState, HostLoop
 from vllm_adadecode.draft.windows import PendingWindow, PendingWindows
 from vllm_adadecode.engine.device_rounds import DeviceRounds
-from vllm_adadecode.engine.warmup import launch_kernels, run_everything
+from vllm_adadecode.engine.warmup import launch_kernels, register_warmup, run_everything
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
 from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.deferred import DeferredStates
-from vllm_adadecode.kernels.warmup import register_warmup
 from vllm_adadecode.metrics.counters import Counters
 from vllm_adadecode.model.draft_lm_head import HeadProjection
 from vllm_adadecode.model.draft_sampler import DraftSampler, draft_columns
