@@ -27,7 +27,7 @@ def median_ms(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def make_weights(shape: HeadShape) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Input sets of an LM head: weights, and row scales beside 8-bit ones."""
+    """Input sets of an LM head: weights, and row scales beside int8 ones."""
     from vllm_adadecode.model.lm_head_rows import quantize_rows
 
     sets: list[tuple[torch.Tensor, torch.Tensor | None]] = []
@@ -37,9 +37,7 @@ def make_weights(shape: HeadShape) -> list[tuple[torch.Tensor, torch.Tensor | No
         weight = torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
         weight *= shape.hidden_size**-0.5
         if shape.dtype == "int8":
-            sets.append(quantize_rows(weight, "int8"))
-        elif shape.dtype == "float8_e4m3fn":
-            sets.append(quantize_rows(weight, "fp8"))
+            sets.append(quantize_rows(weight))
         else:
             sets.append((weight.to(getattr(torch, shape.dtype)), None))
     return sets

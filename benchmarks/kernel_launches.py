@@ -75,7 +75,6 @@ class _Recorder:
 
 def record() -> list[Launch]:
     """Every launch of `_variants`, each kernel and variant once."""
-    from vllm_adadecode.kernels import projection
     from vllm_adadecode.kernels.launch import REFERENCES
 
     launches: list[Launch] = []
@@ -92,9 +91,6 @@ def record() -> list[Launch]:
             launches.append(Launch(name, variant, architectures, kernel, arguments, options))
 
         with ExitStack() as stack:
-            # Where no device answers, wrappers read FP8 as bits.
-            if variant == "fp8":
-                stack.enter_context(patch.object(projection, "fp8_as_bits", lambda _: False))
             for full_name in REFERENCES:
                 module_name, _, attribute = full_name.rpartition(".")
                 module = __import__(module_name, fromlist=[attribute])
@@ -138,8 +134,6 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
     yield "float32", everywhere, check(weight(torch.float32), 1, torch.float32)
     yield "int8", everywhere, check(weight(torch.int8), 1)
     yield "int8, 256 rows", everywhere, check(weight(torch.int8), 256)
-    yield "fp8", ("sm_90",), check(weight(torch.float8_e4m3fn), 1)
-    yield "fp8 as bits", everywhere, check(weight(torch.float8_e4m3fn), 1)
     draft = weight(bf16, 8192, vocab_ids=_meta(8192, dtype=torch.int64), soft_cap=30.0)
     order, num_live = _meta(16, dtype=torch.int32), _meta(1, dtype=torch.int32)
     other = _meta(16, dtype=torch.float32)
@@ -227,8 +221,8 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
             query_start_loc=_meta(MAX_REQS + 1, dtype=torch.int32),
             input_ids=_meta(places, dtype=torch.int32),
             seq_lens=_meta(MAX_REQS, dtype=torch.int32),
-            vacant=_meta(places, dtype=torch.bool),
-            num_places=places,
+            is_padding=_meta(places, dtype=torch.bool),
+            num_token_slots=places,
         ),
     )
 
@@ -237,9 +231,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
-    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int8: "*i8",
-    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint64: "*u64",

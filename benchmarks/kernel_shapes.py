@@ -18,7 +18,7 @@ VOCAB_SIZES = (32000, 128256, 151936)
 ROWS = (1, 2, 4, 8, 16, 64, 256)
 
 # Bytes of a weight, and of a row scale.
-WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+WEIGHT_BYTES = {"bfloat16": 2, "float16": 2, "int8": 1}
 SCALE_BYTES = 4
 
 # Rotating input sets together are larger than any GPU's cache by far.
@@ -34,7 +34,7 @@ class HeadShape:
 
     Attributes:
         rows, vocab_size, hidden_size: of the projection.
-        dtype: of the weights; the rows are bfloat16 beside 8-bit weights.
+        dtype: of the weights; the rows are bfloat16 beside int8 weights.
     """
 
     rows: int

@@ -46,7 +46,7 @@ def plain_head(
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """The projection alone; 8-bit weights are widened, as torch has no such product."""
+    """The projection alone; int8 weights are widened, as torch has no such product."""
     if scale is None:
         return torch.nn.functional.linear(x, weight)
     return torch.nn.functional.linear(x, weight.to(x.dtype)) * scale

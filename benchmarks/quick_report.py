@@ -19,8 +19,8 @@ from benchmarks.demo.report import total
 from benchmarks.machine import command, git_revision, machine, versions
 from benchmarks.served import Target
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.files import read_json
 from vllm_adadecode.heads import HeadsConfig
-from vllm_adadecode.heads.files import read_json
 
 # Prompts by what they are to the target and its heads.
 TITLES = {"second_stage": "in_domain", "held_out": "out_of_domain"}

@@ -40,7 +40,7 @@ def head_confidence(
 
     Args:
         x: ``[num_rows, hidden_size]``, output of the head's transform and norm, in the dtype of
-            the weights (any of float32, bfloat16, float16 for 8-bit weights). Rows may be strided.
+            the weights (any of float32, bfloat16, float16 for int8 weights). Rows may be strided.
         head: the LM head or a draft vocabulary's rows of it.
         threshold: a row is confident where ``p > threshold``.
         other: float32 ``[num_rows]``, logit of all tokens outside a draft vocabulary; None: 0 mass.

@@ -1,7 +1,7 @@
 """Bookkeeping between two passes of the draft loop, on the device, in one launch.
 
-Owns the step from a head's results to the next pass: windows grow by a draft, go to the next exit
-or stop; depths follow the pass that just ran; the inputs of the next pass (token ids, positions,
+Owns the step from a head's results to the next pass: windows grow by a draft token, go deeper or
+stop; depths follow the pass that just ran; the inputs of the next pass (token ids, positions,
 lengths, KV slots) are laid out; and a few bytes say what there is left to do. The host reads
 nothing, so the passes of a whole round can be queued, or captured, one after the other: a pass
 without a token to run has empty inputs.
@@ -196,7 +196,7 @@ def draft_step(
     token: torch.Tensor | None = None,
     confident: torch.Tensor | None = None,
 ) -> None:
-    """Record a head's results and lay out the next pass; all on the device, in place.
+    """Take up a head's results and lay out the next pass; all on the device, in place.
 
     Rows that waited for span ``exit_index`` have been through it and its head. A confident one
     takes the token as its next draft and waits for span 0, or stops at its limit; another waits for

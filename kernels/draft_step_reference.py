@@ -47,7 +47,7 @@ def draft_step_reference(
     **options: Any,
 ) -> None:
     if exit_index >= 0:
-        _record(
+        _take_up(
             limits, tokens, num_drafts, depths, exits, waits_for, counts,
             token, confident, exit_index, num_exits,
         )  # fmt: skip
@@ -86,7 +86,7 @@ def draft_step_reference(
     newest[:] = torch.where(runs, ends - 1, -1)
 
 
-def _record(
+def _take_up(
     limits: torch.Tensor,
     tokens: torch.Tensor,
     num_drafts: torch.Tensor,

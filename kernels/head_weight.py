@@ -1,17 +1,14 @@
-"""The matrix that a head projects on: an LM head, a part of it, or an 8-bit copy.
+"""The matrix that a head projects on: an LM head, a part of it, or an int8 copy.
 
 Owns what belongs to it: scales, draft vocabulary, cap. The kernels that read it are in
 projection.py and sampling.py.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from vllm_adadecode.errors import AdaDecodeError
-
-FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -21,9 +18,9 @@ class HeadWeight:
     ``logits = scale * cap * tanh(row_scale * (x . weight) / cap)``, as vLLM's LogitsProcessor.
 
     Attributes:
-        weight: ``[vocab_size, hidden_size]``, float32, bfloat16, float16, float8_e4m3fn or int8;
-            with a draft vocabulary only that vocabulary's rows.
-        row_scale: float32 ``[vocab_size]``, for 8-bit weights; else None.
+        weight: ``[vocab_size, hidden_size]``, float32, bfloat16, float16 or int8; with a
+            draft vocabulary only that vocabulary's rows.
+        row_scale: float32 ``[vocab_size]``, for int8 weights; else None.
         vocab_ids: int64 ``[>= first_id + vocab_size]``, strictly increasing: row i is token
             ``vocab_ids[first_id + i]``; None: row i is token ``first_id + i``.
         first_id: of the first row, for a shard of a tensor-parallel LM head.
@@ -39,15 +36,14 @@ class HeadWeight:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        dtypes = (torch.float32, torch.bfloat16, torch.float16, FP8, torch.int8)
+        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
         if self.weight.dim() != 2 or self.weight.dtype not in dtypes or not len(self.weight):
             raise AdaDecodeError(
                 f"the LM head must be a non-empty [vocab_size, hidden_size] matrix of float32, "
-                f"bfloat16, float16, float8_e4m3fn or int8, but is {self.weight.dtype} "
-                f"{list(self.weight.shape)}"
+                f"bfloat16, float16 or int8, but is {self.weight.dtype} {list(self.weight.shape)}"
             )
-        if (self.weight.element_size() == 1) != (self.row_scale is not None):
-            raise AdaDecodeError("an LM head of 8-bit weights, and no other, has row scales")
+        if (self.weight.dtype == torch.int8) != (self.row_scale is not None):
+            raise AdaDecodeError("an LM head of int8 weights, and no other, has row scales")
         rows = len(self.weight)
         if self.row_scale is not None and self.row_scale.shape != (rows,):
             raise AdaDecodeError(
@@ -61,12 +57,6 @@ class HeadWeight:
                 f"vocabulary ids must be [{end}] or longer, one per row of the LM head, but are "
                 f"{list(ids.shape)}"
             )
-
-    @cached_property
-    def bits_scale(self) -> torch.Tensor:
-        """Row scales for FP8 that is read as bits: those are a float16 of 2^-8 the value."""
-        assert self.row_scale is not None
-        return self.row_scale * 256.0
 
     @property
     def vocab_size(self) -> int:

@@ -16,7 +16,7 @@ from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.kernels.head_weight import FP8, HeadWeight
+from vllm_adadecode.kernels.head_weight import HeadWeight
 from vllm_adadecode.kernels.launch import check_matrix, register_references, rows_contiguous
 from vllm_adadecode.kernels.projection_reference import head_partials_reference
 from vllm_adadecode.kernels.tuning import HeadBlocks, head_blocks
@@ -27,18 +27,6 @@ PARTIAL_WORDS = 3
 NO_TOKEN = tl.constexpr(2**31 - 1)
 
 # --- kernel --------------------------------------------------------------------------------------
-
-
-@triton.jit
-def decode_weight(weight, like, FP8_BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """8-bit weights in the dtype of the rows. Exact: both formats fit into bfloat16 and float16."""
-    if FP8_BITS:
-        # e4m3 without the instructions of sm_89: its bits, moved, are a float16 of 2^-8 the value.
-        # The factor is in the row scales.
-        bits = weight.to(tl.int16)
-        bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        return bits.to(tl.float16, bitcast=True).to(like)
-    return weight.to(like)
 
 
 @triton.jit
@@ -59,7 +47,6 @@ def head_logits_tile(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    FP8_BITS: tl.constexpr,
 ):
     """Logits [BLOCK_V, BLOCK_R] in float32."""
     k = tl.arange(0, BLOCK_K)
@@ -74,8 +61,8 @@ def head_logits_tile(  # type: ignore[no-untyped-def]
         else:
             weight = tl.load(weight_ptrs + start, mask=k[None, :] < HIDDEN_SIZE - start, other=0.0)
             x = tl.load(x_ptrs + start, mask=k[:, None] < HIDDEN_SIZE - start, other=0.0)
-        # "ieee": float32 rows are not rounded to tf32.
-        acc = tl.dot(decode_weight(weight, x.dtype, FP8_BITS), x, acc, input_precision="ieee")
+        # int8 fits into bfloat16 and float16. "ieee": float32 rows are not rounded to tf32.
+        acc = tl.dot(weight.to(x.dtype), x, acc, input_precision="ieee")
     if row_scale_ptr is not None:
         acc *= tl.load(row_scale_ptr + vocab)[:, None]
     if HAS_SOFT_CAP:
@@ -146,7 +133,6 @@ def _head_partials_kernel(  # type: ignore[no-untyped-def]
     logit_scale,
     HIDDEN_SIZE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    FP8_BITS: tl.constexpr,
     TILES_PER_SPLIT: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -182,7 +168,6 @@ def _head_partials_kernel(  # type: ignore[no-untyped-def]
             BLOCK_R,
             BLOCK_K,
             HAS_SOFT_CAP,
-            FP8_BITS,
         )
         new_top, top_id = online_top(logits, vocab, valid, top, top_id)
         shift = finite_shift(new_top)
@@ -201,26 +186,11 @@ def _head_partials_kernel(  # type: ignore[no-untyped-def]
 # --- wrapper -------------------------------------------------------------------------------------
 
 
-def fp8_as_bits(weight: torch.Tensor) -> bool:
-    """Whether FP8 must be decoded by hand: Triton converts it from sm_89 on."""
-    if weight.dtype != FP8:
-        return False
-    return not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 9)
-
-
-def kernel_weight(head: HeadWeight) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-    """Weight and row scales as the kernels read them, and whether FP8 is read as bits."""
-    if not fp8_as_bits(head.weight):
-        return head.weight, head.row_scale, False
-    return head.weight.view(torch.uint8), head.bits_scale, True
-
-
-def tile_options(head: HeadWeight, blocks: HeadBlocks, fp8_bits: bool) -> dict[str, Any]:
+def tile_options(head: HeadWeight, blocks: HeadBlocks) -> dict[str, Any]:
     """What is compiled into a kernel that calls `head_logits_tile`, and Triton's own options."""
     return {
         "HIDDEN_SIZE": head.hidden_size,
         "HAS_SOFT_CAP": head.soft_cap is not None,
-        "FP8_BITS": fp8_bits,
         "TILES_PER_SPLIT": blocks.tiles_per_split,
         "BLOCK_V": blocks.BLOCK_V,
         "BLOCK_R": blocks.BLOCK_R,
@@ -275,14 +245,13 @@ def head_partials(
     )
     if num_rows == 0:
         return partials
-    weight, row_scale, as_bits = kernel_weight(head)
     _head_partials_kernel[(num_splits * cdiv(num_rows, blocks.BLOCK_R),)](
         partials,
         x,
         x.stride(0),
-        weight,
-        weight.stride(0),
-        row_scale,
+        head.weight,
+        head.weight.stride(0),
+        head.row_scale,
         order,
         num_live,
         num_rows,
@@ -290,7 +259,7 @@ def head_partials(
         head.first_id,
         head.soft_cap or 1.0,
         float(head.logit_scale),
-        **tile_options(head, blocks, as_bits),
+        **tile_options(head, blocks),
     )
     return partials
 

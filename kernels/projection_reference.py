@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from vllm_adadecode.kernels.head_weight import FP8
-
 # The token of a part of the vocabulary without one; larger than every token.
 LAST_TOKEN = 2**31 - 1
 
@@ -45,14 +43,11 @@ def launched_logits(
     num_live: torch.Tensor | None,
     soft_cap: float | None,
     logit_scale: float,
-    fp8_bits: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For references: the live rows in order, and their logits from a kernel's launch arguments."""
     rows = torch.arange(len(x), device=x.device) if order is None else order.long()
     if num_live is not None:
         rows = rows[: int(num_live)]
-    if fp8_bits:
-        weight, row_scale = weight.view(FP8), row_scale / 256.0 if row_scale is not None else None
     if row_scale is not None:
         weight = weight.to(x.dtype)
     live = x if order is None and num_live is None else x[rows]
@@ -90,7 +85,6 @@ def head_partials_reference(
     logit_scale: float,
     *,
     HAS_SOFT_CAP: bool,
-    FP8_BITS: bool,
     **options: Any,
 ) -> None:
     _, logits = launched_logits(
@@ -101,7 +95,6 @@ def head_partials_reference(
         num_live,
         soft_cap if HAS_SOFT_CAP else None,
         logit_scale,
-        FP8_BITS,
     )
     top, token = top_of(logits)
     shift = torch.where(top == -torch.inf, 0.0, top)

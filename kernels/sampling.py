@@ -38,7 +38,6 @@ from vllm_adadecode.kernels.projection import (
     check_head_inputs,
     finite_shift,
     head_logits_tile,
-    kernel_weight,
     live_rows,
     online_top,
     tile_options,
@@ -122,7 +121,6 @@ def _sample_partials_kernel(  # type: ignore[no-untyped-def]
     logit_scale,
     HIDDEN_SIZE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    FP8_BITS: tl.constexpr,
     TILES_PER_SPLIT: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -165,7 +163,6 @@ def _sample_partials_kernel(  # type: ignore[no-untyped-def]
             BLOCK_R,
             BLOCK_K,
             HAS_SOFT_CAP,
-            FP8_BITS,
         )
         token = inside.to(tl.int64)
         if vocab_ids_ptr is not None:
@@ -325,14 +322,13 @@ def head_sample(
     if num_rows == 0:
         return result
     slots, positions = slots.contiguous(), positions.contiguous()
-    weight, row_scale, as_bits = kernel_weight(head)
     _sample_partials_kernel[(num_splits * cdiv(num_rows, blocks.BLOCK_R),)](
         partials,
         x,
         x.stride(0),
-        weight,
-        weight.stride(0),
-        row_scale,
+        head.weight,
+        head.weight.stride(0),
+        head.row_scale,
         order,
         num_live,
         head.vocab_ids,
@@ -348,7 +344,7 @@ def head_sample(
         vocab_size,
         head.soft_cap or 1.0,
         float(head.logit_scale),
-        **tile_options(head, blocks, as_bits),
+        **tile_options(head, blocks),
     )
     _merge_samples_kernel[(num_rows,)](
         partials,

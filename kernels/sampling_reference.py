@@ -38,7 +38,6 @@ def sample_partials_reference(
     logit_scale: float,
     *,
     HAS_SOFT_CAP: bool,
-    FP8_BITS: bool,
     **options: Any,
 ) -> None:
     rows, logits = launched_logits(
@@ -49,7 +48,6 @@ def sample_partials_reference(
         num_live,
         soft_cap if HAS_SOFT_CAP else None,
         logit_scale,
-        FP8_BITS,
     )
     slots = slots[rows].long()
     temperatures = _temperatures(slots, temperature)

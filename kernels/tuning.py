@@ -54,7 +54,7 @@ def row_bucket(num_rows: int) -> int:
 
 
 def dtype_name(weight: torch.Tensor) -> str:
-    """The weights' dtype as it stands in file names, e.g. ``bfloat16`` or ``float8_e4m3fn``."""
+    """The weights' dtype as it stands in file names, e.g. ``bfloat16`` or ``int8``."""
     return str(weight.dtype).removeprefix("torch.")
 
 

@@ -9,10 +9,21 @@ from typing import Any
 import matplotlib
 
 from benchmarks.compare.metrics import BASELINE, Row
-from vllm_adadecode.evaluation.plots import STYLE
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+
+STYLE: dict[str, Any] = {
+    "figure.dpi": 200,
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
 
 
 def draw(rows: Sequence[Row]) -> dict[str, bytes]:

@@ -133,7 +133,7 @@ def card(
         train=len(corpus.train),
         minutes=minutes,
         stages=f"Trained with Muon and AdamW: {stages}.",
-        norm={"none": "left out"}.get(recipe.heads.norm, f"{recipe.heads.norm} it"),
+        norm=f"{recipe.heads.norm} it",
         temperature=f"{recipe.heads.temperature:g}",
         draft_vocab=recipe.heads.draft_vocab_size or recipe.shape.vocab_size,
         acceptance=recipe.heads.least_acceptance,

@@ -18,13 +18,12 @@ from benchmarks.demo.recipe import HeadRecipe, Recipe
 from benchmarks.demo.stages import Tokens, native_bf16, rows_at
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.calibrate import Calibration, calibrate, paper_setting
+from vllm_adadecode.evaluation.costs import choose_costs
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
 from vllm_adadecode.evaluation.publish import card_section, publish, with_setting
 from vllm_adadecode.evaluation.session import Session, open_session
-from vllm_adadecode.evaluation.timing import choose_costs
 from vllm_adadecode.heads import HeadsConfig
 from vllm_adadecode.training.card import CARD_NAME, make_card
-from vllm_adadecode.training.losses import Loss
 from vllm_adadecode.training.request import DataSettings, HeadSettings, Request
 from vllm_adadecode.training.run import run_training
 from vllm_adadecode.training.sequences import Sequence as TokenSequence
@@ -85,7 +84,7 @@ def train_heads(
             draft_vocab_size=heads.draft_vocab_size,
         ),
         training=TrainSettings(
-            loss=Loss(temperature=heads.temperature),
+            loss_temperature=heads.temperature,
             learning_rate=heads.rate,
             epochs=heads.epochs,
             seed=recipe.seed,

@@ -25,11 +25,11 @@ from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.evaluation import report
 from vllm_adadecode.evaluation.calibrate import calibrate, paper_setting
+from vllm_adadecode.evaluation.costs import choose_costs
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
 from vllm_adadecode.evaluation.metrics import Measurer
 from vllm_adadecode.evaluation.session import Session, open_session
 from vllm_adadecode.evaluation.simulate import Setting
-from vllm_adadecode.evaluation.timing import choose_costs
 from vllm_adadecode.evaluation.trace import Trace
 from vllm_adadecode.files import write_json
 from vllm_adadecode.training.provenance import provenance
@@ -77,14 +77,6 @@ def part(
     metrics = {name: measurer.measure(setting) for name, setting in settings.items()}
     found |= metrics["shipped"].as_dict()
     found |= {name: m.as_dict() for name, m in metrics.items() if name != "shipped"}
-    # The same heads on targets of these shapes: only the share that a head costs is another.
-    found["ideal_speedup_at_other_costs"] = {
-        shape: {
-            name: Measurer(traces, choose_costs(shape, *_of(session))).speedup(setting)
-            for name, setting in settings.items()
-        }
-        for shape in ("8b", "70b")
-    }
     return found
 
 

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.demo.heads import NEW_TOKENS
+from vllm_adadecode.evaluation.costs import choose_costs
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
 from vllm_adadecode.evaluation.metrics import ExitMetrics, measure
 from vllm_adadecode.evaluation.session import Session
 from vllm_adadecode.evaluation.simulate import Setting
-from vllm_adadecode.evaluation.timing import choose_costs
 
 
 @dataclass(frozen=True)

@@ -43,14 +43,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class HeadRecipe:
-    """Data and training of the heads; benchmarks/head_variants.py has what else was tried."""
+    """Data and training of the heads; docs/heads.md says what else was tried."""
 
     text: int = 768  # rows of files
     generations: int = 512  # on-policy text: what the heads will see when they draft
     length: int = 256  # of a row, be it text or a generation from a prompt of a quarter of it
     epochs: float = 3.0
     rate: float = 1e-3
-    norm: Literal["before", "after", "none"] = "before"  # the target's, relative to T
+    norm: Literal["before", "after"] = "before"  # the target's, relative to T
     # Below 1, confidence comes nearer to what counts in greedy decoding: to be of one mind with
     # the last layer, rather than to be right about the text.
     temperature: float = 0.6

@@ -10,8 +10,7 @@ from typing import Any
 
 from benchmarks.gpu_suite.settings import AT_MOST, GOALS
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.files import write_json
-from vllm_adadecode.heads.files import read_json
+from vllm_adadecode.files import read_json, write_json
 
 WHAT = (
     "python -m benchmarks.gpu_suite: vLLM with AdaDecode against vLLM as it is, on the demo target "

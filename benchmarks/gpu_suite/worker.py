@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_suite.syncs import RoundCounter
-from vllm_adadecode.draft.device_loop import Steps
+from vllm_adadecode.draft.buffers import LoopBuffers
+from vllm_adadecode.draft.device_loop import DeviceLoop
 from vllm_adadecode.draft.host_loop import HostLoop
 from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.draft_state import DraftRows
@@ -48,10 +49,10 @@ class SuiteWorker:
         """
         runner = self.model_runner
         speculator = runner.speculator
-        speculator.settle(everything=True)
+        speculator.resolve(everything=True)
         is_first = "_suite_thresholds" not in vars(self)
-        real = vars(self).setdefault("_suite_thresholds", speculator.thresholds)
-        speculator.thresholds = covering(real, coverage)
+        real = vars(self).setdefault("_suite_thresholds", speculator.ledger.thresholds)
+        speculator.ledger.thresholds = covering(real, coverage)
         if is_first:
             follow_noise()
             if speculator.draft_graphs is not None:
@@ -74,10 +75,7 @@ def covering(real: ExitThresholds, coverage: float) -> ExitThresholds:
 
 
 def noise(rows: DraftRows, exit_index: int) -> torch.Tensor:
-    """Float32 ``[num_rows]`` in [0, 1), by request, position and exit: no generator is asked.
-
-    PyTorch's can't be in bodies of IF nodes.
-    """
+    """Float32 ``[num_rows]`` in [0, 1), by request, position and exit: no generator is asked."""
     x = (rows.first_pos + rows.num_drafts) * 0x9E3779B1 + rows.slots * 0x85EBCA6B
     x = x + (exit_index + 1) * 0xC2B2AE35
     for multiplier in (0x7FEB352D, 0x846CA68B):
@@ -89,15 +87,15 @@ def noise(rows: DraftRows, exit_index: int) -> torch.Tensor:
 
 def follow_noise() -> None:
     """From now on, have the draft loops compare noise with thresholds, not confidences."""
-    follow, confident = Steps._follow, HostLoop._confident
+    accept, confident = DeviceLoop.accept, HostLoop._confident
 
-    def follow_noise_instead(
-        self: Steps, exit_index: int, token: torch.Tensor, p: torch.Tensor, live: Any
+    def accept_noise(
+        self: DeviceLoop, buffers: LoopBuffers, token: Any, p: Any, live: Any, exit_index: int
     ) -> None:
-        follow(self, exit_index, token, noise(self.round_.rows, exit_index), live)
+        accept(self, buffers, token, noise(buffers.rows, exit_index), live, exit_index)
 
     def confident_instead(self: HostLoop, exit_index: int, p: torch.Tensor) -> torch.Tensor:
         return confident(self, exit_index, torch.rand_like(p))
 
-    Steps._follow = follow_noise_instead  # type: ignore[method-assign]
+    DeviceLoop.accept = accept_noise  # type: ignore[method-assign]
     HostLoop._confident = confident_instead  # type: ignore[method-assign]

@@ -14,10 +14,10 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.compare.plots import STYLE
 from benchmarks.compare.store import Store
 from benchmarks.compare.table import COLUMNS, NONE
 from benchmarks.paper.points import Point, by_setting, swept, title
-from vllm_adadecode.evaluation.plots import STYLE
 from vllm_adadecode.files import write_whole
 
 matplotlib.use("Agg")

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 
 from benchmarks.widening.plan import Plan
-from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import HeadsConfig
-from vllm_adadecode.heads.tensors import DRAFT_VOCAB, tensor_name
+from vllm_adadecode.heads.checkpoint import DRAFT_VOCAB
+from vllm_adadecode.heads.head import tensor_name
 
 
 def widen_config(plan: Plan, config: HeadsConfig, fingerprint: str | None) -> HeadsConfig:
@@ -22,21 +22,7 @@ def widen_config(plan: Plan, config: HeadsConfig, fingerprint: str | None) -> He
 
     Args:
         fingerprint: of the wide model.
-
-    Raises:
-        AdaDecodeError: these heads can't be widened to this shape.
     """
-    same_state = plan.channels.copies == 1 and plan.channels.scale == 1
-    if (
-        config.norm == "none"
-        and config.transform != "full"
-        and plan.wide.tie_word_embeddings
-        and not same_state
-    ):
-        raise AdaDecodeError(
-            f"heads with transform {config.transform} and no norm can't share a tied LM head: "
-            "add --no-tie"
-        )
     data = config.model_dump()
     data["exit_layers"] = [plan.wide_layer(e) for e in config.exit_layers]
     if config.draft_vocab_size is not None:
@@ -84,26 +70,23 @@ def widen_tensors(
 def _widen(plan: Plan, config: HeadsConfig, parameter: str, small: torch.Tensor) -> torch.Tensor:
     channels, features = plan.channels, plan.feature_scale
     # T before the norm works on hidden states, and must fill the copies that the norm counts.
-    state_in, state_out = config.norm != "before", config.norm == "after"
-    if config.norm == "none" and config.transform != "full":
-        state_out = True
-    scale_in = channels.scale if state_in else features
-    scale_out = channels.scale if state_out else features
-    out_copies = channels.copies if state_out else 1
+    of_state = config.norm == "after"
+    scale = channels.scale if of_state else features
+    out_copies = channels.copies if of_state else 1
     d, wide = channels.small, channels.wide
     if parameter == "weight":
         matrix = torch.zeros(wide, wide, dtype=torch.float64)
-        matrix[: out_copies * d, :d] = (small * (scale_out / scale_in)).repeat(out_copies, 1)
+        matrix[: out_copies * d, :d] = small.repeat(out_copies, 1)
         if channels.constant is not None:
             matrix[channels.constant, channels.constant] = 1.0
         return matrix
     if parameter == "down":
         matrix = torch.zeros(len(small), wide, dtype=torch.float64)
-        matrix[:, :d] = small / scale_in
+        matrix[:, :d] = small / scale
         return matrix
     if parameter == "up":
         matrix = torch.zeros(wide, small.shape[1], dtype=torch.float64)
-        matrix[: out_copies * d] = (small * scale_out).repeat(out_copies, 1)
+        matrix[: out_copies * d] = (small * scale).repeat(out_copies, 1)
         return matrix
     if parameter.endswith("_bias"):
         return small

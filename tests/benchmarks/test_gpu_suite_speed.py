@@ -19,8 +19,8 @@ from benchmarks.gpu_suite.result import DONE
 from benchmarks.gpu_suite.speed import Decoding
 from benchmarks.gpu_suite.suite import CONTROLLED, PLAIN
 from benchmarks.gpu_suite.worker import covering, follow_noise
-from tests.engine.test_device_loop import MAX_SLOTS, DeviceRuns
 from tests.support.engines import DEMO_MODEL
+from tests.support.fake_target import MAX_SLOTS, DeviceRuns, draft
 from tests.support.suite_fakes import (
     COSTS,
     PROMPTS,
@@ -30,8 +30,7 @@ from tests.support.suite_fakes import (
     make_suite,
     snapshot,
 )
-from tests.unit.test_host_loop import draft
-from vllm_adadecode.draft.device_loop import Steps
+from vllm_adadecode.draft.device_loop import DeviceLoop
 from vllm_adadecode.draft.host_loop import HostLoop
 from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.heads.thresholds import ExitThresholds
@@ -161,7 +160,7 @@ def test_drafts_that_are_not_controlled_are_refused(tmp_path: Path) -> None:
 
 def test_controlled_coverage_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostLoop, "_confident", HostLoop._confident)
-    monkeypatch.setattr(Steps, "_follow", Steps._follow)
+    monkeypatch.setattr(DeviceLoop, "accept", DeviceLoop.accept)
     follow_noise()
     torch.manual_seed(0)
     real = ExitThresholds.of((0.5, 1.0, 0.5), (0.5, 0.5, 0.5))
@@ -179,7 +178,7 @@ def test_controlled_coverage_on_the_host(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_controlled_coverage_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise by place is as good as drawn: half of the heads are followed, at each exit."""
     monkeypatch.setattr(HostLoop, "_confident", HostLoop._confident)
-    monkeypatch.setattr(Steps, "_follow", Steps._follow)
+    monkeypatch.setattr(DeviceLoop, "accept", DeviceLoop.accept)
     follow_noise()
     runs = DeviceRuns(StatusPoll())
     runs.thresholds = covering(ExitThresholds.of((0.9, 1.0, 0.9)), 0.5)

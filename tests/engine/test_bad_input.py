@@ -37,8 +37,8 @@ from tests.support.heads_samples import edit_config, heads_fields, make_heads, m
 from vllm_adadecode import config, plugin
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import target_fingerprint
-from vllm_adadecode.versions import vllm_version
-from vllm_adadecode.vllm_patches import config_and_cli as patches
+from vllm_adadecode.versions import is_supported, vllm_version
+from vllm_adadecode.vllm_patches import config_and_cli, patch, table
 from vllm_adadecode.vllm_patches.config_and_cli import parse_speculative_config
 
 
@@ -427,16 +427,16 @@ def test_multimodal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The method is refused; everything else, vLLM's own methods included, is as without us."""
-    monkeypatch.setattr(plugin, "vllm_version", lambda: "0.99.0")
+    monkeypatch.setattr(table, "vllm_version", lambda: "0.99.0")
     # Put back what refuse_method changes, and let it change a vLLM as it comes.
-    monkeypatch.setattr(patches, "_refusal", None)
-    monkeypatch.setattr(patches, "_applied", set())
+    monkeypatch.setattr(config_and_cli, "_refusal", None)
+    monkeypatch.setattr(patch, "_applied", set())
     original = inspect.unwrap(EngineArgs.create_speculative_config)
     assert original.__module__ == EngineArgs.__module__
     monkeypatch.setattr(EngineArgs, "create_speculative_config", original)
     plugin.register()
     plugin.register()
-    assert patches._applied == {"speculative-config"}
+    assert patch._applied == {"speculative-config"}
     message = refused(DEMO_MODEL)
     assert "0.99.0" in message
     assert ">=0.32,<0.34" in message
@@ -461,7 +461,7 @@ def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_supported_versions(version: str | None, supported: bool) -> None:
-    assert plugin.is_supported(version) is supported
+    assert is_supported(version) is supported
 
 
 # --- options that vLLM acts on -----------------------------------------------------------------

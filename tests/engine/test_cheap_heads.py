@@ -23,7 +23,6 @@ from tests.support.engines import (
     token_ids,
 )
 from tests.support.heads_samples import demo_heads
-from vllm_adadecode.engine.warmup import launch_kernels
 
 VOCAB, HIDDEN = 2048, 256
 NUM_PROMPTS = 12
@@ -168,14 +167,9 @@ def test_draft_vocabulary(heads: Heads, plain: dict[str, Any]) -> None:
     assert counts["draft_acceptance_rate"] > sure["draft_acceptance_rate"]
 
 
-@pytest.mark.parametrize(
-    ("quantization", "dtype"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)]
-)
-def test_quantised_copy(
-    heads: Heads, plain: dict[str, Any], quantization: str, dtype: torch.dtype
-) -> None:
-    engine = heads.engine(lm_head_quantization=quantization)
-    assert in_model(engine, lambda model: model.projection.rows.dtype) == [dtype]
+def test_quantised_copy(heads: Heads, plain: dict[str, Any]) -> None:
+    engine = heads.engine(lm_head_quantization="int8")
+    assert in_model(engine, lambda model: model.projection.rows.dtype) == [torch.int8]
     counts = heads.counts(engine)
     # About as good as the weights it was made of; noise would draft nothing or be rejected.
     assert counts["draft_tokens"] == pytest.approx(plain["draft_tokens"], rel=0.15)
@@ -257,7 +251,7 @@ def test_kernels_in_place_of_logits(heads: Heads, parts: str, method: str) -> No
         projection.logits = no_logits
         # Warming up changes nothing that a request has.
         cache = None if speculator.draft_logits is None else speculator.draft_logits.clone()
-        launch_kernels(speculator, 16)
+        speculator.launch_kernels(16)
         assert cache is None or torch.equal(cache, speculator.draft_logits)
         return projection.kernel_weight(torch.float32) is not None
 

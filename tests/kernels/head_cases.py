@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -48,9 +47,8 @@ def make_head(
 ) -> HeadWeight:
     """An LM head whose softmax is neither flat nor a single token."""
     weight = floats(rng, vocab_size, hidden_size, scale=2.0 * hidden_size**-0.5)
-    if dtype in (torch.int8, torch.float8_e4m3fn):
-        quantized, scale = quantize_rows(weight, "int8" if dtype == torch.int8 else "fp8")
-        return HeadWeight(quantized, scale, **extra)
+    if dtype == torch.int8:
+        return HeadWeight(*quantize_rows(weight), **extra)
     return HeadWeight(weight.to(dtype), **extra)
 
 
@@ -65,9 +63,6 @@ def make_head(
     float16={"dtype": torch.float16},
     int8={"dtype": torch.int8},
     int8_float16={"dtype": torch.int8, "x_dtype": torch.float16},
-    fp8_bits={"dtype": torch.float8_e4m3fn},
-    fp8_bits_float16={"dtype": torch.float8_e4m3fn, "x_dtype": torch.float16},
-    fp8={"dtype": torch.float8_e4m3fn, "native": True},
     one_row={"num_rows": 1},
     two_row_tiles={"num_rows": 19, "sizes": {"BLOCK_R": 16}},
     wide_row_tile={"num_rows": 33},
@@ -91,7 +86,6 @@ def confidence(
     vocab_size: int = 300,
     hidden_size: int = 64,
     threshold: float = 0.2,
-    native: bool = False,
     sizes: dict[str, int] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Outputs:
@@ -99,9 +93,7 @@ def confidence(
     x_dtype = x_dtype or (torch.bfloat16 if head.row_scale is not None else dtype)
     x = floats(rng, num_rows, hidden_size, dtype=x_dtype)
     cut = blocks(**sizes) if sizes is not None else None
-    as_bits = projection.fp8_as_bits
-    with patch.object(projection, "fp8_as_bits", (lambda _: False) if native else as_bits):
-        return check(x, head, threshold, blocks=cut)
+    return check(x, head, threshold, blocks=cut)
 
 
 @case(*HEAD, tolerance=SUMS, above_2_17={"vocab_size": 2**17 + 77})

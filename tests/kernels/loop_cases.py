@@ -181,14 +181,14 @@ def verification_plan(
     found = {
         "input_ids": torch.full((most,), -7, dtype=torch.int32),
         "seq_lens": torch.full((most_rows,), -7, dtype=torch.int32),
-        "vacant": torch.zeros(most, dtype=torch.bool),
+        "is_padding": torch.zeros(most, dtype=torch.bool),
     }
     plan_verification(
         plans,
         rows,
         row_of=row_of,
         query_start_loc=query_start_loc,
-        num_places=num_tokens + 3,
+        num_token_slots=num_tokens + 3,
         **found,
     )
     return found | {"plans": plans.data, "row_of": row_of, "query_start_loc": query_start_loc}

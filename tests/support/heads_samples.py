@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_adadecode.heads import HeadsConfig, head_tensors, save_heads
 from vllm_adadecode.heads import make_heads as new_heads
-from vllm_adadecode.heads.tensors import DRAFT_VOCAB
+from vllm_adadecode.heads.checkpoint import DRAFT_VOCAB
 
 DEMO_MODEL = Path(__file__).parents[2] / "benchmarks" / "demo" / "model"
 HIDDEN, VOCAB, LAYERS = 64, 128, 4
@@ -43,7 +43,7 @@ def heads_fields(**changes: Any) -> dict[str, Any]:
         "confidence_threshold": [0.5, 0.75],
         "transform": "low_rank",
         "rank": 4,
-        "norm": "none",
+        "norm": "after",
         "target": {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_hidden_layers": LAYERS},
         "speculators_config": {"verifier": {"name_or_path": ".."}},
         "provenance": {"command": "adadecode train"},

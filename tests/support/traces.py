@@ -14,7 +14,6 @@ def make_trace(
     exit_layers: tuple[int, ...] = (2, 4),
     num_layers: int = 8,
     gate: ArrayLike | None = None,
-    source: str = "",
 ) -> Trace:
     """A trace of [E, P] confidences and whether the heads are right; the target always says 7."""
     values = np.array(confidence, dtype=np.float32)
@@ -27,7 +26,6 @@ def make_trace(
         token=np.where(np.array(correct, dtype=bool), 7, 8),
         confidence=values,
         gate=np.ones_like(values) if gate is None else np.array(gate, dtype=np.float32),
-        source=source,
     )
 
 

@@ -1,4 +1,4 @@
-"""The optional parts of heads: gate, draft vocabulary, quantisation, adapter; module and file."""
+"""The optional parts of heads: gate, draft vocabulary, quantisation; module and file."""
 
 import json
 from pathlib import Path
@@ -26,10 +26,9 @@ from vllm_adadecode.heads import (
 from vllm_adadecode.heads.checkpoint import _weights_key
 
 # `_weights_key` of `heads_fields()` before there were gates and draft vocabularies.
-OLD_KEY = "703d0f92e85b427d66694e02a060e28c3af715118fc3c216b70ac65ad5515c22"
+OLD_KEY = "a070e18865e26cf9842c6b67b8fd58317196457cfcd5fd261f843e0eab8fd062"
 # Every optional part at once.
 ALL_PARTS: dict[str, Any] = {
-    "transform": "adapter",
     "gate": True,
     "gate_threshold": [0.25, 0.5],
     "draft_vocab_size": 16,
@@ -81,23 +80,17 @@ def test_the_maths_of_a_head(tmp_path: Path) -> None:
     torch.testing.assert_close(head.other_logit(x), other)
 
 
-@pytest.mark.parametrize("norm", ["before", "after", "none"])
-@pytest.mark.parametrize("transform", ["low_rank", "adapter"])
-def test_features(tmp_path: Path, norm: str, transform: str) -> None:
-    folder, config, tensors = make_heads(tmp_path / "heads", norm=norm, transform=transform)
+@pytest.mark.parametrize("norm", ["before", "after"])
+def test_features(tmp_path: Path, norm: str) -> None:
+    folder, config, tensors = make_heads(tmp_path / "heads", norm=norm)
     head = load_heads(folder, config, torch.float32, "cpu")[1]
     down, up = tensors["exit_1.down"], tensors["exit_1.up"]
 
     def apply(h: torch.Tensor) -> torch.Tensor:
-        inner = h @ down.T
-        return h + (functional.silu(inner) if transform == "adapter" else inner) @ up.T
+        return h + h @ down.T @ up.T
 
     h = torch.randn(5, HIDDEN)
-    expected = {
-        "before": lambda: apply(rms_norm(h)),
-        "after": lambda: rms_norm(apply(h)),
-        "none": lambda: apply(h),
-    }[norm]()
+    expected = apply(rms_norm(h)) if norm == "before" else rms_norm(apply(h))
     torch.testing.assert_close(head.features(h, rms_norm), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -188,7 +181,7 @@ def test_identity_heads_with_a_gate_have_a_file(tmp_path: Path) -> None:
 
 def test_logit_lens_may_be_quantised() -> None:
     config = HeadsConfig(
-        **heads_fields(transform="identity", rank=None, lm_head_quantization="fp8")
+        **heads_fields(transform="identity", rank=None, lm_head_quantization="int8")
     )
     load_heads(None, config, torch.float32, "cpu")
     assert load_draft_vocab(None, config) is None
@@ -252,7 +245,12 @@ def test_info_names_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert report["num_parameters"] == config.num_parameters
     main(["info", str(folder)])
     text = capsys.readouterr().out
-    for part in ("above 0.25, 0.5", "16 of 128 tokens", "int8, a scale per row", "adapter, 4 wide"):
+    for part in (
+        "above 0.25, 0.5",
+        "16 of 128 tokens",
+        "int8, a scale per row",
+        "identity + rank 4",
+    ):
         assert part in text
 
 

@@ -1,7 +1,8 @@
-"""Losses against plain formulas in float64, and chunked training against unchunked."""
+"""The loss against its plain formula in float64, and chunked training against unchunked."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,7 @@ import torch
 
 from tests.support.training_samples import VOCAB, distributions, random_sequences, tiny_target
 from vllm_adadecode.training.batches import TokenRow, token_rows
-from vllm_adadecode.training.distributions import Distributions
-from vllm_adadecode.training.losses import Kind, Loss, confidence_loss
+from vllm_adadecode.training.distributions import Distributions, kl
 from vllm_adadecode.training.target_model import FrozenTarget, load_target
 from vllm_adadecode.training.trainer import TrainSettings, accumulate_gradients, evaluate
 
@@ -24,69 +24,33 @@ def log_probs(seed: int, scale: float, classes: int = 12) -> torch.Tensor:
     return logits.log_softmax(-1)
 
 
-def plain(kind: Kind, head: torch.Tensor, final: torch.Tensor, k: int) -> list[float]:
+def plain(p: torch.Tensor, q: torch.Tensor) -> list[float]:
     """By loops over classes, from the definition."""
-    found = []
-    for q, p in zip(head.exp().tolist(), final.exp().tolist(), strict=True):
-        if kind == "reverse_kl":
-            p, q = q, p
-        if kind == "top_k_kl":
-            order = sorted(range(len(p)), key=lambda i: -p[i])
-            top, rest = order[:k], order[k:]
-            p = [p[i] for i in top] + [sum(p[i] for i in rest)]
-            q = [q[i] for i in top] + [sum(q[i] for i in rest)]
-        logs = [
-            (a, torch.log(torch.tensor(a)), torch.log(torch.tensor(b, dtype=torch.float64)))
-            for a, b in zip(p, q, strict=True)
-            if a > 0
-        ]
-        found.append(float(sum(a * (log_a - log_b) for a, log_a, log_b in logs)))
-    return found
+    return [
+        float(sum(a.exp() * (a - b) for a, b in zip(*pair, strict=True) if a.exp() > 0))
+        for pair in zip(p, q, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("scale", SHARPNESS[:3])
-@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "top_k_kl"])
-def test_losses_are_their_formulas(kind: Kind, scale: float) -> None:
+def test_the_loss_is_its_formula(scale: float) -> None:
     head, final = log_probs(1, scale), log_probs(2, scale)
-    expected = torch.tensor(plain(kind, head, final, k=3))
-    found = Loss(kind, top_k=3)(head.float(), final.float(), 12)
+    found = kl(final.float(), head.float())
     # Sums of twelve float32 terms.
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, torch.tensor(plain(final, head)), rtol=1e-4, atol=1e-6)
     assert (found > -1e-6).all()
-    torch.testing.assert_close(Loss(kind, 3)(head, head, 12), torch.zeros(6).double())
-
-
-def test_top_k_of_all_classes_is_plain_kl() -> None:
-    head, final = log_probs(1, 1.0), log_probs(2, 1.0)
-    for k in (12, 50):
-        assert torch.equal(Loss("top_k_kl", k)(head, final, 12), Loss()(head, final, 12))
-
-
-def test_confidence_loss() -> None:
-    head = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.2, 0.1, 0.7]]).log()
-    final = torch.tensor([[0.9, 0.1, 0.0], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1]]).log()
-    # Agrees; does not; and with the last class no token, the head's token is the first.
-    expected = -torch.tensor([0.7, 1 - 0.6, 0.2]).log()
-    torch.testing.assert_close(confidence_loss(head, final, 2), expected)
-    weighted = Loss(confidence_weight=0.5)(head, final, 2)
-    torch.testing.assert_close(weighted, Loss()(head, final, 2) + 0.5 * expected)
+    torch.testing.assert_close(kl(head, head), torch.zeros(6).double())
 
 
 @pytest.mark.parametrize("scale", SHARPNESS)
-@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "top_k_kl"])
-def test_gradients_are_finite_when_saturated(kind: Kind, scale: float) -> None:
-    logits = (
-        scale * torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
-    ).requires_grad_()
-    final = log_probs(2, 200.0).float()
+def test_gradients_are_finite_when_saturated(scale: float) -> None:
+    logits = scale * torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
+    logits.requires_grad_()
+    saturated = log_probs(2, 200.0).float()
     # A class of probability 0 to the last bit.
-    final[:, -1] = float("-inf")
-    for temperature_of_final in (final, log_probs(3, 0.1).float()):
-        if kind == "reverse_kl" and temperature_of_final is final:
-            continue  # is truly infinite where the head gives that class a chance
-        loss = Loss(kind, 3, confidence_weight=0.5)(
-            logits.log_softmax(-1), temperature_of_final, 12
-        )
+    saturated[:, -1] = float("-inf")
+    for final in (saturated, log_probs(3, 0.1).float()):
+        loss = kl(final, logits.log_softmax(-1))
         (gradient,) = torch.autograd.grad(loss.sum(), logits)
         assert torch.isfinite(loss).all()
         assert torch.isfinite(gradient).all()
@@ -95,7 +59,7 @@ def test_gradients_are_finite_when_saturated(kind: Kind, scale: float) -> None:
 def test_a_head_that_is_far_off_is_pulled_back() -> None:
     logits = torch.tensor([[0.0, 1000.0]], requires_grad=True)
     final = torch.tensor([[0.0, -50.0]]).log_softmax(-1)
-    (gradient,) = torch.autograd.grad(Loss()(logits.log_softmax(-1), final, 2).sum(), logits)
+    (gradient,) = torch.autograd.grad(kl(final, logits.log_softmax(-1)).sum(), logits)
     torch.testing.assert_close(gradient, torch.tensor([[-1.0, 1.0]]))
 
 
@@ -131,17 +95,18 @@ def gradients(parts: Distributions) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("loss", [Loss(), Loss("top_k_kl", 8, 0.3, 0.7), Loss("reverse_kl")])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("draft", [False, True])
 def test_chunks_change_nothing(
-    target: FrozenTarget, rows: list[TokenRow], loss: Loss, draft: bool
+    target: FrozenTarget, rows: list[TokenRow], temperature: float, draft: bool
 ) -> None:
+    settings = TrainSettings(loss_temperature=temperature)
     vocab = torch.arange(0, VOCAB, 3) if draft else None
     whole, cut = (scattered(distributions(target, vocab)) for _ in range(2))
     cut.chunk_bytes = 4 * VOCAB * 3
     assert (cut.rows_per_chunk, whole.rows_per_chunk > 1000) == (3, True)
-    once = accumulate_gradients(whole, rows, TrainSettings(loss=loss))
-    pieces = accumulate_gradients(cut, rows, TrainSettings(loss=loss, micro_batch_tokens=30))
+    once = accumulate_gradients(whole, rows, settings)
+    pieces = accumulate_gradients(cut, rows, replace(settings, micro_batch_tokens=30))
     # float32 sums in another order.
     assert pieces == pytest.approx(once, rel=1e-5)
     expected, found = gradients(whole), gradients(cut)
@@ -172,7 +137,8 @@ def test_the_loss_is_the_one_of_the_whole_model(target: FrozenTarget, rows: list
             sums[e] += float((final * (final / guess).log()).sum())
             right[e] += int((guess.argmax(-1) == final.argmax(-1)).sum())
     assert found == pytest.approx({e: value / total for e, value in sums.items()}, rel=1e-4)
-    held_out = evaluate(parts, rows, TrainSettings(), {1: 0.0, 3: 1.0})
+    parts.thresholds = {1: 0.0, 3: 1.0}
+    held_out = evaluate(parts, rows, TrainSettings())
     assert {e: r.loss for e, r in held_out.items()} == pytest.approx(found, rel=1e-4)
     assert {e: r.agreement for e, r in held_out.items()} == {e: n / total for e, n in right.items()}
     assert (held_out[1].coverage, held_out[1].precision) == (1.0, held_out[1].agreement)

@@ -9,14 +9,13 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.errors import AdaDecodeError
 
 if TYPE_CHECKING:
-    from vllm_adadecode.evaluation.metrics import Measurer, Metrics
+    from vllm_adadecode.evaluation.metrics import Metrics
     from vllm_adadecode.evaluation.session import Session
 
 DESCRIPTION = (
@@ -30,7 +29,6 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("eval", help="measure heads on data", description=DESCRIPTION)
     add_data_arguments(parser, costs="bytes")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plots", metavar="DIR", type=Path, help="folder for figures (PNG)")
     parser.set_defaults(run=run)
 
 
@@ -65,10 +63,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, costs: str) -> None:
     parser.add_argument(
         "--costs",
         default=costs,
-        metavar="measured|bytes|8b|70b|FILE",
+        metavar="measured|bytes|FILE",
         help="cost of a head, a gate and the LM head in layers: timed on this machine, from the "
-        "bytes that the target's shape or that of a Llama 3.1 makes them read, or a JSON file "
-        f"(default {costs})",
+        f"bytes that the target's shape makes them read, or a JSON file (default {costs})",
     )
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
@@ -79,16 +76,14 @@ def add_data_arguments(parser: argparse.ArgumentParser, costs: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vllm_adadecode.evaluation.metrics import Measurer
+    from vllm_adadecode.evaluation.costs import choose_costs
+    from vllm_adadecode.evaluation.metrics import measure
     from vllm_adadecode.evaluation.report import setting_json
-    from vllm_adadecode.evaluation.timing import choose_costs
     from vllm_adadecode.training.provenance import provenance
 
     session, traces, notes = run_heads(args)
     costs = choose_costs(args.costs, session.config, session.target, session.readout)
-    measurers = {name: Measurer(found, costs) for name, found in traces.items()}
-    metrics = {name: m.measure(session.setting) for name, m in measurers.items()}
-    plots = _plots(args.plots, measurers, session)
+    metrics = {name: measure(found, session.setting, costs) for name, found in traces.items()}
     if args.json:
         result = {
             "heads": str(session.folder),
@@ -96,13 +91,12 @@ def run(args: argparse.Namespace) -> int:
             "setting": setting_json(session.setting, session.config.exit_layers),
             "costs": costs.model_dump(),
             "sets": {name: m.as_dict() for name, m in metrics.items()},
-            "plots": plots,
             "notes": notes,
             "made_with": provenance(),
         }
         print(json.dumps(result, indent=2))
     else:
-        _print(session, metrics, costs, plots, notes)
+        _print(session, metrics, costs, notes)
     return 0
 
 
@@ -136,19 +130,6 @@ def run_heads(args: argparse.Namespace) -> tuple[Session, dict[str, Any], list[s
     return session, traces, [note for s in sets for note in s.notes]
 
 
-def _plots(folder: Path | None, sets: dict[str, Measurer], session: Session) -> list[str]:
-    if folder is None:
-        return []
-    try:
-        from vllm_adadecode.evaluation.plots import save_plots
-    except ImportError as error:
-        raise AdaDecodeError(
-            f"--plots needs matplotlib ({error}): pip install matplotlib"
-        ) from None
-    with disk_errors():
-        return [str(path) for path in save_plots(folder, sets, session.setting)]
-
-
 @contextmanager
 def disk_errors() -> Iterator[None]:
     """Say in one line that the disk has refused."""
@@ -162,9 +143,7 @@ def disk_errors() -> Iterator[None]:
         ) from None
 
 
-def _print(
-    session: Session, metrics: dict[str, Metrics], costs: Any, plots: list[str], notes: list[str]
-) -> None:
+def _print(session: Session, metrics: dict[str, Metrics], costs: Any, notes: list[str]) -> None:
     from rich.console import Console
 
     from vllm_adadecode.evaluation import report
@@ -182,5 +161,5 @@ def _print(
                 "written; drafts are compared with the text, so acceptance is underrated",
                 markup=False,
             )
-    for line in (*notes, *(f"written: {path}" for path in plots)):
+    for line in notes:
         console.print(line, markup=False)

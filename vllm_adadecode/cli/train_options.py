@@ -61,6 +61,7 @@ def add_generation(group: Any) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="go on behind the end of text")
     group.add_argument(
         "--engine-args",
+        dest="engine",
         type=json_object,
         default={},
         metavar="JSON",
@@ -78,14 +79,14 @@ def add_heads(group: Any) -> None:
     )
     group.add_argument(
         "--transform",
-        choices=("full", "low_rank", "adapter", "identity"),
+        choices=("full", "low_rank", "identity"),
         default="full",
         help="T of a head; full is the paper's",
     )
-    group.add_argument("--rank", type=positive, help="of low_rank and adapter (default: 64)")
+    group.add_argument("--rank", type=positive, help="of low_rank (default: 64)")
     group.add_argument(
         "--norm",
-        choices=("before", "after", "none"),
+        choices=("before", "after"),
         default="after",
         help="where the target's final norm is applied, relative to T",
     )
@@ -93,41 +94,35 @@ def add_heads(group: Any) -> None:
         "--confidence-threshold",
         type=float,
         default=0.75,
-        help="draft where a head is surer than that",
+        help="draft where a head's confidence is above it",
     )
     group.add_argument(
-        "--num-speculative-tokens", type=positive, default=5, metavar="K", help="drafts at most"
+        "--num-speculative-tokens",
+        type=positive,
+        default=5,
+        metavar="K",
+        help="draft tokens at most",
     )
-    group.add_argument("--gate", action="store_true", help="foresee where a head is confident")
+    group.add_argument("--gate", action="store_true", help="predict where a head is confident")
     group.add_argument(
-        "--draft-vocab", type=positive, metavar="N", help="predict the N most frequent tokens only"
+        "--draft-vocab",
+        dest="draft_vocab_size",
+        type=positive,
+        metavar="N",
+        help="predict the N most frequent tokens only",
     )
     group.add_argument(
-        "--lm-head-quantization", choices=("fp8", "int8"), help="of the heads' copy of the LM head"
+        "--lm-head-quantization", choices=("int8",), help="of the heads' copy of the LM head"
     )
 
 
 def add_training(group: Any) -> None:
-    group.add_argument(
-        "--loss",
-        choices=("kl", "reverse_kl", "top_k_kl"),
-        default="kl",
-        help="kl(final || head), which is the paper's; kl(head || final); kl over --top-k tokens",
-    )
-    group.add_argument("--top-k", type=positive, default=64, metavar="K", help="of top_k_kl")
     group.add_argument(
         "--loss-temperature",
         type=float,
         default=1.0,
         metavar="T",
         help="below 1 heads learn a sharper final distribution",
-    )
-    group.add_argument(
-        "--confidence-weight",
-        type=float,
-        default=0.0,
-        metavar="W",
-        help="of a term that makes confidence the probability of agreement",
     )
     group.add_argument("--learning-rate", type=float, default=1e-3, help="the highest; cosine")
     group.add_argument("--epochs", type=float, default=4.0, help="passes over the data")

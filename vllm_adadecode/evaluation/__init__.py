@@ -2,6 +2,5 @@
 
 A *trace* (trace.py) holds what the heads say at every position of a sequence; from traces alone
 follow the engine's counts (simulate.py), their price (costs.py), the numbers of a report
-(metrics.py), the settings that pay best (calibrate.py) and the figures (plots.py). Nothing here
-imports vLLM.
+(metrics.py) and the settings that pay best (calibrate.py).
 """

@@ -1,30 +1,104 @@
 """What the heads of a target say along one generation: the data that all evaluation rests on.
 
-Owns the trace, its form on disk, and how it is made from a target and its heads with transformers.
+Owns the step from a hidden state at an exit layer to (token, confidence, gate), computed with
+transformers as the engine does it, draft vocabulary and quantised LM head included, and the trace
+of a whole sequence.
 """
 
 from __future__ import annotations
 
-import io
-import os
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from vllm_adadecode.errors import AdaDecodeError
-
-if TYPE_CHECKING:
-    from vllm_adadecode.evaluation.readout import HeadReadout
-    from vllm_adadecode.training.sequences import Sequence as TokenSequence
-    from vllm_adadecode.training.target_model import FrozenTarget
+from vllm_adadecode.heads import EarlyHead, HeadsConfig, load_draft_vocab, load_heads
+from vllm_adadecode.kernels.confidence import top1_confidence
+from vllm_adadecode.training.sequences import Sequence
+from vllm_adadecode.training.target_model import FrozenTarget
 
 # Rows of logits that are in memory at a time.
 CHUNK = 256
+
+
+class HeadReadout:
+    """The heads of a target, ready to be evaluated.
+
+    Args:
+        target: lends its final norm and LM head.
+        config: of the heads.
+        heads: by exit layer, on the target's device.
+        draft_vocab: int64 ``[Vd]`` token ids if the heads have a draft vocabulary, else None.
+    """
+
+    def __init__(
+        self,
+        target: FrozenTarget,
+        config: HeadsConfig,
+        heads: Mapping[int, EarlyHead],
+        draft_vocab: torch.Tensor | None = None,
+    ) -> None:
+        self.target, self.config, self.heads = target, config, heads
+        self.exit_layers, self.has_gate = config.exit_layers, config.gate
+        self.draft_vocab = None if draft_vocab is None else draft_vocab.to(target.device)
+        self._rows = self._copied_rows()
+
+    @classmethod
+    def load(cls, target: FrozenTarget, folder: Path | None, config: HeadsConfig) -> HeadReadout:
+        """The heads of a folder; None: the training-free logit lens.
+
+        Raises:
+            AdaDecodeError: the folder is damaged or not that of ``config``.
+        """
+        heads = load_heads(folder, config, target.dtype, target.device)
+        return cls(target, config, heads, load_draft_vocab(folder, config))
+
+    def head(
+        self,
+        exit_layer: int,
+        # [N, d], residual added
+        hidden: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Most likely token, int64 ``[N]``, and its probability, float32 ``[N]``.
+
+        Logits ``[N, vocab]`` exist meanwhile.
+        """
+        head = self.heads[exit_layer]
+        x = head.features(hidden.to(self.target.dtype), self.target.norm)
+        if self._rows is None:
+            return top1_confidence(self.target.lm_head(x))
+        token, confidence = top1_confidence(functional.linear(x, self._rows), head.other_logit(x))
+        return (token if self.draft_vocab is None else self.draft_vocab[token]), confidence
+
+    def gate(self, exit_layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Probability that the head will be confident, float32 ``[N]``; for heads with gates."""
+        logit = self.heads[exit_layer].gate_logit(hidden)
+        assert logit is not None
+        return logit.sigmoid()
+
+    def _copied_rows(self) -> torch.Tensor | None:
+        """``[Vd or V, d]`` of the LM head as the heads read it; None: they read the target's own.
+
+        A quantised copy is kept as what its values stand for.
+        """
+        quantized = self.config.lm_head_quantization is not None
+        if self.draft_vocab is None and not quantized:
+            return None
+        weight = self.target.lm_head_weight
+        if self.draft_vocab is not None:
+            weight = weight[self.draft_vocab]
+        if quantized:
+            # The engine's rounding, which lives with its LM head and so imports vLLM.
+            from vllm_adadecode.model.draft_lm_head import quantize_rows
+
+            rows, scales = quantize_rows(weight)
+            weight = (rows.float() * scales[:, None]).to(weight.dtype)
+        return weight
 
 
 @dataclass(frozen=True)
@@ -44,7 +118,6 @@ class Trace:
         token: int64 ``[E, P]``, most likely token of each head.
         confidence: float32 ``[E, P]``, its probability (paper, "Confidence").
         gate: float32 ``[E, P]``, the gate's probability that the head is confident; 1 without one.
-        source: name of the data.
     """
 
     exit_layers: tuple[int, ...]
@@ -54,18 +127,6 @@ class Trace:
     token: NDArray[np.int64]
     confidence: NDArray[np.float32]
     gate: NDArray[np.float32]
-    source: str = ""
-
-    def __post_init__(self) -> None:
-        shape = (len(self.exit_layers), len(self.generated))
-        if self.final.shape != self.generated.shape:
-            raise AdaDecodeError(f"trace: final has shape {self.final.shape}, not {shape[1:]}")
-        for name in ("token", "confidence", "gate"):
-            if (found := getattr(self, name).shape) != shape:
-                raise AdaDecodeError(f"trace: {name} has shape {found}, not {shape}")
-        exits = self.exit_layers
-        if list(exits) != sorted(set(exits)) or not all(0 < e < self.num_layers for e in exits):
-            raise AdaDecodeError(f"trace: exit layers {exits} do not suit {self.num_layers} layers")
 
     @property
     def num_positions(self) -> int:
@@ -73,91 +134,13 @@ class Trace:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """``[E, P]``, whether `token` is the token that was generated: a draft that is kept."""
+        """``[E, P]``, whether `token` is the token that was generated: an accepted draft token."""
         return self.token == self.generated
 
-    def select(self, exit_layers: Iterable[int]) -> Trace:
-        """The same trace for some of its exits.
 
-        Raises:
-            AdaDecodeError: an exit is not in it.
-        """
-        wanted = tuple(exit_layers)
-        if not set(wanted) <= set(self.exit_layers):
-            raise AdaDecodeError(f"the trace has exits {self.exit_layers}, not {wanted}")
-        rows = [self.exit_layers.index(e) for e in wanted]
-        return Trace(
-            wanted,
-            self.num_layers,
-            self.generated,
-            self.final,
-            token=self.token[rows],
-            confidence=self.confidence[rows],
-            gate=self.gate[rows],
-            source=self.source,
-        )
-
-    def save(self, path: str | Path) -> Path:
-        """Write an ``.npz`` without pickle, whole or not at all.
-
-        Raises:
-            OSError: the disk refuses.
-        """
-        # Imported late, as everything heavy: a trace itself needs numpy alone.
-        from vllm_adadecode.files import write_whole
-
-        buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer,
-            allow_pickle=False,
-            exit_layers=np.array(self.exit_layers, dtype=np.int64),
-            num_layers=np.array(self.num_layers, dtype=np.int64),
-            generated=self.generated,
-            final=self.final,
-            token=self.token,
-            confidence=self.confidence,
-            gate=self.gate,
-            source=np.array(self.source),
-        )
-        return write_whole(Path(path), buffer.getvalue())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Trace:
-        """Read what `save` wrote.
-
-        Raises:
-            AdaDecodeError: the file is missing, damaged or of something else.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                return cls(
-                    exit_layers=tuple(map(int, stored["exit_layers"])),
-                    num_layers=int(stored["num_layers"]),
-                    source=str(stored["source"]),
-                    **{
-                        name: stored[name].astype(dtype, copy=False)
-                        for name, dtype in _ARRAYS.items()
-                    },
-                )
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            if isinstance(error, AdaDecodeError):
-                raise AdaDecodeError(f"{os.fspath(path)}: {error}") from None
-            raise AdaDecodeError(
-                f"{os.fspath(path)} is no trace ({type(error).__name__}): make it again"
-            ) from None
-
-
-_ARRAYS: dict[str, Any] = {
-    "generated": np.int64,
-    "final": np.int64,
-    "token": np.int64,
-    "confidence": np.float32,
-    "gate": np.float32,
-}
-
-
+@torch.no_grad()
 def make_trace(
-    target: FrozenTarget, readout: HeadReadout, sequence: TokenSequence, chunk: int = CHUNK
+    target: FrozenTarget, readout: HeadReadout, sequence: Sequence, chunk: int = CHUNK
 ) -> Trace:
     """The trace of one sequence: one forward pass of the target, then heads chunk by chunk.
 
@@ -170,12 +153,8 @@ def make_trace(
     Raises:
         AdaDecodeError: a token is outside of the target's vocabulary.
     """
-    import torch
-
-    prompt, output = list(sequence.prompt_ids), list(sequence.output_ids)
-    exits = readout.exit_layers
-    num_layers = int(target.config.num_hidden_layers)
-    num_positions = max(0, len(output) - 1)
+    prompt, output = sequence.prompt_ids, sequence.output_ids
+    exits, num_positions = readout.exit_layers, max(0, len(output) - 1)
     token = np.zeros((len(exits), num_positions), dtype=np.int64)
     confidence = np.zeros((len(exits), num_positions), dtype=np.float32)
     gate = np.ones((len(exits), num_positions), dtype=np.float32)
@@ -188,37 +167,16 @@ def make_trace(
                 f"token {int(ids.max())} is outside of the target's vocabulary: these sequences "
                 "are of another target"
             )
-        with torch.no_grad():
-            hidden, last = target.hidden_states(ids, exits)
-            for begin in range(0, num_positions, chunk):
-                part = slice(begin, min(begin + chunk, num_positions))
-                rows = slice(len(prompt) + part.start, len(prompt) + part.stop)
-                final[part] = target.lm_head(last[0, rows]).argmax(-1).cpu().numpy()
-                for i, e in enumerate(exits):
-                    said = readout.read(e, hidden[e][0, rows])
-                    token[i, part] = said.token.cpu().numpy()
-                    confidence[i, part] = said.confidence.cpu().numpy()
-                    if said.gate is not None:
-                        gate[i, part] = said.gate.cpu().numpy()
+        hidden, last = target.hidden_states(ids, exits)
+        for begin in range(0, num_positions, chunk):
+            part = slice(begin, min(begin + chunk, num_positions))
+            rows = slice(len(prompt) + part.start, len(prompt) + part.stop)
+            final[part] = target.lm_head(last[0, rows]).argmax(-1).cpu().numpy()
+            for i, e in enumerate(exits):
+                h = hidden[e][0, rows]
+                token[i, part], confidence[i, part] = (x.cpu().numpy() for x in readout.head(e, h))
+                if readout.has_gate:
+                    gate[i, part] = readout.gate(e, h).cpu().numpy()
     generated = np.array(output[1:], dtype=np.int64)
-    return Trace(exits, num_layers, generated, final, token, confidence, gate, sequence.source)
-
-
-def make_traces(
-    target: FrozenTarget,
-    readout: HeadReadout,
-    sequences: Sequence[TokenSequence],
-    chunk: int = CHUNK,
-) -> Iterator[Trace]:
-    """`make_trace` of each sequence that has an output of at least two tokens."""
-    for sequence in sequences:
-        if len(sequence.output_ids) > 1:
-            yield make_trace(target, readout, sequence, chunk)
-
-
-def by_source(traces: Iterable[Trace]) -> Mapping[str, list[Trace]]:
-    """Traces by the name of their data, in order of appearance."""
-    groups: dict[str, list[Trace]] = {}
-    for trace in traces:
-        groups.setdefault(trace.source, []).append(trace)
-    return groups
+    num_layers = int(target.config.num_hidden_layers)
+    return Trace(exits, num_layers, generated, final, token, confidence, gate)

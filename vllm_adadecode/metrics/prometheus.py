@@ -2,7 +2,7 @@
 
 Owns what is attached to a worker's output, the type by which it crosses processes, and our part of
 vLLM's log line and Prometheus metrics. It counts nothing itself (counters.py), and is put in
-vLLM's place by patches_metrics.py.
+vLLM's place by vllm_patches/scheduler_and_metrics.py.
 
 worker: `attach_counts` -> scheduler: `pass_on` -> front end: `AdaDecodeLogging`, `AdaDecodeProm`.
 Counts travel as the difference to those sent before, so what the front end adds up is a total
@@ -19,14 +19,11 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.metrics.counters import Counters
 
 # Under vLLM's logger, whose level and format users know.
 logger = init_logger(f"vllm.{__name__}")
-
-METHOD = "adadecode"
-# Name of the attribute on vLLM's `ModelRunnerOutput`, which is pickled with it.
-ATTRIBUTE = "adadecode_counts"
 
 
 @dataclass
@@ -53,9 +50,9 @@ class UnsentCounts:
 
 
 def attach_counts(model_runner_output: Any, counts: Counters | None) -> None:
-    """Send ``counts`` along with a worker's output of a step."""
+    """Send ``counts`` along with a worker's `ModelRunnerOutput`, with which they are pickled."""
     if counts is not None:
-        setattr(model_runner_output, ATTRIBUTE, counts)
+        model_runner_output.adadecode_counts = counts
 
 
 def pass_on(
@@ -69,7 +66,7 @@ def pass_on(
             where they are off.
         num_spec_tokens: most drafts in a window.
     """
-    counts = getattr(model_runner_output, ATTRIBUTE, None)
+    counts = getattr(model_runner_output, "adadecode_counts", None)
     if counts is None:
         return
     for outputs in engine_core_outputs:

@@ -121,7 +121,7 @@ class HeadProjection(nn.Module):
                     rows = part
         if self.quantization is None:
             return rows, None
-        return quantize_rows(rows, self.quantization)
+        return quantize_rows(rows)
 
     def logits(
         self,

@@ -13,8 +13,7 @@ from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from vllm_adadecode.heads import EarlyHead
-from vllm_adadecode.heads.head import GATE_NORM_EPS
-from vllm_adadecode.heads.transform import Transform
+from vllm_adadecode.heads.head import GATE_NORM_EPS, Transform
 from vllm_adadecode.kernels.gate import MAX_ORDERED_ROWS, head_input, live_first
 from vllm_adadecode.kernels.sampling import head_sample
 from vllm_adadecode.model.draft_sampler import DraftSampler
@@ -129,27 +128,6 @@ class FusedHeads:
         )
         return HeadCheck(drawn.sampled, drawn.head.p, live)
 
-    def warm_up(
-        self,
-        exit_index: int,
-        # [num_rows, hidden_size]
-        hidden: torch.Tensor,
-        # [num_rows, hidden_size]
-        residual: torch.Tensor,
-        gate_threshold: float | None,
-    ) -> None:
-        """The launches of `check`, for rows that belong to no request; nothing is cached."""
-        padding = torch.full((len(hidden),), -1, dtype=torch.int64, device=hidden.device)
-        self.check(
-            exit_index,
-            hidden,
-            residual,
-            slots=padding,
-            positions=torch.zeros_like(padding),
-            draft=0,
-            gate_threshold=gate_threshold,
-        )
-
 
 def fused_features(
     head: EarlyHead,
@@ -175,10 +153,8 @@ def fused_features(
         assert head.gate_weight is not None, "a gate threshold for heads that have no gate"
         parts = {"gate_weight": head.gate_weight, "gate_bias": head.gate_bias}
         parts["gate_eps"] = GATE_NORM_EPS
-    norm_is_first = head.norm_placement == "before" or (
-        # The identity: T has no place.
-        head.norm_placement == "after" and type(head.transform) is Transform
-    )
+    # The identity: T has no place.
+    norm_is_first = head.norm_placement == "before" or type(head.transform) is Transform
     if norm_is_first and _is_plain(norm):
         parts |= {"norm_weight": norm.weight, "norm_eps": norm.variance_epsilon}
         x, probability = head_input(hidden, residual, **parts)

@@ -1,7 +1,7 @@
 """Rows of the target's LM head, as a copy for the early heads is made of them.
 
 Owns reading them as floating point, however vLLM stores them (quantised, repacked, on other
-tensor-parallel ranks), and rounding them to 8 bits.
+tensor-parallel ranks), and rounding them to int8.
 """
 
 from typing import Any
@@ -11,13 +11,8 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from vllm_adadecode.heads.config import Quantization
-
-# Largest magnitude that a row's largest weight is mapped to.
-_STORED: dict[Quantization, tuple[torch.dtype, float]] = {
-    "int8": (torch.int8, 127.0),
-    "fp8": (torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max),
-}
+# Magnitude that a row's largest weight is mapped to.
+LARGEST = 127
 # Rows that are converted at once: bounds the float32 copies.
 CHUNK_ROWS = 8192
 # Columns that are multiplied out at once: bounds the logits, [columns, rank's rows].
@@ -105,27 +100,22 @@ def _multiply_out(
 def quantize_rows(
     # [num_rows, hidden_size]
     weight: torch.Tensor,
-    quantization: Quantization,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a matrix to 8 bits with one scale per row, symmetric about zero.
+    """Round a matrix to int8 with one scale per row, in steps of ``max|row| / 127``.
 
     Args:
         weight: ``[num_rows, hidden_size]``, floating point.
-        quantization: "int8" (steps of ``max|row| / 127``) or "fp8" (e4m3, ``max|row|`` at 448).
 
     Returns:
-        ``rows`` ``[num_rows, hidden_size]`` int8 or float8_e4m3fn, and ``scales`` float32
-        ``[num_rows]``, with ``weight`` about ``rows * scales[:, None]``. A row of zeros stays so.
+        ``rows`` ``[num_rows, hidden_size]`` int8, and ``scales`` float32 ``[num_rows]``, with
+        ``weight`` about ``rows * scales[:, None]``. A row of zeros stays so.
     """
-    dtype, largest = _STORED[quantization]
-    rows = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    rows = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     for start in range(0, len(weight), CHUNK_ROWS):
         chunk = weight[start : start + CHUNK_ROWS].float()
-        scale = chunk.abs().amax(-1) / largest
+        scale = chunk.abs().amax(-1) / LARGEST
         scaled = chunk / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        if quantization == "int8":
-            scaled.round_()
-        rows[start : start + CHUNK_ROWS] = scaled.clamp_(-largest, largest).to(dtype)
+        rows[start : start + CHUNK_ROWS] = scaled.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
         scales[start : start + CHUNK_ROWS] = scale
     return rows, scales

@@ -87,10 +87,9 @@ def make_card(config: HeadsConfig) -> str:
 
 
 def _heads(config: HeadsConfig) -> Iterable[Sequence[str]]:
-    norm = {"before": "before T", "after": "after T", "none": "not applied"}[config.norm]
     yield "exit layers", f"{_numbers(config.exit_layers)} of {config.target.num_hidden_layers}"
     rank = f", rank {config.rank}" if config.rank else ""
-    yield "transform T", f"{config.transform}{rank}; the target's final norm: {norm}"
+    yield "transform T", f"{config.transform}{rank}; the target's final norm: {config.norm} T"
     yield "confidence threshold", _numbers(config.thresholds)
     yield "most drafts in a window (K)", str(config.num_speculative_tokens)
     if config.gate_thresholds is not None:

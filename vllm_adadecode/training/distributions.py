@@ -32,6 +32,7 @@ class Distributions:
     Attributes:
         target: the frozen target.
         heads: by exit layer, on the target's device.
+        thresholds: confidence threshold by exit layer; above it a head is confident.
         draft_vocab: int64 ``[draft_vocab_size]`` token ids, or None.
         precision: of the large products; ``bf16`` is autocast. Softmax, gates and "other" logits
             are float32.
@@ -40,6 +41,7 @@ class Distributions:
 
     target: FrozenTarget
     heads: Mapping[int, EarlyHead]
+    thresholds: Mapping[int, float]
     draft_vocab: torch.Tensor | None = None
     precision: Precision = "bf16"
     chunk_bytes: int = CHUNK_BYTES
@@ -117,19 +119,11 @@ class Distributions:
     def start(self, batch: MicroBatch) -> None:
         """Bring new heads as near to the logit lens as they can be, from one batch.
 
-        With a norm they are the logit lens from the beginning. A full T without one takes the gain
-        of the norm and the *mean* scale that it would have applied. The "other" logit starts as
-        the mean of what it stands for.
+        T starts as the identity; the "other" logit as the mean of what it stands for.
         """
         hidden, _ = self.states(batch)
         with torch.no_grad():
             for e, head in self.heads.items():
-                weight = getattr(head.transform, "weight", None)
-                if head.norm_placement == "none" and weight is not None:
-                    h = hidden[e].float()
-                    scale = h.square().mean(-1).sqrt().mean()
-                    gain = self.target.model.model.norm.weight.float()
-                    weight.copy_(torch.diag(gain / scale))
                 if head.other_bias is not None:
                     rows = hidden[e][: self.rows_per_chunk]
                     with self.autocast():
@@ -137,6 +131,17 @@ class Distributions:
                         logits = self.target.lm_head(x.to(self.target.dtype)).float()
                     logits[:, self.draft_vocab] = float("-inf")
                     head.other_bias.fill_(logits.logsumexp(-1).mean())
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) = sum p (log p - log q), the paper's loss with the final distribution for p.
+
+    Takes log-probabilities, float32 ``[rows, classes]``, and gives ``[rows]``. A class of
+    probability 0 in p adds 0.
+    """
+    # The floor keeps 0 * (-inf) from being NaN; exp of it is 0 in float32. There is none for q: it
+    # would take the gradient from a head that is far off.
+    return (p.exp() * (p.clamp_min(-200.0) - q)).sum(-1)
 
 
 def head_dtype(head: EarlyHead, hidden: torch.Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import HeadsConfig, target_fingerprint
-from vllm_adadecode.heads.config import default_exit_layers
+from vllm_adadecode.heads.config import Norm, Quantization, TransformKind, default_exit_layers
 from vllm_adadecode.heads.target import read_target
 from vllm_adadecode.training.distributions import Precision
 from vllm_adadecode.training.generate import GenerationSettings
@@ -53,14 +53,14 @@ class HeadSettings:
     """What the heads are; fields as in `HeadsConfig`."""
 
     exit_layers: tuple[int, ...] | None = None
-    transform: Literal["identity", "full", "low_rank", "adapter"] = "full"
+    transform: TransformKind = "full"
     rank: int | None = None
-    norm: Literal["before", "after", "none"] = "after"
+    norm: Norm = "after"
     confidence_threshold: float = 0.75
     num_speculative_tokens: int = 5
     gate: bool = False
     draft_vocab_size: int | None = None
-    lm_head_quantization: Literal["fp8", "int8"] | None = None
+    lm_head_quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from rich.progress import Progress
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.batches import TokenRow, micro_batches, step_rows
-from vllm_adadecode.training.distributions import Distributions
-from vllm_adadecode.training.losses import Loss
+from vllm_adadecode.training.distributions import Distributions, kl
 from vllm_adadecode.training.state import RunState, load_state, save_state
 
 
@@ -29,7 +28,8 @@ class TrainSettings:
     """Numbers of a run.
 
     Attributes:
-        loss: see `losses.Loss`.
+        loss_temperature: the final logits are divided by it; below 1 heads learn a sharper
+            distribution, nearer to what greedy decoding asks: is this the likeliest token?
         learning_rate: the highest, of AdamW; cosine to nothing after a linear warm-up.
         warmup: share of all steps (paper: 0.03).
         epochs: passes over the rows.
@@ -42,7 +42,7 @@ class TrainSettings:
         seed: of the order of the rows.
     """
 
-    loss: Loss = field(default_factory=Loss)
+    loss_temperature: float = 1.0
     learning_rate: float = 1e-3
     warmup: float = 0.03
     epochs: float = 4.0
@@ -77,7 +77,6 @@ def train_heads(
     rows: ListOf[TokenRow],
     held_out: ListOf[TokenRow],
     settings: TrainSettings,
-    thresholds: dict[int, float],
     state_file: Path,
     progress: Progress,
 ) -> RunState:
@@ -90,7 +89,6 @@ def train_heads(
         distributions: the target and its new heads.
         rows: to train on.
         held_out: to evaluate on.
-        thresholds: confidence threshold by exit layer, for reports.
         state_file: of this very run: same settings, data and target.
         progress: gets a bar.
 
@@ -101,7 +99,7 @@ def train_heads(
     parameters = trained_parameters(distributions)
     if not parameters:
         state = RunState(finished=True)
-        _evaluate_and_keep(distributions, held_out, settings, thresholds, state, parameters)
+        _evaluate_and_keep(distributions, held_out, settings, state, parameters)
         return state
     epoch_steps = math.ceil(len(rows) / settings.batch_size)
     steps = max(1, round(settings.epochs * epoch_steps))
@@ -114,7 +112,7 @@ def train_heads(
     if not state.history:
         first = step_rows(rows, settings.batch_size, settings.seed, 0, epoch_steps)
         distributions.start(next(micro_batches(first, settings.micro_batch_tokens)))
-        _evaluate_and_keep(distributions, held_out, settings, thresholds, state, parameters)
+        _evaluate_and_keep(distributions, held_out, settings, state, parameters)
     else:
         progress.console.print(f"training goes on at step {state.step} of {steps}")
     task = progress.add_task("training heads", total=steps, completed=state.step)
@@ -124,7 +122,8 @@ def train_heads(
         for e, loss in losses.items():
             _refuse_nan(loss, e, state.step, settings)
             state.running[e] = state.running.get(e, 0.0) + loss
-        _clip(distributions, settings.max_gradient)
+        for head in distributions.heads.values():
+            torch.nn.utils.clip_grad_norm_(head.parameters(), settings.max_gradient)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate_factor(state.step, steps, settings.warmup)
         optimizer.step()
@@ -132,7 +131,7 @@ def train_heads(
         state.step += 1
         ended = state.step == steps
         if ended or state.step % eval_every == 0:
-            _evaluate_and_keep(distributions, held_out, settings, thresholds, state, parameters)
+            _evaluate_and_keep(distributions, held_out, settings, state, parameters)
             state.finished = ended or state.stale >= settings.patience
         if state.finished or state.step % settings.checkpoint_every == 0:
             save_state(state_file, state, parameters, optimizer)
@@ -170,10 +169,10 @@ def accumulate_gradients(
     for batch in micro_batches(rows, settings.micro_batch_tokens):
         hidden, final = distributions.states(batch)
         for chunk in distributions.chunks(len(final)):
-            goal = distributions.final(final[chunk], settings.loss.temperature)
+            goal = distributions.final(final[chunk], settings.loss_temperature)
             for e, h in hidden.items():
                 guess = distributions.head(e, h[chunk])
-                loss = settings.loss(guess, goal, distributions.num_tokens).sum() / total
+                loss = kl(goal, guess).sum() / total
                 loss.backward()
                 sums[e] += loss.detach()
     return {e: float(value) for e, value in sums.items()}
@@ -181,10 +180,7 @@ def accumulate_gradients(
 
 @torch.no_grad()
 def evaluate(
-    distributions: Distributions,
-    rows: ListOf[TokenRow],
-    settings: TrainSettings,
-    thresholds: dict[int, float],
+    distributions: Distributions, rows: ListOf[TokenRow], settings: TrainSettings
 ) -> dict[int, HeldOut]:
     """Every head on rows that it is not trained on."""
     exits = list(distributions.heads)
@@ -196,13 +192,13 @@ def evaluate(
         hidden, final = distributions.states(batch)
         total += len(final)
         for chunk in distributions.chunks(len(final)):
-            goal = distributions.final(final[chunk], settings.loss.temperature)
+            goal = distributions.final(final[chunk], settings.loss_temperature)
             best = goal.argmax(-1)
             for i, e in enumerate(exits):
                 guess = distributions.head(e, hidden[e][chunk])
                 confidence, token = guess[:, :tokens].max(-1)
-                right, covered = token == best, confidence.exp() > thresholds[e]
-                loss = settings.loss(guess, goal, tokens).sum()
+                right, covered = token == best, confidence.exp() > distributions.thresholds[e]
+                loss = kl(goal, guess).sum()
                 counts = (right.sum(), covered.sum(), (right & covered).sum())
                 sums[i] += torch.stack([loss, *counts]).double()
     found = {}
@@ -228,12 +224,11 @@ def _evaluate_and_keep(
     distributions: Distributions,
     held_out: ListOf[TokenRow],
     settings: TrainSettings,
-    thresholds: dict[int, float],
     state: RunState,
     parameters: dict[str, torch.nn.Parameter],
 ) -> None:
     """Adds to the history, and keeps the weights of every head that is better than before."""
-    found = evaluate(distributions, held_out, settings, thresholds)
+    found = evaluate(distributions, held_out, settings)
     entry: dict[str, Any] = {"step": state.step, "exits": {}}
     since = state.step - (state.history[-1]["step"] if state.history else 0)
     better = False
@@ -251,11 +246,6 @@ def _evaluate_and_keep(
     state.stale = 0 if better else state.stale + 1
     state.running = {}
     state.history.append(entry)
-
-
-def _clip(distributions: Distributions, longest: float) -> None:
-    for head in distributions.heads.values():
-        torch.nn.utils.clip_grad_norm_(head.parameters(), longest)
 
 
 def _refuse_nan(loss: float, exit_layer: int, step: int, settings: TrainSettings) -> None:
