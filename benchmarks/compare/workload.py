@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.demo import prompts as demo_prompts
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.json_lines import BadLineError, read_json_lines
-from vllm_adadecode.training.paper_sets import PAPER_SETS
+from vllm_adadecode.training.prompts import PAPER_NAMES as PAPER_SETS
 from vllm_adadecode.training.prompts import load_data, prompts_of
 from vllm_adadecode.training.records import Record, RecordReader
 

@@ -28,7 +28,6 @@ from vllm_adadecode.heads.target import fetch
 from vllm_adadecode.training.batches import TokenRow, token_rows
 from vllm_adadecode.training.card import CARD_NAME, make_card
 from vllm_adadecode.training.distributions import Distributions
-from vllm_adadecode.training.draft_vocab import choose_draft_vocab
 from vllm_adadecode.training.generate import generate_sequences
 from vllm_adadecode.training.json_lines import complaint
 from vllm_adadecode.training.prompts import load_data, prompts_of, sequences_of
@@ -38,6 +37,7 @@ from vllm_adadecode.training.request import DataSettings, Request, heads_config
 from vllm_adadecode.training.sequences import (
     Sequence,
     check_vocabulary,
+    choose_draft_vocab,
     sequences_digest,
     split_held_out,
 )
