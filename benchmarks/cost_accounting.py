@@ -42,17 +42,17 @@ class Emitted:
     Attributes:
         tokens: emitted.
         steps: of the whole target, that emitted them: verifications.
-        drafted, accepted: drafts that were verified, and that were kept.
+        draft_tokens, accepted_tokens: those that were verified, and that were kept.
     """
 
     tokens: int
     steps: int
-    drafted: int = 0
-    accepted: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
-    def rejected(self) -> int:
-        return self.drafted - self.accepted
+    def rejected_tokens(self) -> int:
+        return self.draft_tokens - self.accepted_tokens
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ class Account:
 
     Attributes:
         tokens: emitted, without the first one of each request.
-        accepted: drafts among them.
+        accepted_tokens: draft tokens among them.
         counts: all, and those for nothing: of AdaDecode's drafts, layer passes, token-layers and
             checks; of other methods' drafts.
     """
 
     tokens: int
-    accepted: int
+    accepted_tokens: int
     bytes: Ledger
     flops: Ledger
     counts: Mapping[str, Mapping[str, int]]
@@ -135,11 +135,13 @@ def account(stats: Mapping[str, Any], target: Target, heads: HeadsConfig) -> Acc
     Raises:
         AdaDecodeError: the counts are of several requests at once, where a pass serves several.
     """
-    steps = stats["verifications"]
-    if steps > stats["deferred_batches"] + stats["plain_batches"] or stats["mixed_batches"]:
+    steps = stats["verification_steps"]
+    if steps > stats["deferred_steps"] + stats["plain_steps"] or stats["mixed_steps"]:
         raise AdaDecodeError("costs can be counted of one request at a time only")
     counts = _counts(stats, target.shape.num_layers)
-    emitted = Emitted(stats["tokens"], steps, counts["drafts"]["verified"], stats["accepted"])
+    emitted = Emitted(
+        stats["generated_tokens"], steps, counts["drafts"]["verified"], stats["accepted_tokens"]
+    )
     if not emitted.tokens:
         return None
     d = heads.target.hidden_size
@@ -158,12 +160,12 @@ def account(stats: Mapping[str, Any], target: Target, heads: HeadsConfig) -> Acc
     in_flops = {name: 2.0 * count for name, count in weights.items()}
     return Account(
         emitted.tokens,
-        emitted.accepted,
+        emitted.accepted_tokens,
         # A pass reads the LM head once, however many tokens are verified.
-        _ledger(in_bytes, *_units(counts, "layer_passes", steps, 0), emitted, target.step_bytes),
+        _ledger(in_bytes, *_units(counts, "layers_executed", steps, 0), emitted, target.step_bytes),
         _ledger(
             in_flops,
-            *_units(counts, "token_layers", steps + emitted.drafted, emitted.rejected),
+            *_units(counts, "token_layers", steps + emitted.draft_tokens, emitted.rejected_tokens),
             emitted,
             target.token_flops,
         ),
@@ -175,8 +177,8 @@ def _units(
     counts: Mapping[str, Mapping[str, int]], layers: str, lm_head: int, lm_head_rejected: int
 ) -> tuple[Units, dict[str, Units]]:
     """What was done, and what of it was for nothing: how often, by what."""
-    gates = {"gates": counts["gate_checks"]["all"]}
-    checks = counts["head_checks"]
+    gates = {"gates": counts["gates_evaluated"]["all"]}
+    checks = counts["heads_evaluated"]
     done = {"layers": counts[layers]["all"], "lm_head": lm_head, "heads": checks["all"], **gates}
     rejected, unverified = (
         {"layers": counts[layers][why], "heads": checks[why]}
@@ -197,11 +199,13 @@ def _counts(stats: Mapping[str, Any], num_layers: int) -> dict[str, dict[str, in
     def total(name: str) -> int:
         return sum(counts[name] for counts in exits.values())
 
-    drafted, accepted, rejected = (total(name) for name in ("drafted", "accepted", "rejected"))
-    verified = {layer: c["accepted"] + c["rejected"] for layer, c in exits.items()}
-    passes = stats["draft_layer_passes"] + stats["verify_layer_passes"]
+    drafted, accepted, rejected = (
+        total(name) for name in ("draft_tokens", "accepted_tokens", "rejected_tokens")
+    )
+    verified = {layer: c["accepted_tokens"] + c["rejected_tokens"] for layer, c in exits.items()}
+    passes = stats["draft_layers"] + stats["verification_layers"]
     token_layers = stats["draft_token_layers"] + stats["verify_token_layers"]
-    steps = stats["verifications"]
+    steps = stats["verification_steps"]
     return {
         "drafts": {
             "all": drafted,
@@ -209,9 +213,9 @@ def _counts(stats: Mapping[str, Any], num_layers: int) -> dict[str, dict[str, in
             "rejected_drafts": rejected,
             "never_verified": drafted - accepted - rejected,
         },
-        "layer_passes": {
+        "layers_executed": {
             "all": passes,
-            "rejected_drafts": sum(layer * c["rejected"] for layer, c in exits.items()),
+            "rejected_drafts": sum(layer * c["rejected_tokens"] for layer, c in exits.items()),
             "never_verified": passes
             - num_layers * steps
             - sum(layer * count for layer, count in verified.items()),
@@ -221,13 +225,13 @@ def _counts(stats: Mapping[str, Any], num_layers: int) -> dict[str, dict[str, in
             "rejected_drafts": num_layers * rejected,
             "never_verified": token_layers - num_layers * (steps + accepted + rejected),
         },
-        "head_checks": {
-            "all": total("checked"),
+        "heads_evaluated": {
+            "all": total("heads_evaluated"),
             "rejected_drafts": rejected,
-            "not_followed": total("checked") - drafted,
+            "not_followed": total("heads_evaluated") - drafted,
             "never_verified": drafted - accepted - rejected,
         },
-        "gate_checks": {"all": total("gated")},
+        "gates_evaluated": {"all": total("gates_evaluated")},
     }
 
 
@@ -243,14 +247,14 @@ def account_drafter(emitted: Emitted, target: Target, drafter: Drafter) -> Accou
     """
     if not emitted.tokens:
         return None
-    steps, drafted, rejected = emitted.steps, emitted.drafted, emitted.rejected
+    steps, drafted, rejected = emitted.steps, emitted.draft_tokens, emitted.rejected_tokens
     passes = steps if drafter.per_step else drafted
     in_vain = {"drafter": passes * rejected / drafted if drafted else 0}
     in_bytes = {"target": target.step_bytes, "drafter": target.weight_bytes * drafter.weights}
     in_flops = {"target": target.token_flops, "drafter": 2.0 * drafter.weights}
     return Account(
         emitted.tokens,
-        emitted.accepted,
+        emitted.accepted_tokens,
         _ledger(
             in_bytes,
             {"target": steps, "drafter": passes},
@@ -282,7 +286,7 @@ def _ledger(
     return Ledger(
         per_token=total / emitted.tokens,
         vanilla=vanilla,
-        per_accepted_draft=beyond / emitted.accepted if emitted.accepted else None,
+        per_accepted_draft=beyond / emitted.accepted_tokens if emitted.accepted_tokens else None,
         shares={what: amount / total for what, amount in spent.items()},
         wasted={
             why: sum(prices[what] * times for what, times in units.items()) / total

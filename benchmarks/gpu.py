@@ -28,7 +28,7 @@ def median_ms(calls: Sequence[Callable[[], object]]) -> float:
 
 def make_weights(shape: HeadShape) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Input sets of an LM head: weights, and row scales beside int8 ones."""
-    from vllm_adadecode.model.draft_lm_head import quantize_rows
+    from vllm_adadecode.model.lm_head_rows import quantize_rows
 
     sets: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for seed in range(shape.num_input_sets):

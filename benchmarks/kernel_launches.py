@@ -107,12 +107,12 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
     """(name, architectures, call of a wrapper)."""
-    from vllm_adadecode.kernels.answer import note_answers
     from vllm_adadecode.kernels.confidence import head_confidence
     from vllm_adadecode.kernels.deferred import DeferredStates
     from vllm_adadecode.kernels.draft_state import DraftRows, KVBlocks, PassInputs, RoundStatus
     from vllm_adadecode.kernels.draft_step import draft_step
     from vllm_adadecode.kernels.gate import head_input, live_first
+    from vllm_adadecode.kernels.head_results import record_head_results
     from vllm_adadecode.kernels.head_weight import HeadWeight
     from vllm_adadecode.kernels.merge import merge_partials
     from vllm_adadecode.kernels.sampling import head_sample
@@ -165,8 +165,8 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
         everywhere,
         lambda: head_input(hidden, hidden, norm_weight=vector, norm_eps=1e-5, **gate),
     )
-    gates = _meta(MAX_REQS, dtype=torch.float32)
-    yield "256 rows", everywhere, lambda: live_first(gates, 0.5)
+    confident = _meta(MAX_REQS, dtype=torch.bool)
+    yield "256 rows", everywhere, lambda: live_first(confident)
 
     states = DeferredStates(MAX_REQS, WINDOW, HIDDEN_SIZE, bf16, torch.device("meta"))
     index = _meta(16, dtype=torch.int64)
@@ -184,30 +184,30 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
         "256 requests",
         everywhere,
         lambda: draft_step(
-            DraftRows.begin(slots, slots, slots, slots, WINDOW - 1, NUM_EXITS),
+            DraftRows.empty(MAX_REQS, WINDOW - 1, NUM_EXITS, torch.device("meta")),
             PassInputs.empty(MAX_REQS, WINDOW, 1, torch.device("meta")),
             blocks,
             RoundStatus.empty(NUM_EXITS, torch.device("meta")),
             exit_index=1,
             next_span=2,
             token=slots,
-            confident=_meta(MAX_REQS, dtype=torch.bool),
+            confident=confident,
         ),
     )
-    confident, exits = _meta(MAX_REQS, dtype=torch.bool), _meta(NUM_EXITS, dtype=torch.int64)
+    exits = _meta(NUM_EXITS, dtype=torch.int64)
     yield (
         "256 requests",
         everywhere,
-        lambda: note_answers(
+        lambda: record_head_results(
             slots,
-            gates,
+            _meta(MAX_REQS, dtype=torch.float32),
             confident,
             1,
-            follow=_meta(NUM_EXITS, dtype=torch.float32),
+            thresholds=_meta(NUM_EXITS, dtype=torch.float32),
             token_out=slots,
             confident=confident,
-            checked=exits,
-            asked=exits,
+            heads_evaluated=exits,
+            head_batches=exits,
         ),
     )
     places = MAX_REQS * WINDOW
@@ -216,13 +216,13 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
         everywhere,
         lambda: plan_verification(
             PassPlans.empty(1 + NUM_EXITS, places, MAX_REQS, torch.device("meta")),
-            DraftRows.begin(slots, slots, slots, slots, WINDOW - 1, NUM_EXITS),
+            DraftRows.empty(MAX_REQS, WINDOW - 1, NUM_EXITS, torch.device("meta")),
             row_of=_meta(MAX_REQS, dtype=torch.int32),
             query_start_loc=_meta(MAX_REQS + 1, dtype=torch.int32),
             input_ids=_meta(places, dtype=torch.int32),
             seq_lens=_meta(MAX_REQS, dtype=torch.int32),
-            vacant=_meta(places, dtype=torch.bool),
-            num_places=places,
+            is_padding=_meta(places, dtype=torch.bool),
+            num_token_slots=places,
         ),
     )
 

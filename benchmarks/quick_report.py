@@ -25,7 +25,7 @@ from vllm_adadecode.heads import HeadsConfig
 # Prompts by what they are to the target and its heads.
 TITLES = {"second_stage": "in_domain", "held_out": "out_of_domain"}
 # Counts that must not get worse, and whether more is worse.
-COUNTS = {"layer_passes_per_token": True, "acceptance": False}
+COUNTS = {"layers_executed_per_token": True, "draft_acceptance_rate": False}
 # Settings that decide what is counted.
 COUNTED = ("shape", "dtype", "prompts", "new_tokens")
 # Another processor or PyTorch adds in another order, which may turn a head that is right at its
@@ -117,9 +117,9 @@ def figures(group: Group, repeats: int) -> dict[str, Any]:
             if m != "vanilla"
         },
         "ms_per_token": {m: 1000 * seconds[m] / tokens[m] for m in METHODS},
-        "layer_passes_per_token": group.stats["layer_passes_per_token"],
-        "acceptance": group.stats["acceptance_rate"],
-        "tokens_per_verification": group.stats["tokens_per_verification"],
+        "layers_executed_per_token": group.stats["layers_executed_per_token"],
+        "draft_acceptance_rate": group.stats["draft_acceptance_rate"],
+        "mean_acceptance_length": group.stats["mean_acceptance_length"],
         "exits": group.stats["exits"],
     }
 
@@ -196,9 +196,9 @@ def print_report(console: Console, result: dict[str, Any], old: dict[str, Any] |
     row("speed-up", "{:.2f}", "speedup", "adadecode")
     row("ms a token, vanilla", "{:.1f}", "ms_per_token", "vanilla")
     row("ms a token, AdaDecode", "{:.1f}", "ms_per_token", "adadecode")
-    row("layer passes a token (vanilla: 1)", "{:.4f}", "layer_passes_per_token")
-    row("drafts accepted", "{:.2%}", "acceptance")
-    row("tokens a verification", "{:.2f}", "tokens_per_verification")
+    row("layers executed per token (vanilla: 1)", "{:.4f}", "layers_executed_per_token")
+    row("draft acceptance rate", "{:.2%}", "draft_acceptance_rate")
+    row("mean acceptance length", "{:.2f}", "mean_acceptance_length")
     for kind, name in (("bytes", "bytes of weights"), ("flops", "FLOPs")):
         row(f"{name} a token (vanilla: 1)", "{:.3f}", "costs", kind, "of_vanilla")
         for why, wasted in WASTED.items():

@@ -18,18 +18,7 @@ from vllm_adadecode.kernels.merge import (
 )
 from vllm_adadecode.kernels.merge_reference import HeadResult
 from vllm_adadecode.kernels.projection import head_partials
-from vllm_adadecode.kernels.projection_reference import head_logits
 from vllm_adadecode.kernels.tuning import HeadBlocks
-
-__all__ = [
-    "HeadResult",
-    "HeadWeight",
-    "head_confidence",
-    "head_confidence_reference",
-    "merge_partials",
-    "merge_shards",
-    "top1_confidence",
-]
 
 
 def head_confidence(
@@ -75,31 +64,6 @@ def head_confidence(
         return finish_partials(partials, threshold, **finish)
     merged = merge_partials(partials, order=order, num_live=num_live)
     return merge_shards(merged, threshold, all_gather, **finish)
-
-
-def head_confidence_reference(
-    x: torch.Tensor,
-    head: HeadWeight,
-    threshold: float,
-    *,
-    other: torch.Tensor | None = None,
-    live: torch.Tensor | None = None,
-) -> HeadResult:
-    """The same from stored logits.
-
-    In the dtype of ``x``; for the exact value pass float32 ``x`` and weights.
-
-    Args:
-        live: bool ``[num_rows]``; None: all.
-    """
-    logits = head_logits(x, head)
-    token, p = top1_confidence(logits, other)
-    token = token + head.first_id
-    if head.vocab_ids is not None:
-        token = head.vocab_ids[token]
-    if live is not None:
-        token, p = torch.where(live, token, 0), torch.where(live, p, 0.0)
-    return HeadResult(token, p, p > threshold)
 
 
 def top1_confidence(

@@ -19,7 +19,7 @@ BLOCK_D = 1024
 
 
 @triton.jit
-def _store_states_kernel(  # type: ignore[no-untyped-def]
+def _move_states_kernel(  # type: ignore[no-untyped-def]
     # [max_num_reqs, window, hidden_size] each
     kept_hidden_ptr,
     kept_residual_ptr,
@@ -29,43 +29,13 @@ def _store_states_kernel(  # type: ignore[no-untyped-def]
     slot_ptr,
     # [num_tokens] int64
     offset_ptr,
-    # [num_tokens, hidden_size] each
-    hidden_ptr,
-    hidden_stride,
-    residual_ptr,
-    residual_stride,
-    HIDDEN_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_ptr + token)
-    if slot < 0:
-        return
-    kept = slot * kept_stride_0 + tl.load(offset_ptr + token) * kept_stride_1
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = d < HIDDEN_SIZE
-    hidden = tl.load(hidden_ptr + token * hidden_stride + d, mask=mask)
-    residual = tl.load(residual_ptr + token * residual_stride + d, mask=mask)
-    tl.store(kept_hidden_ptr + kept + d, hidden, mask=mask)
-    tl.store(kept_residual_ptr + kept + d, residual, mask=mask)
-
-
-@triton.jit
-def _gather_states_kernel(  # type: ignore[no-untyped-def]
     # [>= num_tokens, hidden_size] each
     hidden_ptr,
     hidden_stride,
     residual_ptr,
     residual_stride,
-    # [max_num_reqs, window, hidden_size] each
-    kept_hidden_ptr,
-    kept_residual_ptr,
-    kept_stride_0,
-    kept_stride_1,
-    # [num_tokens] int64, -1: padding
-    slot_ptr,
-    # [num_tokens] int64
-    offset_ptr,
+    # Into the storage, or out of it.
+    STORE: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -76,10 +46,16 @@ def _gather_states_kernel(  # type: ignore[no-untyped-def]
     kept = slot * kept_stride_0 + tl.load(offset_ptr + token) * kept_stride_1
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = d < HIDDEN_SIZE
-    hidden = tl.load(kept_hidden_ptr + kept + d, mask=mask)
-    residual = tl.load(kept_residual_ptr + kept + d, mask=mask)
-    tl.store(hidden_ptr + token * hidden_stride + d, hidden, mask=mask)
-    tl.store(residual_ptr + token * residual_stride + d, residual, mask=mask)
+    kept_hidden_ptr += kept + d
+    kept_residual_ptr += kept + d
+    hidden_ptr += token * hidden_stride + d
+    residual_ptr += token * residual_stride + d
+    if STORE:
+        tl.store(kept_hidden_ptr, tl.load(hidden_ptr, mask=mask), mask=mask)
+        tl.store(kept_residual_ptr, tl.load(residual_ptr, mask=mask), mask=mask)
+    else:
+        tl.store(hidden_ptr, tl.load(kept_hidden_ptr, mask=mask), mask=mask)
+        tl.store(residual_ptr, tl.load(kept_residual_ptr, mask=mask), mask=mask)
 
 
 # --- storage and wrappers ------------------------------------------------------------------------
@@ -108,15 +84,32 @@ class DeferredStates:
         self.hidden = torch.zeros(shape, dtype=dtype, device=device)
         self.residual = torch.zeros(shape, dtype=dtype, device=device)
 
-    def _launch_options(self) -> dict[str, int]:
+    def _move(
+        self,
+        slots: torch.Tensor,
+        offsets: torch.Tensor,
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        store: bool,
+    ) -> None:
         hidden_size = self.hidden.shape[2]
-        return {
-            "HIDDEN_SIZE": hidden_size,
-            "BLOCK_D": min(BLOCK_D, next_power_of_2(hidden_size)),
-        }
-
-    def _grid(self, num_tokens: int) -> tuple[int, int]:
-        return num_tokens, cdiv(self.hidden.shape[2], BLOCK_D)
+        if len(slots) == 0:
+            return
+        _move_states_kernel[(len(slots), cdiv(hidden_size, BLOCK_D))](
+            self.hidden,
+            self.residual,
+            self.hidden.stride(0),
+            self.hidden.stride(1),
+            slots.contiguous(),
+            offsets.contiguous(),
+            hidden,
+            hidden.stride(0),
+            residual,
+            residual.stride(0),
+            STORE=store,
+            HIDDEN_SIZE=hidden_size,
+            BLOCK_D=min(BLOCK_D, next_power_of_2(hidden_size)),
+        )
 
     def store(
         self,
@@ -135,22 +128,7 @@ class DeferredStates:
         """
         check_matrix("hidden", hidden, self.hidden.shape[2])
         check_matrix("residual", residual, self.hidden.shape[2])
-        if len(slots) == 0:
-            return
-        hidden, residual = rows_contiguous(hidden), rows_contiguous(residual)
-        _store_states_kernel[self._grid(len(slots))](
-            self.hidden,
-            self.residual,
-            self.hidden.stride(0),
-            self.hidden.stride(1),
-            slots.contiguous(),
-            offsets.contiguous(),
-            hidden,
-            hidden.stride(0),
-            residual,
-            residual.stride(0),
-            **self._launch_options(),
-        )
+        self._move(slots, offsets, rows_contiguous(hidden), rows_contiguous(residual), store=True)
 
     def gather(
         self,
@@ -174,27 +152,14 @@ class DeferredStates:
             shape = (num_tokens, self.hidden.shape[2])
             out = self.hidden.new_empty(shape), self.residual.new_empty(shape)
         hidden, residual = out
-        if num_tokens:
-            _gather_states_kernel[self._grid(num_tokens)](
-                hidden,
-                hidden.stride(0),
-                residual,
-                residual.stride(0),
-                self.hidden,
-                self.residual,
-                self.hidden.stride(0),
-                self.hidden.stride(1),
-                slots.contiguous(),
-                offsets.contiguous(),
-                **self._launch_options(),
-            )
+        self._move(slots, offsets, hidden, residual, store=False)
         return hidden[:num_tokens], residual[:num_tokens]
 
 
 # --- reference -----------------------------------------------------------------------------------
 
 
-def _store_states_reference(
+def _move_states_reference(
     kept_hidden: torch.Tensor,
     kept_residual: torch.Tensor,
     kept_stride_0: int,
@@ -205,37 +170,18 @@ def _store_states_reference(
     hidden_stride: int,
     residual: torch.Tensor,
     residual_stride: int,
+    *,
+    STORE: bool,
     **options: Any,
 ) -> None:
     real = slots >= 0
-    if not bool(real.all()):
-        slots, offsets, hidden, residual = (t[real] for t in (slots, offsets, hidden, residual))
-    kept_hidden[slots, offsets] = hidden
-    kept_residual[slots, offsets] = residual
+    # On a CPU the host loop has no padding, and this is quicker.
+    rows = slice(len(slots)) if bool(real.all()) else torch.nonzero(real)[:, 0]
+    kept = slots[rows], offsets[rows]
+    if STORE:
+        kept_hidden[kept], kept_residual[kept] = hidden[rows], residual[rows]
+    else:
+        hidden[rows], residual[rows] = kept_hidden[kept], kept_residual[kept]
 
 
-def _gather_states_reference(
-    hidden: torch.Tensor,
-    hidden_stride: int,
-    residual: torch.Tensor,
-    residual_stride: int,
-    kept_hidden: torch.Tensor,
-    kept_residual: torch.Tensor,
-    kept_stride_0: int,
-    kept_stride_1: int,
-    slots: torch.Tensor,
-    offsets: torch.Tensor,
-    **options: Any,
-) -> None:
-    rows = torch.nonzero(slots >= 0)[:, 0]
-    hidden[rows] = kept_hidden[slots[rows], offsets[rows]]
-    residual[rows] = kept_residual[slots[rows], offsets[rows]]
-
-
-register_references(
-    __name__,
-    {
-        "_store_states_kernel": _store_states_reference,
-        "_gather_states_kernel": _gather_states_reference,
-    },
-)
+register_references(__name__, {"_move_states_kernel": _move_states_reference})

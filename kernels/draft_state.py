@@ -13,18 +13,19 @@ STOPPED = -1
 
 @dataclass
 class DraftRows:
-    """Windows under construction, by batch row; ``window`` is 1 + most drafts.
+    """Windows under construction, by batch row; ``window`` is 1 + K.
 
     Attributes:
         slots: int64 ``[num_rows]`` request slots; -1: padding.
         first_pos: int64 ``[num_rows]`` position of the last sampled token.
-        limits: int32 ``[num_rows]`` most drafts of each row.
-        tokens: int64 ``[num_rows, window]`` last sampled token, drafts, zeros.
+        limits: int32 ``[num_rows]`` most draft tokens of each row.
+        tokens: int64 ``[num_rows, window]`` last sampled token, draft tokens, zeros.
         num_drafts: int32 ``[num_rows]``.
         depths: int32 ``[num_rows, window]`` spans each token has been through.
-        exits: int32 ``[num_rows, window - 1]`` exit index whose head gave each draft.
+        exits: int32 ``[num_rows, window - 1]`` exit index whose head gave each token.
         next_span: int32 ``[num_rows]`` span that the row waits for; STOPPED.
-        counts: int64 ``[num_exits, 2]`` heads evaluated, and drafts made, by exit; accumulated.
+        counts: int64 ``[num_exits, 2]`` rows that came to each exit, and
+            draft tokens made there; accumulated.
     """
 
     slots: torch.Tensor
@@ -90,20 +91,6 @@ class DraftRows:
         drafts = (self.limits > 0) & (self.slots >= 0)
         self.next_span.copy_(torch.where(drafts, 0, STOPPED))
 
-    @staticmethod
-    def begin(
-        slots: torch.Tensor,
-        first_pos: torch.Tensor,
-        limits: torch.Tensor,
-        last_sampled: torch.Tensor,
-        max_drafts: int,
-        num_exits: int,
-    ) -> "DraftRows":
-        """A round of new buffers, without padding after ``slots``: see `load`."""
-        rows = DraftRows.empty(len(slots), max_drafts, num_exits, slots.device)
-        rows.load(slots, first_pos, limits, last_sampled)
-        return rows
-
 
 @dataclass
 class PassInputs:
@@ -168,14 +155,13 @@ class PassInputs:
 
 @dataclass(frozen=True)
 class RoundStatus:
-    """Where a round is, and what is left to do: what a host would ask for is side by side.
+    """Where a round is, and what is left to do: what the host polls is side by side.
 
     Attributes:
         numbers: int32 ``[2 * early_spans + 1]``; the next two are parts of it.
         num_waiting: int32 ``[early_spans]``, rows that wait for each span, if that is allowed.
         num_pending: int32 ``[early_spans + 1]``, tokens that have not been through each span: those
             that a verification runs there; all of them for the last one.
-        waiting, missing: bool ``[early_spans]``, whether the numbers are above 0.
         allowed: int64 ``[1]``, exits that the round may use.
         offset: int64 without dimensions, window offset of the newest tokens of the pass that is
             laid out, which is the same for all its rows: the number of the draft that is tried.
@@ -184,8 +170,6 @@ class RoundStatus:
     numbers: torch.Tensor
     num_waiting: torch.Tensor
     num_pending: torch.Tensor
-    waiting: torch.Tensor
-    missing: torch.Tensor
     allowed: torch.Tensor
     offset: torch.Tensor
 
@@ -198,8 +182,6 @@ class RoundStatus:
             numbers=numbers,
             num_waiting=numbers[:num_early_spans],
             num_pending=numbers[num_early_spans:],
-            waiting=torch.zeros(num_early_spans, dtype=torch.bool, device=device),
-            missing=torch.zeros(num_early_spans, dtype=torch.bool, device=device),
             allowed=allowed,
             offset=allowed.new_zeros(()),
         )

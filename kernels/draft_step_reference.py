@@ -1,10 +1,10 @@
 """Torch reference of draft_step.py."""
 
+import ctypes
 from typing import Any
 
 import torch
 
-from vllm_adadecode.cpu.memory import int32_table
 from vllm_adadecode.kernels.draft_state import STOPPED
 
 # KV slot of what is no token.
@@ -36,8 +36,6 @@ def draft_step_reference(
     block_sizes: torch.Tensor,
     enabled: torch.Tensor,
     numbers: torch.Tensor,
-    waiting: torch.Tensor,
-    missing: torch.Tensor,
     allowed: torch.Tensor,
     newest_offset: torch.Tensor,
     exit_index: int,
@@ -49,7 +47,7 @@ def draft_step_reference(
     **options: Any,
 ) -> None:
     if exit_index >= 0:
-        _book(
+        _take_up(
             limits, tokens, num_drafts, depths, exits, waits_for, counts,
             token, confident, exit_index, num_exits,
         )  # fmt: skip
@@ -60,8 +58,6 @@ def draft_step_reference(
     behind = pending & (depths <= spans[:, None, None])
     numbers[:num_early_spans] = waits.sum(dim=0)
     numbers[num_early_spans:] = behind.sum(dim=(1, 2))
-    waiting.copy_(numbers[:num_early_spans] > 0)
-    missing.copy_(numbers[num_early_spans:-1] > 0)
     runs = waits_for == next_span
     newest_offset.copy_(torch.where(runs, num_drafts, 0).max())
     in_pass = runs[:, None] & (w <= num_drafts[:, None]) & (depths <= next_span)
@@ -79,15 +75,18 @@ def draft_step_reference(
     offsets[:total] = offset
     slot_mapping[:, :] = PAD_SLOT_ID
     for group, size in enumerate(block_sizes.tolist()):
-        if enabled[group]:
-            table = torch.from_numpy(int32_table(int(table_ptrs[group]), int(table_strides[group])))
-            block = table[slots[row], positions[:total] // size].long()
+        if enabled[group] and total:
+            stride = int(table_strides[group])
+            # As far as it is read: how many rows there are is not among the arguments.
+            memory = ctypes.c_int32 * ((1 + int(token_slots[:total].max())) * stride)
+            table = torch.frombuffer(memory.from_address(int(table_ptrs[group])), dtype=torch.int32)
+            block = table[token_slots[:total] * stride + positions[:total] // size].long()
             slot_mapping[group, :total] = block * size + positions[:total] % size
     seq_lens[:] = torch.where(runs, first_pos + num_drafts + 1, 0).int()
     newest[:] = torch.where(runs, ends - 1, -1)
 
 
-def _book(
+def _take_up(
     limits: torch.Tensor,
     tokens: torch.Tensor,
     num_drafts: torch.Tensor,
@@ -100,7 +99,7 @@ def _book(
     exit_index: int,
     num_exits: int,
 ) -> None:
-    """The first half of a step: what a head's answers change."""
+    """The first half of a step: what a head's results change."""
     w = torch.arange(tokens.shape[1], device=tokens.device)
     checked = waits_for == exit_index
     ran = checked[:, None] & (w <= num_drafts[:, None]) & (depths <= exit_index)

@@ -14,9 +14,6 @@ from vllm.utils.math_utils import next_power_of_2
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels.launch import check_matrix, register_references, rows_contiguous
 
-# Inside the root of the gate's norm, whatever the target's own norm adds.
-GATE_NORM_EPS = 1e-6
-
 # More rows than this are not ordered in one program.
 MAX_ORDERED_ROWS = 8192
 
@@ -26,14 +23,14 @@ MAX_ORDERED_ROWS = 8192
 
 @triton.jit
 def _head_input_kernel(  # type: ignore[no-untyped-def]
-    # [num_rows, hidden_size] or None
+    # [num_rows, hidden_size]
     x_ptr,
     # [num_rows] float32 or None
     gate_ptr,
     # [num_rows, hidden_size]
     hidden_ptr,
     hidden_stride,
-    # [num_rows, hidden_size] or None
+    # [num_rows, hidden_size]
     residual_ptr,
     residual_stride,
     # [hidden_size] or None: no norm
@@ -49,11 +46,10 @@ def _head_input_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = d < HIDDEN_SIZE
-    x = tl.load(hidden_ptr + row * hidden_stride + d, mask=mask, other=0.0)
-    dtype = x.dtype
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row * residual_stride + d, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+    hidden = tl.load(hidden_ptr + row * hidden_stride + d, mask=mask, other=0.0)
+    residual = tl.load(residual_ptr + row * residual_stride + d, mask=mask, other=0.0)
+    dtype = hidden.dtype
+    x = (hidden.to(tl.float32) + residual.to(tl.float32)).to(dtype)
     value = x.to(tl.float32)
     mean_square = tl.sum(value * value, axis=0) / HIDDEN_SIZE
     if gate_ptr is not None:
@@ -61,13 +57,12 @@ def _head_input_kernel(  # type: ignore[no-untyped-def]
         logit = tl.sum(value * gate_weight, axis=0) / tl.sqrt(mean_square + gate_eps)
         logit += tl.load(gate_bias_ptr).to(tl.float32)
         tl.store(gate_ptr + row, 1.0 / (1.0 + tl.exp(-logit)))
-    if x_ptr is not None:
-        if norm_weight_ptr is not None:
-            # As vLLM's RMSNorm: normalised in float32, scaled in the weight's dtype.
-            weight = tl.load(norm_weight_ptr + d, mask=mask, other=0.0)
-            normed = (value / tl.sqrt(mean_square + norm_eps)).to(weight.dtype)
-            x = (normed.to(tl.float32) * weight.to(tl.float32)).to(weight.dtype).to(dtype)
-        tl.store(x_ptr + row * HIDDEN_SIZE + d, x, mask=mask)
+    if norm_weight_ptr is not None:
+        # As vLLM's RMSNorm: normalised in float32, scaled in the weight's dtype.
+        weight = tl.load(norm_weight_ptr + d, mask=mask, other=0.0)
+        normed = (value / tl.sqrt(mean_square + norm_eps)).to(weight.dtype)
+        x = (normed.to(tl.float32) * weight.to(tl.float32)).to(weight.dtype).to(dtype)
+    tl.store(x_ptr + row * HIDDEN_SIZE + d, x, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -76,17 +71,14 @@ def _live_first_kernel(  # type: ignore[no-untyped-def]
     order_ptr,
     # [1] int32
     num_live_ptr,
-    # [num_rows] float32
-    gate_ptr,
-    threshold,
+    # [num_rows] bool
+    live_ptr,
     num_rows,
     BLOCK: tl.constexpr,
 ):
     row = tl.arange(0, BLOCK)
     inside = row < num_rows
-    gate = tl.load(gate_ptr + row, mask=inside, other=0.0)
-    # Threshold 0 lets every row through, also where the probability rounds to 0.
-    live = (inside & ((gate > threshold) | (threshold <= 0.0))).to(tl.int32)
+    live = tl.load(live_ptr + row, mask=inside, other=0).to(tl.int32)
     dead = inside.to(tl.int32) - live
     num_live = tl.sum(live, axis=0)
     place = tl.where(live == 1, tl.cumsum(live, 0), num_live + tl.cumsum(dead, 0)) - 1
@@ -100,34 +92,34 @@ def _live_first_kernel(  # type: ignore[no-untyped-def]
 def head_input(
     # [num_rows, hidden_size]
     hidden: torch.Tensor,
-    # [num_rows, hidden_size] or None
-    residual: torch.Tensor | None,
+    # [num_rows, hidden_size]
+    residual: torch.Tensor,
     *,
     norm_weight: torch.Tensor | None = None,
     norm_eps: float = 0.0,
     gate_weight: torch.Tensor | None = None,
     gate_bias: torch.Tensor | None = None,
+    gate_eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Residual add, norm and gate in one launch; the inputs are left as they are.
 
     Args:
         hidden: ``[num_rows, hidden_size]``; rows may be strided.
-        residual: added to it; None: ``hidden`` is the residual stream already.
+        residual: added to it.
         norm_weight: ``[hidden_size]`` of the target's final norm; None: ``x`` is the plain sum,
             for a transform that comes before the norm or has none.
         norm_eps: the norm's epsilon.
         gate_weight: ``[hidden_size]``; None: no gate.
         gate_bias: ``[1]``.
+        gate_eps: inside the root of the gate's own norm.
 
     Returns:
-        ``x`` ``[num_rows, hidden_size]`` in the dtype of ``hidden``, and float32 ``[num_rows]``
-        ``sigmoid(w . h / sqrt(mean(h^2) + 1e-6) + b)`` of the sum ``h``, or None without a gate.
+        ``x`` ``[num_rows, hidden_size]`` in the dtype of ``hidden``, and of the sum ``h`` float32
+        ``[num_rows]`` ``sigmoid(w . h / sqrt(mean(h^2) + gate_eps) + b)``, or None without a gate.
     """
     num_rows, hidden_size = hidden.shape
-    hidden = rows_contiguous(hidden)
-    if residual is not None:
-        check_matrix("residual", residual, hidden_size)
-        residual = rows_contiguous(residual)
+    check_matrix("residual", residual, hidden_size)
+    hidden, residual = rows_contiguous(hidden), rows_contiguous(residual)
     if (gate_weight is None) != (gate_bias is None):
         raise AdaDecodeError("a gate needs both its weight and its bias")
     x = hidden.new_empty((num_rows, hidden_size))
@@ -141,12 +133,12 @@ def head_input(
             hidden,
             hidden.stride(0),
             residual,
-            residual.stride(0) if residual is not None else 0,
+            residual.stride(0),
             norm_weight,
             float(norm_eps),
             gate_weight,
             gate_bias,
-            GATE_NORM_EPS,
+            float(gate_eps),
             HIDDEN_SIZE=hidden_size,
             BLOCK_D=next_power_of_2(hidden_size),
             num_warps=8 if hidden_size >= 2048 else 4,
@@ -155,15 +147,10 @@ def head_input(
 
 
 def live_first(
-    # [num_rows] float32
-    gate: torch.Tensor,
-    threshold: float,
+    # [num_rows] bool
+    live: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Order of rows with those that pass the gate first, each group as it was.
-
-    Args:
-        gate: float32 ``[num_rows]``, the gate's probability; NaN does not pass.
-        threshold: rows pass where ``gate > threshold``; with 0 all do.
+    """Order of rows with those first that passed the gate, each group as it was.
 
     Returns:
         ``order`` int32 ``[num_rows]`` and ``num_live`` int32 ``[1]``, on the device.
@@ -171,18 +158,17 @@ def live_first(
     Raises:
         AdaDecodeError: more rows than one program orders.
     """
-    num_rows = len(gate)
+    num_rows = len(live)
     if num_rows > MAX_ORDERED_ROWS:
         raise AdaDecodeError(
             f"a gate takes at most {MAX_ORDERED_ROWS} rows, not {num_rows}: lower max_num_seqs"
         )
-    order = torch.empty(num_rows, dtype=torch.int32, device=gate.device)
-    num_live = torch.empty(1, dtype=torch.int32, device=gate.device)
+    order = torch.empty(num_rows, dtype=torch.int32, device=live.device)
+    num_live = torch.empty(1, dtype=torch.int32, device=live.device)
     _live_first_kernel[(1,)](
         order,
         num_live,
-        gate.contiguous(),
-        float(threshold),
+        live.contiguous(),
         num_rows,
         BLOCK=max(16, next_power_of_2(num_rows)),
         num_warps=4,
@@ -193,26 +179,12 @@ def live_first(
 # --- reference -----------------------------------------------------------------------------------
 
 
-def _rms_norm(
-    # [num_rows, hidden_size]
-    h: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
-    """``h`` where there is no weight, else its norm in the dtype of ``h``."""
-    if weight is None:
-        return h
-    value = h.float()
-    normed = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
-    return (normed.to(weight.dtype) * weight).to(h.dtype)
-
-
 def _head_input_reference(
-    x: torch.Tensor | None,
+    x: torch.Tensor,
     gate: torch.Tensor | None,
     hidden: torch.Tensor,
     hidden_stride: int,
-    residual: torch.Tensor | None,
+    residual: torch.Tensor,
     residual_stride: int,
     norm_weight: torch.Tensor | None,
     norm_eps: float,
@@ -221,26 +193,27 @@ def _head_input_reference(
     gate_eps: float,
     **options: Any,
 ) -> None:
-    h = hidden if residual is None else hidden + residual
+    h = hidden + residual
     if gate is not None:
         assert gate_weight is not None
         assert gate_bias is not None
         value = h.float()
         scale = torch.rsqrt(value.square().mean(-1) + gate_eps)
         gate.copy_(torch.sigmoid((value @ gate_weight.float()) * scale + gate_bias.float()))
-    if x is not None:
-        x.copy_(_rms_norm(h, norm_weight, norm_eps))
+    if norm_weight is not None:
+        value = h.float()
+        normed = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + norm_eps)
+        h = normed.to(norm_weight.dtype) * norm_weight
+    x.copy_(h)
 
 
 def _live_first_reference(
     order: torch.Tensor,
     num_live: torch.Tensor,
-    gate: torch.Tensor,
-    threshold: float,
+    live: torch.Tensor,
     num_rows: int,
     **options: Any,
 ) -> None:
-    live = (gate > threshold) | (threshold <= 0.0)
     order.copy_(torch.argsort((~live).to(torch.int8), stable=True))
     num_live.fill_(int(live.sum()))
 

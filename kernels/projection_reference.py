@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from vllm_adadecode.kernels.head_weight import HeadWeight
-
 # The token of a part of the vocabulary without one; larger than every token.
 LAST_TOKEN = 2**31 - 1
 
@@ -21,17 +19,6 @@ def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     float32, tests put float32 products in its place.
     """
     return torch.nn.functional.linear(x, weight).float()
-
-
-def head_logits(x: torch.Tensor, head: HeadWeight) -> torch.Tensor:
-    """The same logits, stored: float32 ``[num_rows, vocab_size]``, in torch."""
-    weight = head.weight if head.row_scale is None else head.weight.to(x.dtype)
-    return finish_logits(
-        project(x, weight),
-        head.row_scale,
-        head.soft_cap,
-        head.logit_scale,
-    )
 
 
 def finish_logits(

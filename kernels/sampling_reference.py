@@ -1,11 +1,11 @@
-"""Torch reference of sampling.py, with the same noise from NumPy (cpu/noise.py)."""
+"""Torch reference of sampling.py, with the same noise from NumPy."""
 
 from typing import Any
 
 import torch
 
-from vllm_adadecode.cpu.noise import DRAFT_NOISE_SALT, gumbel_noise
 from vllm_adadecode.kernels.merge_reference import finish_in_torch, live_places, merged_tops
+from vllm_adadecode.kernels.noise import DRAFT_NOISE_SALT, gumbel_noise
 from vllm_adadecode.kernels.projection_reference import launched_logits, top_of, write_partials
 
 

@@ -16,15 +16,13 @@ from vllm.logger import init_logger
 from vllm.utils.hashing import safe_hash
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
-from vllm_adadecode.draft.conditional_graph import check_conditional_nodes
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError, one_line
 from vllm_adadecode.heads import HeadsConfig, check_fits, check_weights, find_heads
 from vllm_adadecode.model.target import check_architectures
 
 # Under vLLM's logger, whose level and format users know.
 logger = init_logger(f"vllm.{__name__}")
-
-METHOD = "adadecode"
 
 # vLLM's own options that mean for this method what they mean for others.
 PASSED_ON = frozenset(
@@ -63,7 +61,7 @@ class AdaDecodeSpeculativeConfig(SpeculativeConfig):
     """Layers after which the heads sit, strictly increasing."""
     cost_aware: bool = True
     """Whether the number of drafts of a round follows what rounds cost, measured at start."""
-    draft_loop: Literal["auto", "host", "device", "graph"] = "auto"
+    draft_loop: Literal["auto", "host", "device"] = "auto"
     """Who drives the draft loop; see `resolve_draft_loop`."""
     heads_path: str | None = None
     """Folder of the heads checkpoint; None for the training-free logit lens."""
@@ -139,9 +137,7 @@ def build_config(
         if not isinstance(cost_aware, bool):
             raise AdaDecodeError(f"cost_aware must be true or false, not {cost_aware!r}")
         fields["cost_aware"] = cost_aware
-    fields["draft_loop"] = _draft_loop(
-        options.get("draft_loop"), parallel_config.tensor_parallel_size
-    )
+    fields["draft_loop"] = _draft_loop(options.get("draft_loop"))
     fields |= {name: options[name] for name in PASSED_ON & set(options)}
     try:
         if (schedule := options.get("num_speculative_tokens_per_batch_size")) is not None:
@@ -253,19 +249,12 @@ def _num_speculative_tokens(value: Any, heads: HeadsConfig) -> int:
     return value
 
 
-def _draft_loop(value: Any, num_ranks: int) -> str:
-    if value is None or value in ("auto", "host"):
-        return value or "auto"
-    if value not in ("device", "graph"):
-        raise AdaDecodeError(
-            f"draft_loop must be 'auto', 'host', 'device' or 'graph', not {value!r}"
-        )
-    if value == "graph":
-        try:
-            check_conditional_nodes(num_ranks)
-        except AdaDecodeError as error:
-            raise AdaDecodeError(f"draft_loop 'graph': {error}; use draft_loop 'device'") from None
-    return value
+def _draft_loop(value: Any) -> str:
+    if value is None:
+        return "auto"
+    if value not in ("auto", "host", "device"):
+        raise AdaDecodeError(f"draft_loop must be 'auto', 'host' or 'device', not {value!r}")
+    return str(value)
 
 
 def check_device_loop(vllm_config: VllmConfig) -> None:
@@ -275,12 +264,12 @@ def check_device_loop(vllm_config: VllmConfig) -> None:
         AdaDecodeError: one line with what would fit.
     """
     spec, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
-    if not isinstance(spec, AdaDecodeSpeculativeConfig) or spec.draft_loop in ("auto", "host"):
+    if not isinstance(spec, AdaDecodeSpeculativeConfig) or spec.draft_loop != "device":
         return
     needed = _most_pass_tokens(vllm_config)
     if needed > scheduler.max_num_batched_tokens:
         raise AdaDecodeError(
-            f"draft_loop {spec.draft_loop!r} runs up to {needed} tokens at once (max_num_seqs x "
+            f"draft_loop 'device' runs up to {needed} tokens at once (max_num_seqs x "
             "(1 + num_speculative_tokens)): raise --max-num-batched-tokens, which is "
             f"{scheduler.max_num_batched_tokens}, or lower one of these"
         )
@@ -291,7 +280,7 @@ def _most_pass_tokens(vllm_config: VllmConfig) -> int:
 
 
 def resolve_draft_loop(vllm_config: VllmConfig, device_type: str) -> str:
-    """Who drives the draft loop: "host", "device", or "graph" for one graph of the whole loop.
+    """Who drives the draft loop: "host" or "device".
 
     "auto" is the device where reading from it would hold a GPU up and the loop can be on it, the
     host everywhere else.

@@ -136,8 +136,8 @@ def emitted(cells: Sequence[Measurement]) -> Emitted:
     return Emitted(
         tokens=sum(m.output_tokens - len(m.ttft_ms) for m in cells),
         steps=sum(m.steps for m in cells),
-        drafted=sum(m.drafted for m in cells),
-        accepted=sum(m.accepted for m in cells),
+        draft_tokens=sum(m.draft_tokens for m in cells),
+        accepted_tokens=sum(m.accepted_tokens for m in cells),
     )
 
 

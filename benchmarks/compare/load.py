@@ -25,8 +25,8 @@ TIMEOUT_S = 3600.0
 COUNTERS = {
     # One observation for each request in each step behind its first token: a verification.
     "vllm:inter_token_latency_seconds_count": "steps",
-    "vllm:spec_decode_num_draft_tokens_total": "drafted",
-    "vllm:spec_decode_num_accepted_tokens_total": "accepted",
+    "vllm:spec_decode_num_draft_tokens_total": "draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens_total": "accepted_tokens",
 }
 
 
@@ -37,9 +37,10 @@ class Measurement:
         seconds: from the first request to the last answer.
         output_tokens: over all requests, the first token of each included.
         ttft_ms, tpot_ms: of each request.
-        steps, drafted, accepted: of the server meanwhile; drafted is 0 without a method.
+        steps, draft_tokens, accepted_tokens: of the server meanwhile; no draft tokens without a
+            method.
         outputs: text of each answer, in the order of the prompts.
-        layer_passes_per_token: with AdaDecode, one request at a time; 1 is plain decoding. In a
+        layers_executed_per_token: with AdaDecode, one request at a time; 1 is plain decoding. In a
             batch one pass serves several requests.
         stats: what AdaDecode's worker counted, in the same case.
         failed: requests without an answer.
@@ -50,10 +51,10 @@ class Measurement:
     ttft_ms: tuple[float, ...]
     tpot_ms: tuple[float, ...]
     steps: int
-    drafted: int
-    accepted: int
+    draft_tokens: int
+    accepted_tokens: int
     outputs: tuple[str, ...]
-    layer_passes_per_token: float | None = None
+    layers_executed_per_token: float | None = None
     stats: Mapping[str, Any] | None = None
     failed: int = 0
 
@@ -94,10 +95,10 @@ def measure(
         ttft_ms=ttft,
         tpot_ms=tpot,
         steps=counted["steps"],
-        drafted=counted["drafted"],
-        accepted=counted["accepted"],
+        draft_tokens=counted["draft_tokens"],
+        accepted_tokens=counted["accepted_tokens"],
         outputs=tuple(result["generated_texts"]),
-        layer_passes_per_token=stats["layer_passes_per_token"] if stats else None,
+        layers_executed_per_token=stats["layers_executed_per_token"] if stats else None,
         stats=stats,
         failed=result["failed"],
     )
@@ -111,8 +112,11 @@ def verified_drafts(stats: Mapping[str, Any]) -> dict[str, int]:
         stats: `vllm_adadecode.metrics.counters.Counters.snapshot`.
     """
     exits = stats["exits"].values()
-    accepted = sum(counts["accepted"] for counts in exits)
-    return {"drafted": accepted + sum(c["rejected"] for c in exits), "accepted": accepted}
+    accepted = sum(counts["accepted_tokens"] for counts in exits)
+    return {
+        "draft_tokens": accepted + sum(c["rejected_tokens"] for c in exits),
+        "accepted_tokens": accepted,
+    }
 
 
 def warm_up(server: Server, prompts: Sequence[Sequence[int]], concurrency: int) -> None:

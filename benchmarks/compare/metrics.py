@@ -38,9 +38,9 @@ class Row:
         tokens_per_s: output tokens, median of the repetitions.
         ratio: to vanilla.
         ttft_ms_p50 to tpot_ms_p99: over the requests of all repetitions.
-        tokens_per_verification: behind the first token of each request; 1 without a method.
-        acceptance: share of drafts that verification kept.
-        layer_passes_per_token: of AdaDecode with one request at once; 1 is plain decoding.
+        mean_acceptance_length: behind the first token of each request; 1 without a method.
+        draft_acceptance_rate: share of drafts that verification kept.
+        layers_executed_per_token: of AdaDecode with one request at once; 1 is plain decoding.
         identical, compared: outputs that are vanilla's, of how many; at temperature 0 only, and
             with the same concurrency. Vanilla's own are compared with its first repetition.
         peak_memory: of the server's processes, bytes; the largest of the repetitions.
@@ -60,9 +60,9 @@ class Row:
     ttft_ms_p99: float | None = None
     tpot_ms_p50: float | None = None
     tpot_ms_p99: float | None = None
-    tokens_per_verification: float | None = None
-    acceptance: float | None = None
-    layer_passes_per_token: float | None = None
+    mean_acceptance_length: float | None = None
+    draft_acceptance_rate: float | None = None
+    layers_executed_per_token: float | None = None
     identical: int | None = None
     compared: int | None = None
     peak_memory: int | None = None
@@ -117,9 +117,11 @@ def _row(
     all_of = list(own.values())
     ttft = [x for m in all_of for x in m.ttft_ms]
     tpot = [x for m in all_of for x in m.tpot_ms]
-    steps, drafted = sum(m.steps for m in all_of), sum(m.drafted for m in all_of)
+    steps, drafted = sum(m.steps for m in all_of), sum(m.draft_tokens for m in all_of)
     behind_first = sum(m.output_tokens - len(m.ttft_ms) for m in all_of)
-    passes = [m.layer_passes_per_token for m in all_of if m.layer_passes_per_token is not None]
+    passes = [
+        m.layers_executed_per_token for m in all_of if m.layers_executed_per_token is not None
+    ]
     identical, compared = same_outputs(method, own, base) if temperature == 0 else (None, None)
     return Row(
         method,
@@ -134,9 +136,9 @@ def _row(
         ttft_ms_p99=percentile(ttft, 99),
         tpot_ms_p50=percentile(tpot, 50),
         tpot_ms_p99=percentile(tpot, 99),
-        tokens_per_verification=behind_first / steps if steps else None,
-        acceptance=sum(m.accepted for m in all_of) / drafted if drafted else None,
-        layer_passes_per_token=statistics.mean(passes) if passes else None,
+        mean_acceptance_length=behind_first / steps if steps else None,
+        draft_acceptance_rate=sum(m.accepted_tokens for m in all_of) / drafted if drafted else None,
+        layers_executed_per_token=statistics.mean(passes) if passes else None,
         identical=identical,
         compared=compared,
         peak_memory=max((t.peak_memory for t in turns if t.peak_memory), default=None),

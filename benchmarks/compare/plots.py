@@ -36,7 +36,7 @@ def draw(rows: Sequence[Row]) -> dict[str, bytes]:
         for name, of, draw_panel in (
             ("speedup", [r for r in measured if r.ratio and r.method != BASELINE], _speedup),
             ("serving", measured, _serving),
-            ("tokens", [r for r in measured if r.tokens_per_verification], _tokens),
+            ("tokens", [r for r in measured if r.mean_acceptance_length], _tokens),
         ):
             if of:
                 figures[f"{name}.png"] = _figure(of, draw_panel, colors)
@@ -102,8 +102,8 @@ def _speedup(axis: Any, rows: Any, methods: Any, colors: Any) -> None:
 
 def _tokens(axis: Any, rows: Any, methods: Any, colors: Any) -> None:
     axis.axhline(1.0, color="0.4", linewidth=0.8, linestyle="--")
-    _bars(axis, rows, methods, colors, lambda row: (row.tokens_per_verification, None))
-    axis.set_ylabel("tokens a verification")
+    _bars(axis, rows, methods, colors, lambda row: (row.mean_acceptance_length, None))
+    axis.set_ylabel("mean acceptance length")
 
 
 def _serving(axis: Any, rows: Any, methods: Any, colors: Any) -> None:

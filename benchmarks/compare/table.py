@@ -61,9 +61,9 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     (RATIO, _ratio),
     ("TPOT ms, p50 / p99", _pair("tpot_ms")),
     ("TTFT ms, p50 / p99", _pair("ttft_ms")),
-    ("tokens a verification", _number("{:.2f}", "tokens_per_verification")),
-    ("accepted", _number("{:.1%}", "acceptance")),
-    ("layer passes a token", _number("{:.3f}", "layer_passes_per_token")),
+    ("mean acceptance length", _number("{:.2f}", "mean_acceptance_length")),
+    ("draft acceptance rate", _number("{:.1%}", "draft_acceptance_rate")),
+    ("layers executed per token", _number("{:.3f}", "layers_executed_per_token")),
     ("as vanilla's", _identical),
     ("no answer", lambda row: str(row.failed) if row.failed else NONE),
 )

@@ -127,7 +127,7 @@ def print_report(console: Console, result: Mapping[str, Any]) -> None:
     table = Table(title="Ideal speed-up", title_justify="left")
     for column in ("files", "setting"):
         table.add_column(column, no_wrap=True)
-    for column in ("heads counted", "layers alone", "accepted", "tokens a verif."):
+    for column in ("heads counted", "layers alone", "draft acceptance rate", "acceptance length"):
         table.add_column(column, justify="right")
     parts = {name: result[name] for name in CHOOSING} | dict(result["out_of_domain"])
     for name, found in parts.items():
@@ -138,7 +138,7 @@ def print_report(console: Console, result: Mapping[str, Any]) -> None:
                 setting,
                 f"{m['ideal_speedup_with_head_cost']:.3f}",
                 f"{m['ideal_speedup']:.3f}",
-                "-" if (rate := m["draft_acceptance_rate"]) is None else f"{rate:.1%}",
+                "-" if m["draft_acceptance_rate"] is None else f"{m['draft_acceptance_rate']:.1%}",
                 f"{m['mean_acceptance_length']:.2f}",
             )
         table.add_section()

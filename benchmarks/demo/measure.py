@@ -21,11 +21,11 @@ from vllm_adadecode.evaluation.simulate import Setting
 class Report:
     prompts: int
     new_tokens: int  # at most
-    tokens_per_verification: float
-    layer_passes_per_token: float  # in whole models: 1 is plain decoding
+    mean_acceptance_length: float
+    layers_executed_per_token: float  # in whole models: 1 is plain decoding
     speedup: float  # ideal, heads and gates counted as bytes
-    head_checks_per_token: float
-    drafts_accepted: float  # share
+    heads_evaluated_per_token: float
+    draft_acceptance_rate: float  # share
     looping: float  # share of generations
     distinct_four_grams: float  # mean share of a generation's four-grams that differ
     exits: tuple[ExitMetrics, ...]
@@ -54,11 +54,11 @@ def report(session: Session, continued: DataSet, new_tokens: int, setting: Setti
     return Report(
         prompts=len(new),
         new_tokens=new_tokens,
-        tokens_per_verification=found.mean_acceptance_length,
-        layer_passes_per_token=found.layers_executed_per_token,
+        mean_acceptance_length=found.mean_acceptance_length,
+        layers_executed_per_token=found.layers_executed_per_token,
         speedup=found.ideal_speedup_with_head_cost,
-        head_checks_per_token=found.heads_evaluated_per_token,
-        drafts_accepted=found.draft_acceptance_rate or 0.0,
+        heads_evaluated_per_token=found.heads_evaluated_per_token,
+        draft_acceptance_rate=found.draft_acceptance_rate or 0.0,
         looping=float(np.mean([loops(tokens) for tokens in new])),
         distinct_four_grams=float(np.mean([distinct_four_grams(tokens) for tokens in new])),
         exits=found.exits,

@@ -17,10 +17,9 @@ from vllm_adadecode.metrics.counters import Counters, ExitCounters
 
 TITLES = {"held_out": "held-out files", "second_stage": "trained files", "all": "all"}
 RATIOS = (
-    "tokens_per_verification",
-    "layer_passes_per_token",
-    "early_prediction_rate",
-    "acceptance_rate",
+    "mean_acceptance_length",
+    "layers_executed_per_token",
+    "draft_acceptance_rate",
 )
 
 
@@ -80,9 +79,9 @@ def figures(group: Group) -> dict[str, Any]:
         "exits": {
             layer: counts
             | {
-                "prediction_rate": counts["drafted"] / max(1, counts["checked"]),
-                "acceptance_rate": counts["accepted"]
-                / max(1, counts["accepted"] + counts["rejected"]),
+                "prediction_rate": counts["draft_tokens"] / max(1, counts["heads_evaluated"]),
+                "draft_acceptance_rate": counts["accepted_tokens"]
+                / max(1, counts["accepted_tokens"] + counts["rejected_tokens"]),
             }
             for layer, counts in group.stats["exits"].items()
         },
@@ -114,13 +113,18 @@ def print_report(console: Console, result: dict[str, Any]) -> None:
     row("tokens/s, AdaDecode", "{:.0f}", "tokens_per_s", "adadecode")
     row("speed-up", "{:.2f}", "speedup")
     row("speed-up, median of the prompts", "{:.2f}", "median_speedup")
-    row("tokens a verification", "{:.2f}", "tokens_per_verification")
-    row("layer passes a token (vanilla: 1)", "{:.3f}", "layer_passes_per_token")
-    row("tokens predicted early", "{:.1%}", "early_prediction_rate")
-    row("early predictions accepted", "{:.1%}", "acceptance_rate")
+    row("mean acceptance length", "{:.2f}", "mean_acceptance_length")
+    row("layers executed per token (vanilla: 1)", "{:.3f}", "layers_executed_per_token")
+    row("draft acceptance rate", "{:.1%}", "draft_acceptance_rate")
     for layer in result["exits"]:
         row(f"exit {layer}: confident when asked", "{:.1%}", "exits", layer, "prediction_rate")
-        row(f"exit {layer}: accepted", "{:.1%}", "exits", layer, "acceptance_rate")
+        row(
+            f"exit {layer}: draft acceptance rate",
+            "{:.1%}",
+            "exits",
+            layer,
+            "draft_acceptance_rate",
+        )
     console.print(table)
 
     where = result["machine"]

@@ -45,13 +45,13 @@ class Reading:
 
     def adadecode(self, stats: dict[str, Any]) -> float:
         """Layers that the decoding rounds of `counters.Counters.snapshot` read."""
-        heads = sum(e["head_passes"] for e in stats["exits"].values())
+        heads = sum(e["head_batches"] for e in stats["exits"].values())
         # Gates are counted by requests; each is one vector.
-        gates = sum(e["gated"] for e in stats["exits"].values())
-        batches = stats["deferred_batches"] + stats["plain_batches"]
+        gates = sum(e["gates_evaluated"] for e in stats["exits"].values())
+        batches = stats["deferred_steps"] + stats["plain_steps"]
         return float(
-            stats["draft_layer_passes"]
-            + stats["verify_layer_passes"]
+            stats["draft_layers"]
+            + stats["verification_layers"]
             + self.costs.head * heads
             + self.costs.gate * gates
             + self.costs.lm_head * batches

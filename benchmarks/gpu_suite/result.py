@@ -107,7 +107,7 @@ def summary(result: Result) -> dict[str, Any]:
         name: {batch: cell[name] for batch, cell in speed.items()}
         for name in (
             *("efficiency", "speedup", "ideal_speedup"),
-            *("acceptance", "tokens_per_verification"),
+            *("draft_acceptance_rate", "mean_acceptance_length"),
         )
     }
     found["ratio_by_concurrency"] = {level: cell["ratio"] for level, cell in concurrency.items()}

@@ -108,20 +108,20 @@ def figures(suite: Suite, vanilla: list[Decoding], adadecode: list[Decoding]) ->
             name: rate / bandwidth if bandwidth else None
             for name, rate in zip(("vanilla", "adadecode"), rates, strict=True)
         },
-        "acceptance": stats["acceptance_rate"],
-        "tokens_per_verification": stats["tokens_per_verification"],
+        "draft_acceptance_rate": stats["draft_acceptance_rate"],
+        "mean_acceptance_length": stats["mean_acceptance_length"],
         # Of a batch; at batch 1 layer passes a token.
-        "layer_passes_of_vanilla": (stats["draft_layer_passes"] + stats["verify_layer_passes"])
+        "layers_executed_of_vanilla": (stats["draft_layers"] + stats["verification_layers"])
         / (len(adadecode) * stats["num_layers"] * vanilla[0].steps),
-        "drafted": stats["drafted"],
+        "draft_tokens": stats["draft_tokens"],
         "coverage": coverage(stats),
     }
 
 
 def coverage(stats: dict[str, Any]) -> float | None:
     """Share of head checks that gave a draft."""
-    checked = sum(e["checked"] for e in stats["exits"].values())
-    return stats["drafted"] / checked if checked else None
+    checked = sum(e["heads_evaluated"] for e in stats["exits"].values())
+    return stats["draft_tokens"] / checked if checked else None
 
 
 def speed(suite: Suite, found: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ def traces(suite: Suite, found: dict[str, Any]) -> None:
                 if got["coverage"] is None or abs(got["coverage"] - wanted) > COVERAGE_SLACK:
                     raise EngineError(
                         f"controlled: asked for drafts in {wanted:.2f} of head checks, got "
-                        f"{got['coverage']}: the policy was not followed"
+                        f"{got['coverage']}: heads were not followed as set"
                     )
                 found[f"{wanted}, {precision}, {batch}"] = got
 

@@ -12,9 +12,9 @@ SPEED_ROWS = (
     ("speed-up", "speedup", "{:.2f}"),
     ("ideal", "ideal_speedup", "{:.2f}"),
     ("efficiency", "efficiency", "{:.2f}"),
-    ("accepted", "acceptance", "{:.1%}"),
-    ("tokens/verification", "tokens_per_verification", "{:.2f}"),
-    ("layer passes", "layer_passes_of_vanilla", "{:.3f}"),
+    ("draft acceptance rate", "draft_acceptance_rate", "{:.1%}"),
+    ("mean acceptance length", "mean_acceptance_length", "{:.2f}"),
+    ("layers executed", "layers_executed_of_vanilla", "{:.3f}"),
 )
 
 

@@ -6,14 +6,15 @@ coverage and precision are set, and what became of the engine's options.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.gpu_suite.syncs import RoundCounter
-from vllm_adadecode.draft.device_loop import Steps
-from vllm_adadecode.draft.policy import Action, Cutoffs, DraftPolicy
+from vllm_adadecode.draft.buffers import LoopBuffers
+from vllm_adadecode.draft.device_loop import DeviceLoop
+from vllm_adadecode.draft.host_loop import HostLoop
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.draft_state import DraftRows
 
 
@@ -48,59 +49,33 @@ class SuiteWorker:
         """
         runner = self.model_runner
         speculator = runner.speculator
-        speculator.settle(everything=True)
-        real = policy.real if isinstance(policy := speculator.policy, CoveragePolicy) else policy
-        speculator.policy = CoveragePolicy(real, coverage)
-        if policy is real and speculator.device_rounds is not None:
+        speculator.resolve(everything=True)
+        is_first = "_suite_thresholds" not in vars(self)
+        real = vars(self).setdefault("_suite_thresholds", speculator.ledger.thresholds)
+        speculator.ledger.thresholds = covering(real, coverage)
+        if is_first:
             follow_noise()
             if speculator.draft_graphs is not None:
-                # They hold the real policy's gates and confidences.
+                # They hold the real gates and confidences.
                 speculator.init_cudagraph_manager(runner.compilation_config.cudagraph_mode)
                 speculator.capture()
         # Of a draft whose predecessors were accepted; see vLLM's rejection sampler.
         runner.rejection_sampler.synthetic_conditional_rates.fill_(precision)
 
 
-@dataclass(frozen=True)
-class CoveragePolicy:
-    """At every exit that the real policy uses, a head is followed with the same probability.
+def covering(real: ExitThresholds, coverage: float) -> ExitThresholds:
+    """Thresholds that `noise` exceeds with that probability, at every exit that is used.
 
     Heads run and give the tokens; no gate keeps them from it, and their confidence is ignored.
     """
-
-    real: DraftPolicy
-    coverage: float
-
-    @property
-    def num_used_exits(self) -> int:
-        return self.real.num_used_exits
-
-    def uses(self, exit_index: int) -> bool:
-        return self.real.uses(exit_index)
-
-    def uses_gate(self, exit_index: int) -> bool:
-        return False
-
-    def passes_gate(self, exit_index: int, gate: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("no gate is used")
-
-    def decide(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
-        otherwise = Action.STOP if exit_index + 1 >= self.num_used_exits else Action.PROMOTE
-        actions = torch.full_like(confidence, int(otherwise), dtype=torch.int8)
-        follow = torch.rand_like(confidence, dtype=torch.float32) < self.coverage
-        return actions.masked_fill_(follow, int(Action.EXTEND))
-
-    def cutoffs(self) -> Cutoffs:
-        # Of `noise`, with the draft loop on the device.
-        exits = range(self.num_used_exits)
-        return Cutoffs(tuple(1.0 - self.coverage for _ in exits), tuple(0.0 for _ in exits))
+    exits = range(len(real.confidence))
+    return ExitThresholds(
+        tuple(1.0 - coverage if real.uses(e) else None for e in exits), (None,) * len(exits)
+    )
 
 
 def noise(rows: DraftRows, exit_index: int) -> torch.Tensor:
-    """Float32 ``[num_rows]`` in [0, 1), by request, position and exit: no generator is asked.
-
-    PyTorch's can't be in bodies of IF nodes.
-    """
+    """Float32 ``[num_rows]`` in [0, 1), by request, position and exit: no generator is asked."""
     x = (rows.first_pos + rows.num_drafts) * 0x9E3779B1 + rows.slots * 0x85EBCA6B
     x = x + (exit_index + 1) * 0xC2B2AE35
     for multiplier in (0x7FEB352D, 0x846CA68B):
@@ -111,12 +86,16 @@ def noise(rows: DraftRows, exit_index: int) -> torch.Tensor:
 
 
 def follow_noise() -> None:
-    """From now on, have the draft loop on the device follow `noise`, not confidences."""
-    follow = Steps._follow
+    """From now on, have the draft loops compare noise with thresholds, not confidences."""
+    accept, confident = DeviceLoop.accept, HostLoop._confident
 
-    def follow_noise_instead(
-        self: Steps, exit_index: int, token: torch.Tensor, p: torch.Tensor, live: Any
+    def accept_noise(
+        self: DeviceLoop, buffers: LoopBuffers, token: Any, p: Any, live: Any, exit_index: int
     ) -> None:
-        follow(self, exit_index, token, noise(self.round_.rows, exit_index), live)
+        accept(self, buffers, token, noise(buffers.rows, exit_index), live, exit_index)
 
-    Steps._follow = follow_noise_instead  # type: ignore[method-assign]
+    def confident_instead(self: HostLoop, exit_index: int, p: torch.Tensor) -> torch.Tensor:
+        return confident(self, exit_index, torch.rand_like(p))
+
+    DeviceLoop.accept = accept_noise  # type: ignore[method-assign]
+    HostLoop._confident = confident_instead  # type: ignore[method-assign]

@@ -124,11 +124,13 @@ def _trade(group: Sequence[Point]) -> tuple[str, bool]:
         for p in (low, high)
     )
     fewer = (low.drafts_per_token or 0) > (high.drafts_per_token or 0)
-    return text, fewer and (high.row.acceptance is None or _acceptance(low) <= _acceptance(high))
+    return text, fewer and (
+        high.row.draft_acceptance_rate is None or _acceptance(low) <= _acceptance(high)
+    )
 
 
 def _acceptance(point: Point) -> float:
-    return point.row.acceptance or 0.0
+    return point.row.draft_acceptance_rate or 0.0
 
 
 def _ratio(group: Sequence[Point], method: str) -> Ratio:

@@ -57,11 +57,11 @@ def point(row: Row, measured: Mapping[Cell, Measurement]) -> Point:
         and (cell.part, cell.temperature, cell.concurrency) == row.setting
     ]
     behind_first = sum(found.output_tokens - len(found.ttft_ms) for found in own)
-    per_verification = row.tokens_per_verification
+    per_verification = row.mean_acceptance_length
     return Point(
         gamma_of(row.method),
         row,
-        sum(found.drafted for found in own) / behind_first if behind_first else None,
+        sum(found.draft_tokens for found in own) / behind_first if behind_first else None,
         # Each verification gives one token of its own.
         1 - 1 / per_verification if per_verification else None,
     )

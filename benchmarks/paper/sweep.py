@@ -26,8 +26,8 @@ from matplotlib import pyplot
 NAME = "threshold_sweep"
 # Of a comparison's columns, those that a threshold moves.
 COMPARED = (
-    *("tokens/s", "of vanilla's", "tokens a verification", "accepted"),
-    *("layer passes a token", "as vanilla's"),
+    *("tokens/s", "of vanilla's", "mean acceptance length", "draft acceptance rate"),
+    *("layers executed per token", "as vanilla's"),
 )
 
 
@@ -82,10 +82,10 @@ def _finding(group: Sequence[Point]) -> str:
         slower = [f"{p.gamma:g}" for ratio, p in with_ratio if ratio < 1]
         text += f"fastest at {best.gamma:g} ({ratio:.2f} of vanilla's tokens/s); "
         text += f"slower than vanilla at {', '.join(slower)}. " if slower else "nowhere slower. "
-    ends = [p for p in dict.fromkeys((low, high)) if p.row.acceptance is not None]
+    ends = [p for p in dict.fromkeys((low, high)) if p.row.draft_acceptance_rate is not None]
     return text + " ".join(
-        f"At {p.gamma:g}, {_percent(p.row.acceptance)} of the early predictions are accepted, and "
-        f"{_percent(p.predicted_early)} of the tokens were predicted early."
+        f"At {p.gamma:g}, {_percent(p.row.draft_acceptance_rate)} of the early predictions are "
+        f"accepted, and {_percent(p.predicted_early)} of the tokens were predicted early."
         for p in ends
     )
 
@@ -145,9 +145,9 @@ def _speedup(axis: Any, group: Sequence[Point]) -> None:
 def _counts(axis: Any, group: Sequence[Point]) -> None:
     gammas = [p.gamma for p in group]
     for color, name, values in (
-        ("C2", "accepted", [p.row.acceptance for p in group]),
+        ("C2", "draft acceptance rate", [p.row.draft_acceptance_rate for p in group]),
         ("C1", "predicted early", [p.predicted_early for p in group]),
-        ("C3", "layer passes a token", [p.row.layer_passes_per_token for p in group]),
+        ("C3", "layers executed per token", [p.row.layers_executed_per_token for p in group]),
     ):
         known = [(g, v) for g, v in zip(gammas, values, strict=True) if v is not None]
         axis.plot(

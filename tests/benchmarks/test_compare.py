@@ -217,16 +217,16 @@ vllm:inter_token_latency_seconds_sum{engine="0"} 1.5
 
 
 def test_counters_are_added_over_engines() -> None:
-    assert load.parse_counters(METRICS) == {"steps": 21, "drafted": 34, "accepted": 12}
-    assert load.parse_counters("") == {"steps": 0, "drafted": 0, "accepted": 0}
+    assert load.parse_counters(METRICS) == {"steps": 21, "draft_tokens": 34, "accepted_tokens": 12}
+    assert load.parse_counters("") == {"steps": 0, "draft_tokens": 0, "accepted_tokens": 0}
 
 
 def test_drafts_of_adadecode_are_its_own_count() -> None:
     """Not what was reserved, nor what was drafted and never verified."""
     counters = Counters.create(8, (2, 4))
-    counters.exits[2] = ExitCounters(drafted=9, accepted=5, rejected=3)
-    counters.exits[4] = ExitCounters(drafted=4, accepted=2, rejected=2)
-    assert load.verified_drafts(counters.snapshot()) == {"drafted": 12, "accepted": 7}
+    counters.exits[2] = ExitCounters(draft_tokens=9, accepted_tokens=5, rejected_tokens=3)
+    counters.exits[4] = ExitCounters(draft_tokens=4, accepted_tokens=2, rejected_tokens=2)
+    assert load.verified_drafts(counters.snapshot()) == {"draft_tokens": 12, "accepted_tokens": 7}
 
 
 def test_latencies_leave_failed_requests_out() -> None:
@@ -246,8 +246,8 @@ def measurement(seconds: float = 1.0, **values: Any) -> Measurement:
         ttft_ms=(5.0, 7.0),
         tpot_ms=(1.0, 2.0),
         steps=18,
-        drafted=0,
-        accepted=0,
+        draft_tokens=0,
+        accepted_tokens=0,
         outputs=("a", "b"),
     )
     return replace(base, **values)
@@ -358,7 +358,7 @@ def test_measurements_come_back_whole(tmp_path: Path) -> None:
     store = Store(tmp_path, {})
     cell = Cell("vanilla", "held-out files", 0.7, 16, 2)
     assert store.load([cell]) == {}
-    measured = measurement(layer_passes_per_token=0.5)
+    measured = measurement(layers_executed_per_token=0.5)
     store.save(cell, measured)
     store.save_turn(Turn("vanilla", 2, runner="V2", command=("vllm", "serve")))
     again = Store(tmp_path, {})
@@ -411,7 +411,7 @@ def measured() -> dict[Cell, Measurement]:
     """Vanilla drifts from 10 to 40 tokens/s; the method is ahead by 2, 1.2 and 1.5 of it."""
     vanilla = [measurement(s) for s in (2.0, 1.0, 0.5)]
     mine = [
-        measurement(s, steps=9, drafted=15, accepted=9, outputs=("a", other))
+        measurement(s, steps=9, draft_tokens=15, accepted_tokens=9, outputs=("a", other))
         for s, other in ((1.0, "b"), (1 / 1.2, "b"), (0.5 / 1.5, "x"))
     ]
     return dict(zip(cells("vanilla") + cells("adadecode"), vanilla + mine, strict=True))
@@ -443,14 +443,14 @@ def test_counts_of_a_row(measured: dict[Cell, Measurement]) -> None:
     found = rows_of(measured)
     row = found["adadecode"]
     # 18 tokens behind the first ones of two requests, in 9 steps.
-    assert row.tokens_per_verification == 2.0
-    assert row.acceptance == pytest.approx(0.6)
+    assert row.mean_acceptance_length == 2.0
+    assert row.draft_acceptance_rate == pytest.approx(0.6)
     assert (row.identical, row.compared) == (5, 6)
     assert (row.startup_s, row.peak_memory, row.runner) == (20.0, 2**30, "V2")
     assert (row.ttft_ms_p50, row.tpot_ms_p50) == (6.0, 1.5)
     vanilla = found["vanilla"]
-    assert vanilla.tokens_per_verification == 1.0
-    assert vanilla.acceptance is None
+    assert vanilla.mean_acceptance_length == 1.0
+    assert vanilla.draft_acceptance_rate is None
     assert (vanilla.identical, vanilla.compared) == (4, 4)  # with its own first repetition
 
 
@@ -534,7 +534,7 @@ def test_page_needs_no_other_file(report_rows: list[metrics.Row]) -> None:
 
 
 def test_table_has_the_failed_method_below_it(report_rows: list[metrics.Row]) -> None:
-    console = Console(width=200, record=True)
+    console = Console(width=240, record=True)
     table.print_table(console, report_rows, [FAILED], ["A finding."])
     lines = console.export_text().splitlines()
     of_method = [line for line in lines if "adadecode" in line]

@@ -23,14 +23,14 @@ from vllm_adadecode.metrics.counters import Counters, ExitCounters
 STATS = Counters(
     8,
     {
-        2: ExitCounters(checked=4, drafted=2, accepted=2),
-        4: ExitCounters(gated=1, checked=1, drafted=1, rejected=1),
+        2: ExitCounters(heads_evaluated=4, draft_tokens=2, accepted_tokens=2),
+        4: ExitCounters(gates_evaluated=1, heads_evaluated=1, draft_tokens=1, rejected_tokens=1),
     },
-    verifications=1,
-    deferred_batches=1,
-    tokens=3,
-    draft_layer_passes=10,
-    verify_layer_passes=6,
+    verification_steps=1,
+    deferred_steps=1,
+    generated_tokens=3,
+    draft_layers=10,
+    verification_layers=6,
     draft_token_layers=12,
     verify_token_layers=20,
 ).snapshot()
@@ -59,8 +59,8 @@ def measurement(**values: Any) -> Measurement:
         ttft_ms=(5.0, 7.0),
         tpot_ms=(1.0, 2.0),
         steps=18,
-        drafted=0,
-        accepted=0,
+        draft_tokens=0,
+        accepted_tokens=0,
         outputs=("a", "b"),
     )
     return replace(base, **values)
@@ -73,7 +73,7 @@ def measured() -> dict[Cell, Measurement]:
         if cell.method.startswith("adadecode"):
             values = {"seconds": 0.5, "stats": STATS if cell.concurrency == 1 else None}
         elif cell.method != "vanilla":
-            values = {"steps": 9, "drafted": 12, "accepted": 9}
+            values = {"steps": 9, "draft_tokens": 12, "accepted_tokens": 9}
         if cell.method != "medusa":
             found[cell] = measurement(**values)
     return found
@@ -103,7 +103,7 @@ def test_each_method_is_counted_in_its_own_way() -> None:
     mine = found["adadecode@0.5"]
     # Both repetitions together.
     assert mine.account.tokens == 6
-    passes = mine.account.counts["layer_passes"]
+    passes = mine.account.counts["layers_executed"]
     assert passes == {"all": 32, "rejected_drafts": 8, "never_verified": 0}
     assert mine.measured == pytest.approx(2)
 
@@ -114,7 +114,7 @@ def test_costs_that_can_not_be_told() -> None:
     found, notes = rows(before)
     assert "adadecode@0.5" not in found
     assert "What adadecode@0.5 cost is not told: its counts were not kept" in notes
-    several = STATS | {"verifications": 2}
+    several = STATS | {"verification_steps": 2}
     _, notes = rows({cell: replace(m, stats=several) for cell, m in measured().items()})
     assert any("one request at a time" in note for note in notes)
     # Measured once; its drafter is gone.

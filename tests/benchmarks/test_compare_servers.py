@@ -58,14 +58,16 @@ def test_outputs_are_vanillas(result: Any) -> None:
 
 
 def test_counts_come_from_the_servers(result: Any) -> None:
-    assert all(r["tokens_per_verification"] == 1 for r in rows(result, "vanilla"))
+    assert all(r["mean_acceptance_length"] == 1 for r in rows(result, "vanilla"))
     found = rows(result, "adadecode")
-    assert all(r["tokens_per_verification"] > 1 and 0.5 < r["acceptance"] <= 1 for r in found)
-    alone = [r["layer_passes_per_token"] for r in found if r["concurrency"] == 1]
+    assert all(
+        r["mean_acceptance_length"] > 1 and 0.5 < r["draft_acceptance_rate"] <= 1 for r in found
+    )
+    alone = [r["layers_executed_per_token"] for r in found if r["concurrency"] == 1]
     assert all(0.3 < passes < 1 for passes in alone)
     # The method's own counts do not depend on how many requests run at once.
     greedy = [r for r in found if r["temperature"] == 0 and r["part"] == "trained files"]
-    assert len({round(r["tokens_per_verification"], 6) for r in greedy}) == 1
+    assert len({round(r["mean_acceptance_length"], 6) for r in greedy}) == 1
 
 
 def test_costs_are_counted_alone(result: Any) -> None:
@@ -78,7 +80,7 @@ def test_costs_are_counted_alone(result: Any) -> None:
     )
     assert all(row["bytes"]["of_vanilla"] == 1 for row in found["vanilla"])
     for row in found["adadecode"]:
-        assert row["counts"]["layer_passes"]["never_verified"] == 0
+        assert row["counts"]["layers_executed"]["never_verified"] == 0
         assert row["counts"]["token_layers"]["never_verified"] == 0
         assert row["tokens"] == 3 * 31
         assert 0.5 < row["bytes"]["of_vanilla"] < 1

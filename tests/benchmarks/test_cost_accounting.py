@@ -48,7 +48,14 @@ def snapshot(exits: dict[int, ExitCounters], **counts: int) -> dict[str, Any]:
 
 
 def exit_counters(*counts: int) -> ExitCounters:
-    names = ("gated", "checked", "drafted", "promoted", "accepted", "rejected")
+    names = (
+        "gates_evaluated",
+        "heads_evaluated",
+        "draft_tokens",
+        "next_exit",
+        "accepted_tokens",
+        "rejected_tokens",
+    )
     return ExitCounters(**dict(zip(names, counts, strict=False)))
 
 
@@ -87,11 +94,11 @@ def readme_round(accepted: int) -> dict[str, Any]:
             4: exit_counters(2, 2, 1, 1, int(kept[1]), int(not kept[1])),
             6: exit_counters(1, 1),
         },
-        verifications=1,
-        deferred_batches=1,
-        tokens=1 + accepted,
-        draft_layer_passes=12,
-        verify_layer_passes=2,
+        verification_steps=1,
+        deferred_steps=1,
+        generated_tokens=1 + accepted,
+        draft_layers=12,
+        verification_layers=2,
         draft_token_layers=18,
         verify_token_layers=6,
     )
@@ -127,9 +134,9 @@ def test_a_round_that_is_accepted() -> None:
 def test_a_round_that_is_rejected_in_part() -> None:
     """The draft of exit 4 is wrong: four passes, eight token-layers and its head check."""
     found = spend(readme_round(accepted=1))
-    assert found.counts["layer_passes"] == {"all": 14, "rejected_drafts": 4, "never_verified": 0}
+    assert found.counts["layers_executed"] == {"all": 14, "rejected_drafts": 4, "never_verified": 0}
     assert found.counts["token_layers"] == {"all": 24, "rejected_drafts": 8, "never_verified": 0}
-    assert found.counts["head_checks"]["not_followed"] == 4
+    assert found.counts["heads_evaluated"]["not_followed"] == 4
     total = 14 * LAYER * 4 + LM_HEAD * 4 + 6 * 160 + 6 * 16
     assert found.bytes.per_token == pytest.approx(total / 2)
     assert found.bytes.wasted["rejected_drafts"] == pytest.approx((4 * LAYER * 4 + 160) / total)
@@ -147,7 +154,7 @@ def test_quantised_layers_leave_the_rest() -> None:
 
 def test_several_requests_at_once_are_refused() -> None:
     stats = readme_round(accepted=2)
-    for change in ({"verifications": 2}, {"mixed_batches": 1}):
+    for change in ({"verification_steps": 2}, {"mixed_steps": 1}):
         with pytest.raises(AdaDecodeError, match="one request at a time"):
             account(stats | change, TARGET, make_heads())
 
@@ -173,7 +180,7 @@ def test_agrees_with_the_cost_model_of_calibration() -> None:
 
 
 def drafter_account(drafter: Drafter) -> Account:
-    found = account_drafter(Emitted(10, 4, drafted=12, accepted=6), TARGET, drafter)
+    found = account_drafter(Emitted(10, 4, draft_tokens=12, accepted_tokens=6), TARGET, drafter)
     assert found is not None
     return found
 
@@ -268,21 +275,21 @@ def test_waste_is_what_stopping_earlier_would_have_saved(seed: int) -> None:
             )
         wasted_passes += passes - less[0]
         wasted_token_layers += token_layers - less[1]
-        counters.verify_layer_passes += passes
+        counters.verification_layers += passes
         counters.verify_token_layers += token_layers
-        counters.verifications += 1
-        counters.deferred_batches += 1
-        counters.tokens += accepted + 1
+        counters.verification_steps += 1
+        counters.deferred_steps += 1
+        counters.generated_tokens += accepted + 1
         for i, exit_index in enumerate(exits):
             of_exit = counters.exits[EXIT_LAYERS[exit_index]]
-            of_exit.checked += 1
-            of_exit.drafted += 1
-            of_exit.accepted += i < accepted
-            of_exit.rejected += i >= accepted
+            of_exit.heads_evaluated += 1
+            of_exit.draft_tokens += 1
+            of_exit.accepted_tokens += i < accepted
+            of_exit.rejected_tokens += i >= accepted
     found = spend(counters.snapshot()).counts
-    assert found["layer_passes"]["rejected_drafts"] == wasted_passes
+    assert found["layers_executed"]["rejected_drafts"] == wasted_passes
     assert found["token_layers"]["rejected_drafts"] == wasted_token_layers
-    for name in ("layer_passes", "token_layers", "head_checks", "drafts"):
+    for name in ("layers_executed", "token_layers", "heads_evaluated", "drafts"):
         assert found[name]["never_verified"] == 0, name
 
 
@@ -317,10 +324,10 @@ def test_an_engine_s_counts_add_up(engines: EnginePool, prompts: list[str]) -> N
     alone = measure(1.0, greedy(16))
     assert alone.bytes.shares["heads"] == alone.bytes.wasted_share == 0
     assert (alone.bytes.of_vanilla, alone.flops.of_vanilla) == (1, 1)
-    assert alone.counts["layer_passes"]["all"] == 8 * alone.tokens
+    assert alone.counts["layers_executed"]["all"] == 8 * alone.tokens
     # A request that ends unexpectedly leaves drafts that nobody verifies.
     cut = measure(0.3, greedy(48, stop=["\n"]))
-    assert cut.counts["layer_passes"]["never_verified"] > 0
+    assert cut.counts["layers_executed"]["never_verified"] > 0
     assert cut.counts["drafts"]["never_verified"] > 0
     assert cut.bytes.wasted["never_verified"] > 0
 

@@ -177,8 +177,8 @@ def test_goals() -> None:
             "efficiency": value,
             "speedup": 1.5,
             "ideal_speedup": 1.6,
-            "acceptance": 0.9,
-            "tokens_per_verification": 3.0,
+            "draft_acceptance_rate": 0.9,
+            "mean_acceptance_length": 3.0,
         }
         for batch, value in (("1", 0.96), ("8", 0.85))
     }

@@ -28,7 +28,7 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for batch in batches:
         ratio = written["speedup"][batch] / written["ideal_speedup"][batch]
         assert written["efficiency"][batch] == pytest.approx(ratio)
-        assert written["acceptance"][batch] > 0.5
+        assert written["draft_acceptance_rate"][batch] > 0.5
     # Of counts; the wall clock of a busy machine is not asserted on.
     assert written["ideal_speedup"]["1"] > 1
     assert all(ratio > 0 for ratio in written["ratio_by_concurrency"].values())

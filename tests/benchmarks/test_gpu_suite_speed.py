@@ -18,9 +18,9 @@ from benchmarks.gpu_suite.ideal import Reading
 from benchmarks.gpu_suite.result import DONE
 from benchmarks.gpu_suite.speed import Decoding
 from benchmarks.gpu_suite.suite import CONTROLLED, PLAIN
-from benchmarks.gpu_suite.worker import CoveragePolicy, follow_noise
-from tests.engine.test_device_loop import MAX_SLOTS, DeviceRuns
+from benchmarks.gpu_suite.worker import covering, follow_noise
 from tests.support.engines import DEMO_MODEL
+from tests.support.fake_target import MAX_SLOTS, DeviceRuns, draft
 from tests.support.suite_fakes import (
     COSTS,
     PROMPTS,
@@ -30,9 +30,10 @@ from tests.support.suite_fakes import (
     make_suite,
     snapshot,
 )
-from vllm_adadecode.draft.device_loop import Steps
-from vllm_adadecode.draft.policy import Action, ThresholdPolicy
-from vllm_adadecode.draft.step_guard import AskHost
+from vllm_adadecode.draft.device_loop import DeviceLoop
+from vllm_adadecode.draft.host_loop import HostLoop
+from vllm_adadecode.draft.status_poll import StatusPoll
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.metrics.counters import Counters, ExitCounters
 
 
@@ -43,7 +44,7 @@ def test_bytes_of_a_trace() -> None:
     heads, gates, lm_heads = 24 * 1.5, 40 * 0.01, 10 * 2.0
     assert reading.adadecode(snapshot(**TRACE)) == pytest.approx(160 + heads + gates + lm_heads)
     # A round without drafts reads what a vanilla step does.
-    plain = Counters(32, {8: ExitCounters()}, plain_batches=10, verify_layer_passes=320)
+    plain = Counters(32, {8: ExitCounters()}, plain_steps=10, verification_layers=320)
     assert reading.adadecode(plain.snapshot()) == reading.vanilla(10)
 
 
@@ -68,9 +69,9 @@ def test_efficiency(tmp_path: Path) -> None:
     assert found["efficiency"] == pytest.approx(2.0 / (21 * 34 / read))
     assert found["speedup_by_repeat"] == pytest.approx([2 / 1.1, 9.0, 2.2 / 1.3])
     assert found["tokens_per_second"]["adadecode"] == pytest.approx(42 / 1.1)
-    assert found["layer_passes_of_vanilla"] == pytest.approx(160 / (32 * 21))
+    assert found["layers_executed_of_vanilla"] == pytest.approx(160 / (32 * 21))
     assert found["of_bandwidth"] == {"vanilla": None, "adadecode": None}
-    assert (found["acceptance"], found["coverage"]) == (11 / 12, 12 / 25)
+    assert (found["draft_acceptance_rate"], found["coverage"]) == (11 / 12, 12 / 25)
     suite.result.parts["bandwidth"] = {"status": DONE, "data": {"bytes_per_second": 1e6}}
     found = speed.figures(suite, vanilla, ours)
     assert found["of_bandwidth"]["vanilla"] == pytest.approx(21 * 34 * 1000 / 2.2 / 1e6)
@@ -88,7 +89,7 @@ def test_decoding_leaves_prefill_out(tmp_path: Path) -> None:
     found = speed.decode(suite, "adadecode", PROMPTS, 5, 3)
     assert (found.seconds, found.steps, found.tokens) == (2 * 4 * 0.25, 8, 16)
     assert found.stats is not None
-    assert found.stats["tokens"] == 2 * 21
+    assert found.stats["generated_tokens"] == 2 * 21
 
 
 def test_speed_repeats_while_there_is_time(tmp_path: Path) -> None:
@@ -157,34 +158,38 @@ def test_drafts_that_are_not_controlled_are_refused(tmp_path: Path) -> None:
     assert engine.asked[0] == ("set_drafts", {"coverage": 0.5, "precision": 0.8})
 
 
-def test_coverage_policy() -> None:
+def test_controlled_coverage_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostLoop, "_confident", HostLoop._confident)
+    monkeypatch.setattr(DeviceLoop, "accept", DeviceLoop.accept)
+    follow_noise()
     torch.manual_seed(0)
-    real = ThresholdPolicy((0.5, 1.0, 0.5), (0.5, 0.5, 0.5))
-    confidence = torch.zeros(4000)
-    policy = CoveragePolicy(real, 0.3)
-    assert (policy.num_used_exits, policy.uses(1), policy.uses_gate(0)) == (3, False, False)
-    actions = policy.decide(0, confidence)
-    assert actions.dtype == torch.int8
-    assert (actions == Action.EXTEND).float().mean().item() == pytest.approx(0.3, abs=0.03)
-    assert set(actions.tolist()) == {Action.EXTEND, Action.PROMOTE}
-    assert set(policy.decide(2, confidence).tolist()) == {Action.EXTEND, Action.STOP}
-    assert (CoveragePolicy(real, 1.0).decide(0, confidence) == Action.EXTEND).all()
+    real = ExitThresholds.of((0.5, 1.0, 0.5), (0.5, 0.5, 0.5))
+    assert covering(real, 0.75) == ExitThresholds((0.25, None, 0.25), (None, None, None))
+    for coverage in (0.0, 0.3, 1.0):
+        checked = drafted = 0
+        for _ in range(40):
+            run = draft(lambda *_: 0.1, [5] * 8, thresholds=covering(real, coverage))
+            checked += sum(e.heads_evaluated for e in run.counters.exits.values())
+            drafted += int(run.state.num_drafts.sum())
+        assert checked > 300
+        assert drafted / checked == pytest.approx(coverage, abs=0.05)
 
 
 def test_controlled_coverage_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise by place is as good as drawn: half of the heads are followed, at each exit."""
-    monkeypatch.setattr(Steps, "_follow", Steps._follow)
+    monkeypatch.setattr(HostLoop, "_confident", HostLoop._confident)
+    monkeypatch.setattr(DeviceLoop, "accept", DeviceLoop.accept)
     follow_noise()
-    runs = DeviceRuns(AskHost())
-    runs.policy = CoveragePolicy(ThresholdPolicy((0.9, 1.0, 0.9)), 0.5)  # type: ignore[assignment]
+    runs = DeviceRuns(StatusPoll())
+    runs.thresholds = covering(ExitThresholds.of((0.9, 1.0, 0.9)), 0.5)
     checked, drafted = np.zeros(3), np.zeros(3)
     for first in range(60):
         slots = [(first + i) % MAX_SLOTS for i in range(4)]
         # Confidences, which are never enough, are not looked at.
         counters = runs.draft(lambda *_: 0.1, [5] * 4, slots, shift=first).counters
         exits = list(counters.exits.values())
-        checked += [e.checked for e in exits]
-        drafted += [e.drafted for e in exits]
+        checked += [e.heads_evaluated for e in exits]
+        drafted += [e.draft_tokens for e in exits]
     assert checked[1] == drafted[1] == 0
     assert drafted[[0, 2]] / checked[[0, 2]] == pytest.approx([0.5, 0.5], abs=0.06)
     assert checked[2] > 200

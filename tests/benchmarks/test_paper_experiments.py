@@ -155,11 +155,11 @@ def figures(name: str) -> Measurement:
     gamma = gamma_of(name)
     plain = Measurement(1.0, 20, (5.0, 7.0), (1.0, 2.0), 18, 0, 0, ("a", "b"))
     if name.endswith("unverified"):
-        return replace(plain, steps=6, drafted=12, accepted=12, outputs=("x", "b"))
+        return replace(plain, steps=6, draft_tokens=12, accepted_tokens=12, outputs=("x", "b"))
     if gamma is None or gamma == 1:
         return plain
     drafted = round(20 - 10 * gamma)
-    return replace(plain, seconds=0.8, steps=9, drafted=drafted, accepted=9)
+    return replace(plain, seconds=0.8, steps=9, draft_tokens=drafted, accepted_tokens=9)
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_a_sweep_goes_on_and_leaves_its_files(
     assert result["complete"]
     assert result["failed"] == {}
     of_sweep = [p for p in result["points"] if p["gamma"] is not None]
-    assert [(p["part"], p["gamma"], p["acceptance"]) for p in of_sweep] == [
+    assert [(p["part"], p["gamma"], p["draft_acceptance_rate"]) for p in of_sweep] == [
         (part, gamma, 9 / drafted)
         for part in ("held-out files", "trained files")
         for gamma, drafted in ((0.5, 15), (0.9, 11))
@@ -266,9 +266,9 @@ def test_settings_do_in_an_engine_what_they_say(engines: EnginePool, prompts: li
     for name in ("off", "low"):
         assert_same(vanilla, found[name][0], reference)
     counts = {name: counted for name, (_, counted) in found.items()}
-    assert (counts["off"]["drafted"], counts["off"]["draft_layer_passes"]) == (0, 0)
-    assert 0 < counts["low"]["acceptance_rate"] < 1
-    assert counts["unverified"]["acceptance_rate"] == 1.0
-    assert counts["unverified"]["drafted"] > 0
+    assert (counts["off"]["draft_tokens"], counts["off"]["draft_layers"]) == (0, 0)
+    assert 0 < counts["low"]["draft_acceptance_rate"] < 1
+    assert counts["unverified"]["draft_acceptance_rate"] == 1.0
+    assert counts["unverified"]["draft_tokens"] > 0
     drifted = [d for d in divergences(vanilla, found["unverified"][0], reference) if d.gap > 0.05]
     assert len(drifted) > 2

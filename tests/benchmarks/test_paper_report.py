@@ -25,12 +25,12 @@ def measurement(seconds: float = 1.0, **values: Any) -> Measurement:
 
 def test_figures_of_a_point() -> None:
     cells = [Cell("adadecode@0.7", "one", 0.0, 1, repetition) for repetition in range(2)]
-    own = {cells[0]: measurement(drafted=12), cells[1]: measurement(drafted=15)}
+    own = {cells[0]: measurement(draft_tokens=12), cells[1]: measurement(draft_tokens=15)}
     others = {
-        replace(cells[0], method="adadecode@0.9"): measurement(drafted=1000),
-        replace(cells[0], part="two"): measurement(drafted=1000),
+        replace(cells[0], method="adadecode@0.9"): measurement(draft_tokens=1000),
+        replace(cells[0], part="two"): measurement(draft_tokens=1000),
     }
-    row = replace(make_row("adadecode@0.7"), tokens_per_verification=2.5)
+    row = replace(make_row("adadecode@0.7"), mean_acceptance_length=2.5)
     found = points.point(row, own | others)
     assert found.gamma == 0.7
     # 27 drafts for the 18 tokens behind the first ones of two requests, twice.
@@ -48,17 +48,17 @@ def make_row(method: str, part: str = "one", **values: Any) -> Row:
 
 def make_points(part: str = "one") -> list[Point]:
     """All that the sanity experiments need, all as it must be."""
-    sweep_row = {"tokens_per_verification": 2.0, "layer_passes_per_token": 0.7}
-    off = {"acceptance": 1.0, "identical": 1}
+    sweep_row = {"mean_acceptance_length": 2.0, "layers_executed_per_token": 0.7}
+    off = {"draft_acceptance_rate": 1.0, "identical": 1}
     fast = {"ratio": Ratio(1.3, 1.2, 1.4), **sweep_row}
     slow = {"ratio": Ratio(0.9, 0.8, 1.1), **sweep_row}
     return [
         Point(1.0, make_row("adadecode@1", part, ratio=Ratio(0.98, 0.97, 1.0)), 0.0, 0.0),
-        Point(None, make_row("vanilla", part, tokens_per_verification=1.0)),
+        Point(None, make_row("vanilla", part, mean_acceptance_length=1.0)),
         Point(None, make_row("vanilla@again", part, ratio=Ratio(1.0, 0.96, 1.01))),
         # Out of order: they are sorted by gamma.
-        Point(0.9, make_row("adadecode@0.9", part, acceptance=0.95, **fast), 0.6, 0.5),
-        Point(0.5, make_row("adadecode@0.5", part, acceptance=0.6, **slow), 0.9, 0.54),
+        Point(0.9, make_row("adadecode@0.9", part, draft_acceptance_rate=0.95, **fast), 0.6, 0.5),
+        Point(0.5, make_row("adadecode@0.5", part, draft_acceptance_rate=0.6, **slow), 0.9, 0.54),
         Point(None, make_row("adadecode@0.5-unverified", part, **off)),
     ]
 
@@ -145,7 +145,7 @@ def test_what_comes_out_as_it_must_passes() -> None:
         # Accepted unseen, and nothing drifts: then verification was not what made it right.
         ("adadecode@0.5-unverified", {"identical": 6}, 1),
         ("adadecode@0.9", {"drafts_per_token": 0.9}, 2),
-        ("adadecode@0.5", {"acceptance": 0.96}, 2),
+        ("adadecode@0.5", {"draft_acceptance_rate": 0.96}, 2),
     ],
 )
 def test_what_does_not_fails_in_any_setting(

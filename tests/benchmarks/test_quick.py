@@ -34,9 +34,13 @@ SECONDS: dict[str, dict[str, list[list[float]]]] = {
 
 
 def snapshot(passes: int, accepted: int, rejected: int) -> dict[str, Any]:
-    exits = {2: ExitCounters(drafted=accepted + rejected, accepted=accepted, rejected=rejected)}
-    counts = {"verifications": 20, "deferred_batches": 20, "tokens": 60}
-    return Counters(8, exits, draft_layer_passes=passes, **counts).snapshot()
+    exits = {
+        2: ExitCounters(
+            draft_tokens=accepted + rejected, accepted_tokens=accepted, rejected_tokens=rejected
+        )
+    }
+    counts = {"verification_steps": 20, "deferred_steps": 20, "generated_tokens": 60}
+    return Counters(8, exits, draft_layers=passes, **counts).snapshot()
 
 
 def groups() -> list[Group]:
@@ -90,11 +94,11 @@ def test_times_are_medians(result: dict[str, Any]) -> None:
 
 
 def test_counts_are_added(result: dict[str, Any]) -> None:
-    assert result["layer_passes_per_token"] == pytest.approx(540 / (8 * 120))
-    assert result["acceptance"] == pytest.approx(68 / 80)
+    assert result["layers_executed_per_token"] == pytest.approx(540 / (8 * 120))
+    assert result["draft_acceptance_rate"] == pytest.approx(68 / 80)
     part = result["by_prompts"]["in_domain"]
-    assert part["layer_passes_per_token"] == pytest.approx(240 / (8 * 60))
-    assert (part["acceptance"], part["exits"]["2"]["accepted"]) == (38 / 40, 38)
+    assert part["layers_executed_per_token"] == pytest.approx(240 / (8 * 60))
+    assert (part["draft_acceptance_rate"], part["exits"]["2"]["accepted_tokens"]) == (38 / 40, 38)
     assert (result["identical"], result["divergences"], result["outputs"]) == (True, 0, 12)
     json.dumps(result)
 
@@ -104,7 +108,7 @@ def test_costs_of_each_kind_of_prompts(result: dict[str, Any]) -> None:
     everything, part = result["costs"], result["by_prompts"]["in_domain"]["costs"]
     assert (everything["tokens"], part["tokens"]) == (120, 60)
     # Two drafts of exit 2 were rejected.
-    assert part["counts"]["layer_passes"]["rejected_drafts"] == 4
+    assert part["counts"]["layers_executed"]["rejected_drafts"] == 4
     assert part["predicted_speedup"] == pytest.approx(1 / part["bytes"]["of_vanilla"])
     old = {key: value for key, value in result.items() if key != "costs"}
     console = Console(width=150, record=True)
@@ -124,23 +128,30 @@ def test_regressions(result: dict[str, Any]) -> None:
     """Counts in either direction, of each kind of prompts; times never."""
     compare = quick_report.regressions
     assert compare(result, result) == []
-    assert compare(worse(result, layer_passes_per_token=0.499), result) == []
-    assert compare(worse(result, acceptance=1.0), result) == []
+    assert compare(worse(result, layers_executed_per_token=0.499), result) == []
+    assert compare(worse(result, draft_acceptance_rate=1.0), result) == []
     assert compare(worse(result, speedup={"vanilla": 1.0, "adadecode": 0.1}), result) == []
-    (line,) = compare(worse(result, layer_passes_per_token=0.5001), result)
-    assert line == "layer_passes_per_token of in_domain prompts: 0.50010, was 0.50000"
-    (line,) = compare(worse(result, acceptance=0.949), result)
-    assert "acceptance of in_domain" in line
-    (line,) = compare(worse(result, acceptance=None), result)
+    (line,) = compare(worse(result, layers_executed_per_token=0.5001), result)
+    assert line == "layers_executed_per_token of in_domain prompts: 0.50010, was 0.50000"
+    (line,) = compare(worse(result, draft_acceptance_rate=0.949), result)
+    assert "draft_acceptance_rate of in_domain" in line
+    (line,) = compare(worse(result, draft_acceptance_rate=None), result)
     assert "0.00000, was 0.95000" in line
-    assert len(compare(result | {"acceptance": 0.1, "layer_passes_per_token": 1.1}, result)) == 2
+    assert (
+        len(
+            compare(
+                result | {"draft_acceptance_rate": 0.1, "layers_executed_per_token": 1.1}, result
+            )
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize("other", [{"machine": {"cpu": "else"}}, {"versions": {"torch": "9"}}])
 def test_other_arithmetic_may_turn_a_draft(result: dict[str, Any], other: dict[str, Any]) -> None:
     old = result | other
-    assert quick_report.regressions(worse(result, layer_passes_per_token=0.5009), old) == []
-    assert quick_report.regressions(worse(result, layer_passes_per_token=0.5011), old)
+    assert quick_report.regressions(worse(result, layers_executed_per_token=0.5009), old) == []
+    assert quick_report.regressions(worse(result, layers_executed_per_token=0.5011), old)
 
 
 @pytest.mark.parametrize("name", quick_report.COUNTED)
@@ -179,11 +190,12 @@ def test_exit_codes(
     old.write_text(json.dumps(result))
     compare = ("--compare", str(old))
     assert run(tmp_path, monkeypatch, result, *compare) == 0
-    assert run(tmp_path, monkeypatch, worse(result, acceptance=0.5), *compare) == 1
+    assert run(tmp_path, monkeypatch, worse(result, draft_acceptance_rate=0.5), *compare) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["bench-quick: worse: acceptance of in_domain prompts: 0.50000, was 0.95000"]
+    place = "draft_acceptance_rate of in_domain prompts"
+    assert lines == [f"bench-quick: worse: {place}: 0.50000, was 0.95000"]
     written = json.loads((tmp_path / "new.json").read_text())
-    assert written["by_prompts"]["in_domain"]["acceptance"] == 0.5
+    assert written["by_prompts"]["in_domain"]["draft_acceptance_rate"] == 0.5
 
 
 def test_differences(
@@ -237,11 +249,11 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["identical"]
     assert result["outputs"] == 4
     assert result["settings"]["shape"] == vars(small)
-    assert 0 < result["layer_passes_per_token"] < 1
+    assert 0 < result["layers_executed_per_token"] < 1
     assert result["speedup"]["adadecode"] > 0
     costs = result["costs"]
-    assert costs["counts"]["layer_passes"]["never_verified"] == 0
-    assert 1 < costs["predicted_speedup"] < 1 / result["layer_passes_per_token"]
+    assert costs["counts"]["layers_executed"]["never_verified"] == 0
+    assert 1 < costs["predicted_speedup"] < 1 / result["layers_executed_per_token"]
     assert result["by_prompts"].keys() == {"in_domain", "out_of_domain"}
     assert sorted(p.name for p in tmp_path.glob("*.log")) == [
         "bench-quick-adadecode.log",

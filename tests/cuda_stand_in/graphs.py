@@ -23,38 +23,25 @@ from tests.support.recorded_graphs import Record, Refuse
 
 
 class Graph:
-    """In place of `torch.cuda.CUDAGraph`; bodies of IF nodes are operations of their own."""
+    """In place of `torch.cuda.CUDAGraph`."""
 
     captured = replayed = 0
     # Negative control: operations that replays leave out.
     left_out: frozenset[str] = frozenset()
-    _capturing: "Graph | None" = None
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.operations: list[tuple[str, Callable[[], None]]] = []
-        self._bodies = [self.operations]
         # An address that is used again would be another tensor's.
         self._kept: list[Any] = []
 
     def replay(self) -> None:
         Graph.replayed += 1
-        _replay(self.operations)
+        for name, operation in self.operations:
+            if name not in Graph.left_out:
+                operation()
 
     def reset(self) -> None:
         self.operations.clear()
-
-    @staticmethod
-    def get_currently_capturing_graph() -> "Graph | None":
-        return Graph._capturing
-
-    def begin_capture_to_if_node(self, condition: torch.Tensor) -> None:
-        body: list[tuple[str, Callable[[], None]]] = []
-        node = ("if", lambda: _replay(body) if bool(condition) else None)
-        self._bodies[-1].append(node)
-        self._bodies.append(body)
-
-    def end_capture_to_conditional_node(self) -> None:
-        self._bodies.pop()
 
     def run(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Do it, and keep how to do it again."""
@@ -73,14 +60,8 @@ class Graph:
                     before.copy_(after)
 
         if not name.split("::")[-1].startswith(("empty", "new_empty")):
-            self._bodies[-1].append((name, again))
+            self.operations.append((name, again))
         return made
-
-
-def _replay(operations: list[tuple[str, Callable[[], None]]]) -> None:
-    for name, operation in operations:
-        if name not in Graph.left_out:
-            operation()
 
 
 @contextmanager
@@ -92,14 +73,12 @@ def _captured(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
         return record.run(self.__name__, lambda *a, **k: launch(self, *a, **k), args, kwargs)
 
     Graph.captured += 1
-    Graph._capturing = graph
     InterpretedFunction.run = launched
     torch.cuda.is_current_stream_capturing = lambda: True
     try:
         with Refuse(record), record:
             yield
     finally:
-        Graph._capturing = None
         InterpretedFunction.run = launch
         torch.cuda.is_current_stream_capturing = lambda: False
 

@@ -7,21 +7,30 @@ import pytest
 
 from tests.support.engines import (
     EnginePool,
+    EveryStep,
     assert_same,
     generate,
     greedy,
-    guard_with,
+    poll_with,
     set_draft_loop,
     set_thresholds,
     speculative,
     stats,
 )
 from tests.support.tiny_models import ARCHITECTURES, NUM_LAYERS, random_prompts, save_tiny_model
-from vllm_adadecode.draft.step_guard import RunAlways
 from vllm_adadecode.model.target import SUPPORTED_ARCHITECTURES
 
+# The others differ from these in what a span does not see.
+FAST = ("LlamaForCausalLM", "Qwen3MoeForCausalLM")
 
-@pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in SUPPORTED_ARCHITECTURES
+    ],
+)
 def test_cut_model_equals_uncut(
     engines: EnginePool, tmp_path_factory: pytest.TempPathFactory, architecture: str
 ) -> None:
@@ -37,7 +46,7 @@ def test_cut_model_equals_uncut(
         ),
     )
     # All steps of the device's loop run, also those that are padding alone.
-    engine.collective_rpc(guard_with(RunAlways()))
+    engine.collective_rpc(poll_with(EveryStep()))
     # Random weights are hardly ever confident: low thresholds make every exit draft, and mixed
     # ones make windows with tokens at every depth.
     for loop, thresholds in [
@@ -51,7 +60,7 @@ def test_cut_model_equals_uncut(
         stats(engine, reset=True)
         assert_same(vanilla, generate(engine, prompts, greedy(32), batch=6), reference)
         counts = stats(engine)
-        assert counts["drafted"] > 50
+        assert counts["draft_tokens"] > 50
         assert counts["num_layers"] == NUM_LAYERS
 
 

@@ -21,7 +21,6 @@ from tests.support.engines import (
     token_ids,
 )
 from tests.support.heads_samples import demo_heads
-from vllm_adadecode.engine.warmup import launch_kernels
 
 VOCAB, HIDDEN = 2048, 256
 NUM_PROMPTS = 12
@@ -85,22 +84,22 @@ def test_gate(
 
     outputs, counts = run(engine, prompts)
     assert_same(vanilla, outputs, reference)
-    assert 100 < total(counts, "checked") < 0.8 * total(counts, "gated")
-    assert counts["accepted"] > 50
+    assert 100 < total(counts, "heads_evaluated") < 0.8 * total(counts, "gates_evaluated")
+    assert counts["accepted_tokens"] > 50
 
     set_gate_bias(engine, ALWAYS)
     outputs, counts = run(engine, prompts)
     assert_same(vanilla, outputs, reference)
-    for name in ("checked", "drafted", "accepted", "rejected"):
+    for name in ("heads_evaluated", "draft_tokens", "accepted_tokens", "rejected_tokens"):
         assert total(counts, name) == total(plain, name)
-    assert total(counts, "gated") == total(counts, "checked")
-    assert counts["draft_layer_passes"] == plain["draft_layer_passes"]
+    assert total(counts, "gates_evaluated") == total(counts, "heads_evaluated")
+    assert counts["draft_layers"] == plain["draft_layers"]
 
     set_gate_bias(engine, NEVER)
     outputs, counts = run(engine, prompts)
     assert_same(vanilla, outputs, reference)
-    assert (total(counts, "checked"), counts["drafted"]) == (0, 0)
-    assert total(counts, "gated") > 100
+    assert (total(counts, "heads_evaluated"), counts["draft_tokens"]) == (0, 0)
+    assert total(counts, "gates_evaluated") > 100
 
 
 def test_gate_threshold_of_the_user(
@@ -111,13 +110,17 @@ def test_gate_threshold_of_the_user(
     heads = demo_heads(tmp_path / "heads", closed, gate=True)
     engine = engines.get(speculative_config=speculative(model=heads, gate_threshold=0))
     counts = run(engine, prompts)[1]
-    assert total(counts, "gated") == 0
-    assert counts["drafted"] == plain["drafted"]
+    assert total(counts, "gates_evaluated") == 0
+    assert counts["draft_tokens"] == plain["draft_tokens"]
 
     engine = engines.get(speculative_config=speculative(model=heads, gate_threshold=[1, 1.0, 1]))
     set_gate_bias(engine, ALWAYS)
     counts = run(engine, prompts)[1]
-    assert (total(counts, "gated"), counts["drafted"], counts["draft_layer_passes"]) == (0, 0, 0)
+    assert (total(counts, "gates_evaluated"), counts["draft_tokens"], counts["draft_layers"]) == (
+        0,
+        0,
+        0,
+    )
 
 
 def frequent(reference: list[Any], size: int) -> torch.Tensor:
@@ -151,8 +154,8 @@ def test_draft_vocabulary(
     assert_same(vanilla, outputs, reference)
     # Without the missing mass it is sure of too much; ids that were not mapped back would be
     # right by chance alone.
-    assert counts["drafted"] > plain["drafted"]
-    assert counts["accepted"] > 0.3 * plain["accepted"]
+    assert counts["draft_tokens"] > plain["draft_tokens"]
+    assert counts["accepted_tokens"] > 0.3 * plain["accepted_tokens"]
     sure = counts
 
     def more_for_others(worker: Any) -> None:
@@ -162,8 +165,8 @@ def test_draft_vocabulary(
     engine.collective_rpc(more_for_others)
     outputs, counts = run(engine, prompts)
     assert_same(vanilla, outputs, reference)
-    assert 0 < counts["drafted"] < sure["drafted"]
-    assert counts["acceptance_rate"] > sure["acceptance_rate"]
+    assert 0 < counts["draft_tokens"] < sure["draft_tokens"]
+    assert counts["draft_acceptance_rate"] > sure["draft_acceptance_rate"]
 
 
 def test_quantised_copy(
@@ -183,8 +186,10 @@ def test_quantised_copy(
     outputs, counts = run(engine, prompts)
     assert_same(engines.get(), outputs, reference)
     # About as good as the weights it was made of; noise would draft nothing or be rejected.
-    assert counts["drafted"] == pytest.approx(plain["drafted"], rel=0.15)
-    assert counts["acceptance_rate"] == pytest.approx(plain["acceptance_rate"], abs=0.05)
+    assert counts["draft_tokens"] == pytest.approx(plain["draft_tokens"], rel=0.15)
+    assert counts["draft_acceptance_rate"] == pytest.approx(
+        plain["draft_acceptance_rate"], abs=0.05
+    )
 
 
 def test_all_parts_at_once(
@@ -201,9 +206,9 @@ def test_all_parts_at_once(
     engine = engines.get(speculative_config=speculative(model=heads, gate_threshold=[0.3, 0.4, 0]))
     outputs, counts = run(engine, prompts)
     assert_same(engines.get(), outputs, reference)
-    assert counts["exits"]["6"]["gated"] == 0
-    assert 0 < counts["exits"]["2"]["checked"] < counts["exits"]["2"]["gated"]
-    assert counts["accepted"] > 50
+    assert counts["exits"]["6"]["gates_evaluated"] == 0
+    assert 0 < counts["exits"]["2"]["heads_evaluated"] < counts["exits"]["2"]["gates_evaluated"]
+    assert counts["accepted_tokens"] > 50
 
     def forget(worker: Any) -> None:
         model = worker.model_runner.speculator.model
@@ -211,7 +216,7 @@ def test_all_parts_at_once(
             tensor.data.zero_()
 
     engine.collective_rpc(forget)
-    assert run(engine, prompts)[1]["accepted"] < 50
+    assert run(engine, prompts)[1]["accepted_tokens"] < 50
     # As after a sleep that gave up the weights: everything is there again.
     engine.collective_rpc("reload_weights")
     outputs, again = run(engine, prompts)
@@ -291,7 +296,7 @@ def test_kernels_in_place_of_logits(
         projection.logits = no_logits
         # Warming up changes nothing that a request has.
         cache = None if speculator.draft_logits is None else speculator.draft_logits.clone()
-        launch_kernels(speculator, 16)
+        speculator.launch_kernels(16)
         assert cache is None or torch.equal(cache, speculator.draft_logits)
         return projection.kernel_weight(torch.float32) is not None
 
@@ -302,9 +307,9 @@ def test_kernels_in_place_of_logits(
     else:
         assert token_ids(outputs) == token_ids(stored_outputs)
     assert counts["exits"] == stored["exits"]
-    assert counts["drafted"] > 100
-    assert counts["accepted"] > 50
+    assert counts["draft_tokens"] > 100
+    assert counts["accepted_tokens"] > 50
     # Counts of what was saved, too, at exits that asked a gate.
-    gated = [e for e in counts["exits"].values() if e["gated"]]
+    gated = [e for e in counts["exits"].values() if e["gates_evaluated"]]
     assert bool(gated) == ("gate" in fields)
-    assert all(0 < e["checked"] < e["gated"] for e in gated)
+    assert all(0 < e["heads_evaluated"] < e["gates_evaluated"] for e in gated)

@@ -66,4 +66,4 @@ def test_an_engine_never_asks(
     stats(engine, reset=True)
     with patch.object(type(executor), "take_draft_token_ids", side_effect=AssertionError):
         generate(engine, prompts[:4], greedy())
-    assert stats(engine)["accepted"] > 20
+    assert stats(engine)["accepted_tokens"] > 20

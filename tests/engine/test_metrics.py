@@ -85,9 +85,9 @@ def test_differences_add_up() -> None:
     later = counted([2, 4])
     earlier = deepcopy(later)
     later += counted([2, 4])
-    later.exits[4].drafted += 5
+    later.exits[4].draft_tokens += 5
     difference = later - earlier
-    assert difference.exits[4].drafted == earlier.exits[4].drafted + 5
+    assert difference.exits[4].draft_tokens == earlier.exits[4].draft_tokens + 5
     assert difference.exits[2] == earlier.exits[2]
     assert difference.num_layers == NUM_LAYERS
     assert earlier + difference == later
@@ -98,16 +98,16 @@ def test_everything_is_sent_once() -> None:
     counters = Counters.create(NUM_LAYERS, (2, 4))
     unsent = UnsentCounts(counters)
     assert unsent.take() is None
-    counters.prefill_batches += 1
-    counters.exits[2].drafted += 3
+    counters.prefill_steps += 1
+    counters.exits[2].draft_tokens += 3
     first = unsent.take()
-    counters.exits[2].drafted += 1
-    counters.exits[4].rejected += 1
+    counters.exits[2].draft_tokens += 1
+    counters.exits[4].rejected_tokens += 1
     second = unsent.take()
     assert unsent.take() is None
     assert first is not None
     assert second is not None
-    assert (first.exits[2].drafted, second.exits[2].drafted) == (3, 1)
+    assert (first.exits[2].draft_tokens, second.exits[2].draft_tokens) == (3, 1)
     assert first + second == counters
 
 
@@ -137,11 +137,11 @@ def test_counts_cross_processes(
 def test_numbers_of_numpy_cross_processes(config: VllmConfig) -> None:
     counters = Counters.create(NUM_LAYERS, (2,))
     unsent = UnsentCounts(counters)
-    counters.tokens += np.int64(3)  # type: ignore[assignment]
-    counters.exits[2].accepted += np.bool_(True)  # type: ignore[assignment]
+    counters.generated_tokens += np.int64(3)  # type: ignore[assignment]
+    counters.exits[2].accepted_tokens += np.bool_(True)  # type: ignore[assignment]
     received = over_the_wire(step(unsent.take())).spec_decoding_stats
-    assert received.adadecode.tokens == 3
-    assert received.adadecode.exits == {2: ExitCounters(accepted=1)}
+    assert received.adadecode.generated_tokens == 3
+    assert received.adadecode.exits == {2: ExitCounters(accepted_tokens=1)}
 
 
 @pytest.mark.parametrize("vllms", [None, one_window(2, 1)], ids=["no draft", "drafts"])
@@ -195,23 +195,23 @@ def test_prometheus(config: VllmConfig, exit_layers: list[int]) -> None:
     # Labels of exits sort as engine, exit_layer, model_name.
     for layer, exit_counts in counts.exits.items():
         for name, value in (
-            ("gate_checks", exit_counts.gated),
-            ("head_checks", exit_counts.checked),
-            ("drafted", exit_counts.drafted),
-            ("promoted", exit_counts.promoted),
-            ("accepted", exit_counts.accepted),
-            ("rejected", exit_counts.rejected),
+            ("gates_evaluated", exit_counts.gates_evaluated),
+            ("heads_evaluated", exit_counts.heads_evaluated),
+            ("draft_tokens", exit_counts.draft_tokens),
+            ("next_exit", exit_counts.next_exit),
+            ("accepted_tokens", exit_counts.accepted_tokens),
+            ("rejected_tokens", exit_counts.rejected_tokens),
         ):
             assert found[f"{name}_total", "1", str(layer), model] == 2 * value
             assert found[f"{name}_total", "0", str(layer), model] == 0
     for key, value in {
-        ("rounds_total", "1", "deferred", model): counts.deferred_batches,
-        ("rounds_total", "1", "plain", model): counts.plain_batches,
-        ("rounds_total", "1", "prefill", model): counts.prefill_batches,
-        ("layer_passes_total", "1", model, "draft"): counts.draft_layer_passes,
-        ("layer_passes_total", "1", model, "verification"): counts.verify_layer_passes,
-        ("verifications_total", "1", model): counts.verifications,
-        ("tokens_total", "1", model): counts.tokens,
+        ("steps_total", "1", "deferred", model): counts.deferred_steps,
+        ("steps_total", "1", "plain", model): counts.plain_steps,
+        ("steps_total", "1", "prefill", model): counts.prefill_steps,
+        ("layers_executed_total", "1", model, "draft"): counts.draft_layers,
+        ("layers_executed_total", "1", model, "verification"): counts.verification_layers,
+        ("verification_steps_total", "1", model): counts.verification_steps,
+        ("generated_tokens_total", "1", model): counts.generated_tokens,
         ("deferred_tokens_total", "1", model): counts.deferred_tokens,
     }.items():
         assert found[key] == 2 * value
@@ -219,12 +219,12 @@ def test_prometheus(config: VllmConfig, exit_layers: list[int]) -> None:
     # A bucket counts what is not above its bound.
     emitted = 0
     for layer in exit_layers:
-        emitted += 2 * counts.exits[layer].accepted
+        emitted += 2 * counts.exits[layer].accepted_tokens
         assert found["exit_depth_bucket", "1", str(float(layer)), model] == emitted
     emitted += 2 * counts.sampled_tokens
     assert found["exit_depth_bucket", "1", str(float(NUM_LAYERS)), model] == emitted
     assert found["exit_depth_count", "1", model] == emitted
-    depths = [*((layer, c.accepted) for layer, c in counts.exits.items())]
+    depths = [*((layer, c.accepted_tokens) for layer, c in counts.exits.items())]
     depths.append((NUM_LAYERS, counts.sampled_tokens))
     assert found["exit_depth_sum", "1", model] == 2 * sum(layer * n for layer, n in depths)
 
@@ -278,10 +278,10 @@ def logged(logger: LoggingStatLogger, *steps: SchedulerStats) -> list[str]:
 
 def decoded(exit_layers: list[int]) -> Counters:
     counts = Counters.create(NUM_LAYERS, tuple(exit_layers))
-    counts.verifications, counts.tokens = 2, 5
-    counts.draft_layer_passes, counts.verify_layer_passes = 6, 4
+    counts.verification_steps, counts.generated_tokens = 2, 5
+    counts.draft_layers, counts.verification_layers = 6, 4
     first = counts.exits[exit_layers[0]]
-    first.drafted, first.accepted, first.rejected = 5, 3, 1
+    first.draft_tokens, first.accepted_tokens, first.rejected_tokens = 5, 3, 1
     return counts
 
 
@@ -292,12 +292,12 @@ def test_log_line(config: VllmConfig, exit_layers: list[int]) -> None:
     vllms, ours = logged(logger, step(counts, one_window(3, 2)), step(counts))
     assert vllms.startswith("SpecDecoding metrics: Mean acceptance length: 3.00")
     assert ours == (
-        "AdaDecode metrics: Tokens a verification: 2.50, Layer passes a token: 0.250, "
-        f"Acceptance rate: 75.0%, Drafted/accepted by exit layer: {', '.join(exits)}"
+        "AdaDecode metrics: Mean acceptance length: 2.50, Target layers executed per token: 0.250, "
+        f"Avg Draft acceptance rate: 75.0%, Draft/accepted tokens by exit layer: {', '.join(exits)}"
     )
     # Once an interval, and the next one starts from nothing.
     assert logged(logger) == []
-    counts.exits[exit_layers[0]] = ExitCounters(drafted=1)
+    counts.exits[exit_layers[0]] = ExitCounters(draft_tokens=1)
     assert f"layer: {exit_layers[0]}: 1/0" in logged(logger, step(counts))[-1]
 
 
@@ -306,12 +306,12 @@ def test_log_line_without_drafts(config: VllmConfig, exit_layers: list[int]) -> 
     """An interval with prefill, or with thresholds that were never passed."""
     logger = LoggingStatLogger(config)
     counts = Counters.create(NUM_LAYERS, tuple(exit_layers))
-    counts.prefill_batches = 1
+    counts.prefill_steps = 1
     assert logged(logger, step(counts)) == []
-    counts.verifications = counts.tokens = 4
-    counts.verify_layer_passes = 4 * NUM_LAYERS
+    counts.verification_steps = counts.generated_tokens = 4
+    counts.verification_layers = 4 * NUM_LAYERS
     assert logged(logger, step(counts)) == [
-        "AdaDecode metrics: Tokens a verification: 1.00, Layer passes a token: 1.000"
+        "AdaDecode metrics: Mean acceptance length: 1.00, Target layers executed per token: 1.000"
     ]
 
 
@@ -352,15 +352,15 @@ def total(name: str, **labels: str) -> float:
 
 
 def test_engine_agrees_with_its_worker(engine: LLM, prompts: list[str]) -> None:
-    names = ("drafted", "promoted", "accepted", "rejected")
+    names = ("draft_tokens", "next_exit", "accepted_tokens", "rejected_tokens")
 
     def by_exit(layer: str) -> list[float]:
         return [total(f"adadecode_{name}_total", exit_layer=layer) for name in names]
 
     others = (
-        *("adadecode_deferred_tokens_total", "adadecode_tokens_total"),
+        *("adadecode_deferred_tokens_total", "adadecode_generated_tokens_total"),
         *("adadecode_exit_depth_count", "spec_decode_num_accepted_tokens_total"),
-        *("generation_tokens_total", "adadecode_rounds_total", "adadecode_layer_passes_total"),
+        *("generation_tokens_total", "adadecode_steps_total", "adadecode_layers_executed_total"),
     )
     layers = list(stats(engine, reset=True)["exits"])
     before, exits_before = {n: total(n) for n in others}, {e: by_exit(e) for e in layers}
@@ -378,20 +378,22 @@ def test_engine_agrees_with_its_worker(engine: LLM, prompts: list[str]) -> None:
         assert found == [first["exits"][layer][n] + second["exits"][layer][n] for n in names]
     rise = {name: total(name) - before[name] for name in others}
     assert rise["adadecode_deferred_tokens_total"] == counts("deferred_tokens") > 0
-    assert rise["adadecode_tokens_total"] == counts("tokens")
+    assert rise["adadecode_generated_tokens_total"] == counts("generated_tokens")
     # vLLM counts accepted drafts from the lengths of outputs, and these drafts are all.
-    assert rise["spec_decode_num_accepted_tokens_total"] == counts("accepted") > 0
-    assert rise["adadecode_exit_depth_count"] == counts("accepted") + counts("sampled_tokens")
+    assert rise["spec_decode_num_accepted_tokens_total"] == counts("accepted_tokens") > 0
+    assert rise["adadecode_exit_depth_count"] == counts("accepted_tokens") + counts(
+        "sampled_tokens"
+    )
     # Every emitted token has a depth; no request here ends amid a window or is preempted. A batch
     # that was started in advance may sample for requests that turn out to have ended.
     beyond = rise["adadecode_exit_depth_count"] - rise["generation_tokens_total"]
     is_async = engine.llm_engine.vllm_config.scheduler_config.async_scheduling
     assert 0 <= beyond <= (8 if is_async else 0)
     assert rise["generation_tokens_total"] == 8 * 48
-    batches = ("deferred_batches", "plain_batches", "prefill_batches")
-    assert rise["adadecode_rounds_total"] == sum(map(counts, batches))
-    passes = counts("draft_layer_passes") + counts("verify_layer_passes")
-    assert rise["adadecode_layer_passes_total"] == passes
+    batches = ("deferred_steps", "plain_steps", "prefill_steps")
+    assert rise["adadecode_steps_total"] == sum(map(counts, batches))
+    passes = counts("draft_layers") + counts("verification_layers")
+    assert rise["adadecode_layers_executed_total"] == passes
 
 
 def test_engine_logs(engine: LLM, prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,8 +408,8 @@ def test_engine_logs(engine: LLM, prompts: list[str], monkeypatch: pytest.Monkey
         engine.llm_engine.do_log_stats()
     (line,) = [line for line in lines if line.startswith("AdaDecode metrics: ")]
     counts = stats(engine)
-    assert f"Tokens a verification: {counts['tokens_per_verification']:.2f}," in line
-    assert f"Acceptance rate: {100 * counts['acceptance_rate']:.1f}%" in line
+    assert f"Mean acceptance length: {counts['mean_acceptance_length']:.2f}," in line
+    assert f"Avg Draft acceptance rate: {100 * counts['draft_acceptance_rate']:.1f}%" in line
 
 
 # --- profiling ---------------------------------------------------------------------------------
@@ -442,16 +444,16 @@ def test_phases_are_ranges(
     paths, last = ranges.paths, len(counts["exits"])
     assert ranges.open == []
     assert paths[:3] == ["all layers", "LM head and rejection sampling", "draft loop"]
-    assert paths.count("verification") == counts["deferred_batches"] > 0
-    assert paths.count(f"verification > span {last}") == counts["deferred_batches"]
-    rounds = counts["deferred_batches"] + counts["plain_batches"] + counts["prefill_batches"]
+    assert paths.count("verification") == counts["deferred_steps"] > 0
+    assert paths.count(f"verification > span {last}") == counts["deferred_steps"]
+    rounds = counts["deferred_steps"] + counts["plain_steps"] + counts["prefill_steps"]
     assert paths.count("LM head and rejection sampling") == rounds
     # Where there is no room for a draft, there is no loop.
-    assert counts["deferred_batches"] <= paths.count("draft loop") <= rounds
+    assert counts["deferred_steps"] <= paths.count("draft loop") <= rounds
     for number, exit_counts in enumerate(counts["exits"].values(), start=1):
         # One request: a check is one row.
         checks = paths.count(f"draft loop > head {number}")
-        assert checks == max(exit_counts["gated"], exit_counts["checked"])
+        assert checks == max(exit_counts["gates_evaluated"], exit_counts["heads_evaluated"])
     assert paths.count("draft loop > span 0") > 0
 
 

@@ -9,33 +9,38 @@ import random
 from typing import Any
 
 import pytest
-import torch
 from vllm import SamplingParams
 
 from tests.support.engines import EnginePool, assert_same, generate, greedy, speculative, stats
+from tests.support.fake_target import draft
 from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength, Choice, RoundCosts
-from vllm_adadecode.adaptive.profile import SamePolicy, _costs
-from vllm_adadecode.draft.policy import Action, ThresholdPolicy
+from vllm_adadecode.adaptive.profile import _costs, all_alike
+from vllm_adadecode.heads.thresholds import ExitThresholds
 
-REAL = ThresholdPolicy((0.7, 1.0, 0.9, 1.0), (0.5, 0.5, 0.0, 0.5))
+REAL = ExitThresholds.of((0.7, 1.0, 0.9), (0.5, 0.5, 0.25))
 
 
-class TestSamePolicy:
-    def test_it_asks_what_the_real_one_asks(self) -> None:
-        same = SamePolicy(REAL)
-        assert same.num_used_exits == 3
-        assert [same.uses(e) for e in range(4)] == [REAL.uses(e) for e in range(4)]
-        assert [same.uses_gate(e) for e in range(4)] == [REAL.uses_gate(e) for e in range(4)]
-
-    @pytest.mark.parametrize("follow", [None, 0, 2])
-    def test_all_rows_do_the_same(self, follow: int | None) -> None:
-        same = SamePolicy(REAL, follow)
-        for e in (0, 2):
-            action = {True: Action.EXTEND, False: Action.STOP if e == 2 else Action.PROMOTE}
-            expected = [int(action[e == follow])] * 3
-            assert same.decide(e, torch.tensor([0.0, 0.5, float("nan")])).tolist() == expected
-            assert same.passes_gate(e, torch.tensor([0.0, 1.0])).tolist() == [e == follow] * 2
-        assert SamePolicy(REAL, follow, open_gates=True).passes_gate(0, torch.zeros(2)).all()
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("accept_at", "open_gates", "heads"),
+    [(None, False, []), (0, False, [0]), (2, False, [2]), (None, True, [0, 2])],
+)
+def test_every_request_does_the_same(
+    accept_at: int | None, open_gates: bool, heads: list[int], probability: float
+) -> None:
+    """Whatever heads and gates say, at the exits and gates of the real thresholds."""
+    run = draft(
+        lambda *_: min(max(probability, 1e-3), 1 - 1e-3),
+        [3],
+        thresholds=all_alike(REAL, accept_at, open_gates),
+        gate=lambda *_: probability,
+    )
+    drafts = 0 if accept_at is None else 3
+    assert run.state.num_drafts.tolist() == [drafts]
+    assert set(run.state.exits[0, :drafts].tolist()) == ({accept_at} if drafts else set())
+    assert [e for e, _ in run.target.checks] == heads * max(1, drafts)
+    gates = [0] if accept_at == 0 else [0, 2]
+    assert [e for e, _ in run.target.gates_evaluated] == gates * max(1, drafts)
 
 
 def test_costs_are_differences_of_rounds() -> None:
@@ -56,19 +61,20 @@ def test_costs_are_differences_of_rounds() -> None:
 
 def _budget(worker: Any) -> dict[str, Any]:
     speculator = worker.model_runner.speculator
-    windows = speculator.windows
+    ledger, config = speculator.ledger, speculator.speculative_config
+    thresholds = config.confidence_threshold, config.gate_threshold
     return {
-        "costs": speculator.draft_length.costs,
-        "statistics": speculator.draft_length.statistics,
-        "windows": len(windows._windows),
-        "policy": type(speculator.policy).__name__,
+        "costs": ledger.draft_length.costs,
+        "statistics": ledger.draft_length.statistics,
+        "windows": len(ledger.windows._windows),
+        "thresholds": (ledger.thresholds, ExitThresholds.of(*thresholds)),
         "requests": len(worker.model_runner.req_states.req_id_to_index),
     }
 
 
 def _make_drafts_dear(worker: Any) -> None:
     """Drafts that cost a hundred rounds each."""
-    draft_length = worker.model_runner.speculator.draft_length
+    draft_length = worker.model_runner.speculator.ledger.draft_length
     costs = draft_length.costs
     exits = len(costs.extended[0])
     dear = tuple((100 * seconds,) * exits for seconds in costs.plain)
@@ -94,7 +100,8 @@ class TestEngine:
         assert costs.batch_sizes[0] == 1
         assert all(seconds > 0 for seconds in costs.plain)
         assert all(list(row) == sorted(row) for row in costs.extended)
-        assert found["policy"] == "ThresholdPolicy"
+        now, configured = found["thresholds"]
+        assert now == configured
         assert found["requests"] == found["windows"] == 0
 
     def test_output_is_vanilla_s_whatever_is_chosen(
@@ -105,7 +112,7 @@ class TestEngine:
         for batch in (1, 12):
             stats(engine, reset=True)
             assert_same(vanilla, generate(engine, prompts[:12], greedy(), batch), reference)
-        assert stats(engine)["tokens"] > 0
+        assert stats(engine)["generated_tokens"] > 0
 
     def test_output_is_vanilla_s_with_any_choices(
         self,
@@ -127,7 +134,7 @@ class TestEngine:
         assert_same(vanilla, generate(engine, prompts[:12], greedy(), 12), reference)
         assert {choice.exits for choice in made} == {1, 2, 3}
         exits = stats(engine)["exits"].values()
-        assert all(counts["accepted"] > 0 for counts in exits)
+        assert all(counts["accepted_tokens"] > 0 for counts in exits)
 
     def test_drafts_that_do_not_pay_are_not_made(
         self, engine: Any, engines: EnginePool, prompts: list[str]
@@ -142,8 +149,7 @@ class TestEngine:
         assert_same(vanilla, generate(engine, prompts, greedy(), 4), reference)
         counted = stats(engine)
         # All but the rounds that probe.
-        assert counted["early_prediction_rate"] < 0.1
-        assert counted["verifications"] > 0.9 * counted["tokens"]
+        assert counted["verification_steps"] > 0.9 * counted["generated_tokens"]
 
     def test_requests_with_a_seed_draft_all_the_same(
         self, engine: Any, prompts: list[str], monkeypatch: pytest.MonkeyPatch
@@ -160,4 +166,4 @@ class TestEngine:
         ):
             stats(engine, reset=True)
             generate(engine, prompts[:2], params)
-            assert (stats(engine)["drafted"] > 0) == drafts, params
+            assert (stats(engine)["draft_tokens"] > 0) == drafts, params

@@ -140,25 +140,24 @@ def test_metrics_rise(server: Server, prompts: list[str]) -> None:
     after = [counter(server, f"spec_decode_num_{name}") for name in names]
     assert all(a > b for a, b in zip(after, before, strict=True))
     # vLLM's counts and ours are of the same drafts.
-    drafted = server.stats()["drafted"] - counts["drafted"]
+    drafted = server.stats()["draft_tokens"] - counts["draft_tokens"]
     assert after[1] - before[1] == drafted
 
 
 def test_metrics_by_exit_layer(server: Server, prompts: list[str]) -> None:
     def of_exits() -> dict[str, dict[str, float]]:
         """Our counters by exit layer, as the names that `adadecode_stats` gives them."""
-        names = {"gate_checks": "gated", "head_checks": "checked"}
         found: dict[str, dict[str, float]] = {}
         for metric in text_string_to_metric_families(server.client.get("/metrics").text):
             for sample in metric.samples:
                 name = re.fullmatch(r"vllm:adadecode_(\w+)_total", sample.name)
                 if name and "exit_layer" in sample.labels:
                     counts = found.setdefault(sample.labels["exit_layer"], {})
-                    counts[names.get(name[1], name[1])] = sample.value
+                    counts[name[1]] = sample.value
         return found
 
     def accepted() -> float:
-        return sum(counts["accepted"] for counts in of_exits().values())
+        return sum(counts["accepted_tokens"] for counts in of_exits().values())
 
     # From the start of the server: whatever was aborted in between, nothing is counted twice or
     # lost on the way.

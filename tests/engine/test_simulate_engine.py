@@ -10,10 +10,10 @@ import torch
 from tests.support import engines as harness
 from tests.support.engines import DEMO_MODEL, EnginePool, greedy, speculative, token_ids
 from tests.support.heads_samples import demo_heads
-from vllm_adadecode.draft.policy import ThresholdPolicy
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
 from vllm_adadecode.evaluation.session import open_session
 from vllm_adadecode.evaluation.simulate import Setting, Simulator
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.training.sequences import Sequence
 
 PROMPTS, TOKENS, MAX_DRAFTS = 10, 64, 8
@@ -50,10 +50,10 @@ def test_counts_are_the_engine_s(
     session = open_session(str(gated_heads), dtype="float32")
     simulator = None
     for setting in SETTINGS:
-        policy = ThresholdPolicy(setting.thresholds, setting.gate_thresholds)
+        thresholds = ExitThresholds.of(setting.thresholds, setting.gate_thresholds)
 
-        def change(worker: object, policy: ThresholdPolicy = policy) -> None:
-            worker.model_runner.speculator.policy = policy  # type: ignore[attr-defined]
+        def change(worker: object, thresholds: ExitThresholds = thresholds) -> None:
+            worker.model_runner.speculator.ledger.thresholds = thresholds  # type: ignore[attr-defined]
 
         engine.collective_rpc(change)
         harness.stats(engine, reset=True)
@@ -68,13 +68,13 @@ def test_counts_are_the_engine_s(
             assert all((t.generated == t.final).mean() > 0.98 for t in traces)
             simulator = Simulator(traces)
         counts = simulator.run(setting)
-        assert counts.generated_tokens == real["tokens"] == PROMPTS * (TOKENS - 1)
-        assert counts.verification_steps == pytest.approx(real["verifications"], rel=0.01)
-        assert counts.accepted_tokens == pytest.approx(real["accepted"], rel=0.01)
-        for name, real_name in (("heads_evaluated", "checked"), ("gates_evaluated", "gated")):
-            there = sum(e[real_name] for e in real["exits"].values())
+        assert counts.generated_tokens == real["generated_tokens"] == PROMPTS * (TOKENS - 1)
+        assert counts.verification_steps == pytest.approx(real["verification_steps"], rel=0.01)
+        assert counts.accepted_tokens == pytest.approx(real["accepted_tokens"], rel=0.01)
+        for name in ("heads_evaluated", "gates_evaluated"):
+            there = sum(e[name] for e in real["exits"].values())
             assert getattr(counts, name) == pytest.approx(there, rel=0.05), setting
-        found, expected = counts.layers_executed_per_token, real["layer_passes_per_token"]
+        found, expected = counts.layers_executed_per_token, real["layers_executed_per_token"]
         assert found == pytest.approx(expected, rel=LAYER_PASSES), setting
         # It is drafting that is compared.
         assert counts.draft_tokens > 100

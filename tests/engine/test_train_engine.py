@@ -62,8 +62,8 @@ def test_trained_heads_serve_their_target(
         generate(vanilla, prompts[:8], greedy(48)),
     )
     counts = stats(ours)
-    assert counts["drafted"] > 50, counts
-    assert counts["accepted"] > 0.8 * counts["drafted"], counts
+    assert counts["draft_tokens"] > 50, counts
+    assert counts["accepted_tokens"] > 0.8 * counts["draft_tokens"], counts
 
 
 def test_sampling_of_generations() -> None:

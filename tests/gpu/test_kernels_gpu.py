@@ -92,7 +92,7 @@ def test_a_head_check_can_be_captured() -> None:
         def check() -> tuple[torch.Tensor, ...]:
             x, passes = head_input(hidden, residual, norm_eps=1e-5, **gate)
             assert passes is not None
-            order, num_live = live_first(passes, 0.5)
+            order, num_live = live_first(passes > 0.5)
             result = head_confidence(x, head, 0.3, order=order, num_live=num_live)
             states.store(slots, offsets, hidden, residual)
             return result.token, result.p, *states.gather(slots, offsets)

@@ -8,15 +8,17 @@ from unittest.mock import patch
 
 import torch
 
-from tests.kernels.head_cases import blocks, extreme_rows, make_head
-from tests.kernels.loop_cases import sampling_inputs
+from tests.kernels.head_cases import blocks, extreme_rows, make_head, sampling_inputs
 from tests.kernels.registry import floats
+from vllm_adadecode.kernels.confidence import head_confidence
+from vllm_adadecode.kernels.gate import live_first
+from vllm_adadecode.kernels.head_weight import HeadWeight
+from vllm_adadecode.kernels.projection_reference import project
+from vllm_adadecode.kernels.sampling import head_sample
 
 
 def batch_invariance() -> str:
     """A row's result is the same to the bit alone, among others, and beside NaN and infinity."""
-    from vllm_adadecode.kernels.confidence import head_confidence
-
     rng = torch.Generator("cpu").manual_seed(2)
     for dtype in (torch.float32, torch.bfloat16):
         head = make_head(rng, 300, 64, dtype)
@@ -40,16 +42,13 @@ def same_draw_as_vllm() -> str:
     """The draw is what vLLM's own kernel draws from the stored logits."""
     from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
-    from vllm_adadecode.kernels.projection_reference import head_logits
-    from vllm_adadecode.kernels.sampling import head_sample
-
     rng = torch.Generator("cpu").manual_seed(3)
     head = make_head(rng, 1500, 32, torch.float32)
     inputs = sampling_inputs(rng, 20)
     x = floats(rng, 20, 32)
     ours = head_sample(x, head, 0.2, **inputs, blocks=blocks(BLOCK_V=256)).sampled
     theirs = gumbel_sample(
-        head_logits(x, head),
+        project(x, head.weight),
         inputs["slots"],
         inputs["temperature"],
         inputs["seeds"],
@@ -63,9 +62,6 @@ def same_draw_as_vllm() -> str:
 def dead_rows_load_nothing() -> str:
     """Only row tiles with a live row load weights; counted in the interpreter's memory."""
     from triton.runtime.interpreter import InterpreterBuilder
-
-    from vllm_adadecode.kernels.confidence import head_confidence
-    from vllm_adadecode.kernels.gate import live_first
 
     rng = torch.Generator("cpu").manual_seed(4)
     head = make_head(rng, 100, 32, torch.float32)
@@ -83,8 +79,7 @@ def dead_rows_load_nothing() -> str:
     with patch.object(InterpreterBuilder, "create_masked_load", counting):
         for live in (0, 1, 16, 17, 40):
             counted = 0
-            gate = (torch.arange(40) < live).float()
-            order, num_live = live_first(gate, 0.5)
+            order, num_live = live_first(torch.arange(40) < live)
             x = floats(rng, 40, 32)
             head_confidence(x, head, 0.0, order=order, num_live=num_live, blocks=blocks())
             loads.append(counted)
@@ -95,9 +90,6 @@ def dead_rows_load_nothing() -> str:
 
 def never_confident() -> str:
     """At threshold 0 every row with a probability is confident, and no row with NaN or +inf."""
-    from vllm_adadecode.kernels.confidence import head_confidence
-    from vllm_adadecode.kernels.head_weight import HeadWeight
-
     x, weight = extreme_rows()
     found = head_confidence(x, HeadWeight(weight), 0.0).confident.tolist()
     expected = [True, False, True, False, False, False, True, False]

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from tests.kernels.cpu.compare import _pretend_cpu_backend
-from tests.kernels.cpu.running import idle, problems, run
+from tests.kernels.cpu.running import compare_all
 
 PACKAGE = "vllm_adadecode.kernels"
 
@@ -64,15 +64,12 @@ def main() -> None:
     _pretend_cpu_backend()
     import vllm.v1.worker.cpu.shm  # noqa: F401
 
+    import tests.kernels.loop_cases  # noqa: F401
     from tests.kernels.checks import CHECKS, INTERPRETER_CHECKS
-    from tests.kernels.head_cases import HEAD
-    from tests.kernels.loop_cases import SAMPLE
     from tests.kernels.registry import CASES
     from vllm_adadecode.kernels import projection_reference
     from vllm_adadecode.kernels.launch import REFERENCES
 
-    assert HEAD
-    assert SAMPLE
     _interpretable()
     # The interpreter warns where a hash overflows, as it is meant to.
     np.seterr(all="ignore")
@@ -80,31 +77,16 @@ def main() -> None:
     def exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x.float(), weight.float())
 
-    differences: dict[str, str] = {}
-    noticed: set[str] = set()
+    chosen = {name: case for name, case in CASES.items() if all(a in name for a in sys.argv[1:])}
     with patch.object(projection_reference, "project", exact):
-        for name, case in CASES.items():
-            if sys.argv[1:] and sys.argv[1] not in name:
-                continue
-            expected, _ = run(case, {})
-            references = {f"{PACKAGE}.{k}": REFERENCES[f"{PACKAGE}.{k}"] for k in case.kernels}
-            differences[name] = problems(case, expected, references)
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            for kernel in references.keys() - noticed:
-                if problems(case, expected, {**references, kernel: idle}):
-                    noticed.add(kernel)
-            torch.use_deterministic_algorithms(False)
-    checks = {name: check() for name, check in {**CHECKS, **INTERPRETER_CHECKS}.items()}
-    print(
-        json.dumps(
-            {
-                "differences": differences,
-                "kernels": {name: CASES[name].kernels for name in differences},
-                "noticed": sorted(noticed),
-                "checks": checks,
-            }
-        )
-    )
+        differences, noticed = compare_all(chosen, REFERENCES, PACKAGE)
+    found = {
+        "differences": differences,
+        "kernels": {name: case.kernels for name, case in chosen.items()},
+        "noticed": noticed,
+        "checks": {name: check() for name, check in {**CHECKS, **INTERPRETER_CHECKS}.items()},
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,14 @@ from tests.gpu.device import on_device
 from tests.kernels.cpu.running import compare_apart
 from tests.kernels.registry import CASES, floats
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.kernels import (
-    answer,
-    confidence,
-    draft_step,
-    gate,
-    merge,
-    sampling,
-    verification_plan,
-)
+from vllm_adadecode.kernels import gate, merge, sampling
+from vllm_adadecode.kernels.confidence import head_confidence
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import DraftRows
 from vllm_adadecode.kernels.head_weight import HeadWeight
 from vllm_adadecode.kernels.launch import REFERENCES
+from vllm_adadecode.kernels.merge_reference import HeadResult
 from vllm_adadecode.kernels.projection import head_partials
-
-assert loop_cases, "imported for its cases"
-assert all((answer, draft_step, verification_plan)), "imported for their references"
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "vllm_adadecode.kernels."
@@ -122,42 +113,44 @@ def test_cases_for_a_gpu_have_the_same_inputs() -> None:
 # --- references against plain torch ---------------------------------------------------------------
 
 
-def assert_same(found: Any, expected: Any) -> None:
+def softmax_of(
+    x: torch.Tensor, head: HeadWeight, other: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token and p from stored logits, by the definition."""
+    weight = head.weight.float()
+    if head.row_scale is not None:
+        weight = weight * head.row_scale[:, None]
+    logits = x @ weight.T
+    if head.soft_cap is not None:
+        logits = head.soft_cap * torch.tanh(logits / head.soft_cap)
+    logits = logits * head.logit_scale
+    if other is not None:
+        logits = torch.cat([logits, other[:, None]], dim=1)
+    p, token = torch.softmax(logits, dim=-1)[:, : len(weight)].max(dim=-1)
+    return (token if head.vocab_ids is None else head.vocab_ids[token]), p
+
+
+def assert_found(found: HeadResult, token: torch.Tensor, p: torch.Tensor, threshold: float) -> None:
     # Sums in another order.
-    torch.testing.assert_close(found.p, expected.p, rtol=2e-5, atol=1e-7, equal_nan=True)
-    numeric = ~expected.p.isnan()
-    assert torch.equal(found.token[numeric], expected.token[numeric])
-    assert torch.equal(found.confident, expected.confident)
+    torch.testing.assert_close(found.p, p, rtol=2e-5, atol=1e-7, equal_nan=True)
+    assert torch.equal(found.token[~p.isnan()], token[~p.isnan()])
+    assert torch.equal(found.confident, p > threshold)
     assert (found.token.dtype, found.p.dtype) == (torch.int64, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("extra", [{}, {"soft_cap": 3.0, "logit_scale": 0.5}])
 def test_head_confidence(rng: torch.Generator, dtype: torch.dtype, extra: dict[str, Any]) -> None:
-    head = head_cases.make_head(rng, 300, 64, dtype, **extra)
-    x = floats(rng, 5, 64)
-    weight = head.weight.float()
-    if head.row_scale is not None:
-        weight = weight * head.row_scale[:, None]
-    exact = confidence.head_confidence_reference(x, HeadWeight(weight, **extra), 0.2)
-    assert_same(confidence.head_confidence(x, head, 0.2), exact)
-
-
-def test_head_confidence_is_a_softmax(rng: torch.Generator) -> None:
-    head, x = head_cases.make_head(rng, 300, 64, torch.float32), floats(rng, 5, 64)
-    p, token = torch.softmax(x @ head.weight.T, dim=-1).max(dim=-1)
-    found = confidence.head_confidence(x, head, 0.2)
-    torch.testing.assert_close(found.p, p, rtol=2e-5, atol=0.0)
-    assert torch.equal(found.token, token)
-    assert torch.equal(found.confident, p > 0.2)
+    head, x = head_cases.make_head(rng, 300, 64, dtype, **extra), floats(rng, 5, 64)
+    assert_found(head_confidence(x, head, 0.2), *softmax_of(x, head), 0.2)
 
 
 def test_infinite_and_nan_rows() -> None:
     x, weight = head_cases.extreme_rows()
     head = HeadWeight(weight)
-    expected = confidence.head_confidence_reference(x, head, 0.0)
-    assert expected.p.isnan().tolist() == [False, True, False, True, True, True, False, True]
-    assert_same(confidence.head_confidence(x, head, 0.0), expected)
+    token, p = softmax_of(x, head)
+    assert p.isnan().tolist() == [False, True, False, True, True, True, False, True]
+    assert_found(head_confidence(x, head, 0.0), token, p, 0.0)
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -166,32 +159,26 @@ def test_draft_vocabulary(rng: torch.Generator, size: int, other: bool) -> None:
     ids = torch.randperm(1000, generator=rng)[:size].sort().values
     head = head_cases.make_head(rng, size, 64, torch.float32, vocab_ids=ids)
     x, logit = floats(rng, 6, 64), floats(rng, 6) if other else None
-    found = confidence.head_confidence(x, head, 0.3, other=logit)
-    assert_same(found, confidence.head_confidence_reference(x, head, 0.3, other=logit))
-    assert set(found.token.tolist()) <= set(ids.tolist())
+    found = head_confidence(x, head, 0.3, other=logit)
+    assert_found(found, *softmax_of(x, head, logit), 0.3)
     if size == 1 and not other:
         assert found.p.tolist() == [1.0] * 6
 
 
 def test_thresholds_0_and_1(rng: torch.Generator) -> None:
-    head = head_cases.make_head(rng, 1, 8, torch.float32)
-    x = floats(rng, 3, 8)
-    assert confidence.head_confidence(x, head, 0.0).confident.all()
-    assert not confidence.head_confidence(x, head, 1.0).confident.any()
+    head, x = head_cases.make_head(rng, 1, 8, torch.float32), floats(rng, 3, 8)
+    assert head_confidence(x, head, 0.0).confident.all()
+    assert not head_confidence(x, head, 1.0).confident.any()
 
 
 def test_gated_rows(rng: torch.Generator) -> None:
     head, x = head_cases.make_head(rng, 300, 64, torch.float32), floats(rng, 7, 64)
-    passes = torch.tensor([0.1, 0.9, 0.5, torch.nan, 0.7, 0.6, 0.0])
-    order, num_live = gate.live_first(passes, 0.5)
-    assert (order.tolist(), num_live.tolist()) == ([1, 4, 5, 0, 2, 3, 6], [3])
-    found = confidence.head_confidence(x, head, 0.2, order=order, num_live=num_live)
     live = torch.tensor([False, True, False, False, True, True, False])
-    assert_same(found, confidence.head_confidence_reference(x, head, 0.2, live=live))
-
-
-def test_gate_threshold_0_lets_all_pass() -> None:
-    assert gate.live_first(torch.tensor([0.0, 0.4]), 0.0)[1].item() == 2
+    order, num_live = gate.live_first(live)
+    assert (order.tolist(), num_live.tolist()) == ([1, 4, 5, 0, 2, 3, 6], [3])
+    found = head_confidence(x, head, 0.2, order=order, num_live=num_live)
+    token, p = softmax_of(x, head)
+    assert_found(found, torch.where(live, token, 0), torch.where(live, p, 0.0), 0.2)
 
 
 @pytest.mark.parametrize("num_shards", [2, 3])
@@ -203,17 +190,17 @@ def test_shards_are_merged(rng: torch.Generator, num_shards: int) -> None:
         parts.append(merge.merge_partials(head_partials(x, shard)))
         first += len(weight)
     found = merge.merge_shards(parts[1], 0.2, lambda _: torch.cat(parts))
-    assert_same(found, confidence.head_confidence_reference(x, head, 0.2))
+    assert_found(found, *softmax_of(x, head), 0.2)
 
 
 def test_no_rows(rng: torch.Generator) -> None:
     head = head_cases.make_head(rng, 50, 16, torch.float32)
     x = torch.empty(0, 16)
-    assert confidence.head_confidence(x, head, 0.5).token.shape == (0,)
+    assert head_confidence(x, head, 0.5).token.shape == (0,)
     none = torch.empty(0, dtype=torch.int64)
     drawn = sampling.head_sample(x, head, 0.5, none, none, torch.ones(1), torch.ones(1).long())
     assert drawn.sampled.shape == (0,)
-    assert gate.live_first(torch.empty(0), 0.5)[1].item() == 0
+    assert gate.live_first(torch.empty(0, dtype=torch.bool))[1].item() == 0
     normed, passes = gate.head_input(x, x)
     assert normed.shape == (0, 16)
     assert passes is None
@@ -224,31 +211,22 @@ def test_no_rows(rng: torch.Generator) -> None:
     assert merge.merge_shards(parts, 0.5, lambda part: part).token.shape == (0,)
 
 
+def draw(head: HeadWeight) -> object:
+    return sampling.head_sample(torch.ones(2, 8), head, 0.5, *[torch.zeros(2)] * 4)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda h: confidence.head_confidence(torch.ones(2, 9), h, 0.5), "must be [rows, 8]"),
-        (lambda h: confidence.head_confidence(torch.ones(2, 8).half(), h, 0.5), "cast one"),
+        (lambda h: head_confidence(torch.ones(2, 9), h, 0.5), "must be [rows, 8]"),
+        (lambda h: head_confidence(torch.ones(2, 8).half(), h, 0.5), "cast one"),
         (lambda h: HeadWeight(torch.ones(4, 8).to(torch.int8)), "has row scales"),
         (lambda h: HeadWeight(torch.ones(4)), "non-empty [vocab_size, hidden_size]"),
         (lambda h: HeadWeight(torch.ones(4, 8), vocab_ids=torch.arange(3)), "must be [4]"),
-        (lambda h: gate.live_first(torch.ones(10000), 0.5), "lower max_num_seqs"),
-        (lambda h: gate.head_input(torch.ones(2, 8), None, gate_weight=torch.ones(8)), "bias"),
-        (
-            lambda h: sampling.head_sample(
-                torch.ones(2, 8), HeadWeight(h.weight, first_id=4), 0.5, *[torch.zeros(2)] * 4
-            ),
-            "a shard of the LM head",
-        ),
-        (
-            lambda h: sampling.head_sample(
-                torch.ones(2, 8),
-                HeadWeight(h.weight, vocab_ids=torch.arange(8)),
-                0.5,
-                *[torch.zeros(2)] * 4,
-            ),
-            "a shard of the LM head",
-        ),
+        (lambda h: gate.live_first(torch.ones(10000).bool()), "lower max_num_seqs"),
+        (lambda h: gate.head_input(*torch.ones(2, 2, 8), gate_weight=torch.ones(8)), "bias"),
+        (lambda h: draw(replace(h, first_id=4)), "a shard of the LM head"),
+        (lambda h: draw(replace(h, vocab_ids=torch.arange(8))), "a shard of the LM head"),
     ],
 )
 def test_bad_input_is_refused(call: Callable[[HeadWeight], object], message: str) -> None:
@@ -273,7 +251,7 @@ class Expected:
 def account(rows: DraftRows, rng: torch.Generator) -> list[Expected]:
     """The rules of the draft loop for single rows, pass by pass.
 
-    DraftSampler the same answers from ``rng`` as `round_of_steps`.
+    Draws the same answers from ``rng`` as `round_of_steps`.
     """
     num_rows, window = rows.tokens.shape
     num_exits = len(rows.counts)
@@ -317,7 +295,7 @@ def account(rows: DraftRows, rng: torch.Generator) -> list[Expected]:
 def test_draft_steps_follow_the_rules(seed: int) -> None:
     sizes = {"num_rows": 12, "max_drafts": 4, "num_exits": 3, "num_groups": 1}
     rng = torch.Generator("cpu").manual_seed(seed)
-    rows, _, passes = loop_cases.round_of_steps(rng, **sizes)
+    rows, passes = loop_cases.round_of_steps(rng, **sizes)
 
     again = torch.Generator("cpu").manual_seed(seed)
     # What `round_of_steps` draws before the answers.
@@ -329,9 +307,7 @@ def test_draft_steps_follow_the_rules(seed: int) -> None:
     for inputs, expected in zip(passes, account(rows, again), strict=True):
         starts, counts = inputs["query_start_loc"], expected.counts
         assert inputs["num_waiting"].tolist() == expected.num_waiting
-        assert inputs["waiting"].tolist() == [n > 0 for n in expected.num_waiting]
         assert inputs["num_pending"].tolist() == expected.num_pending
-        assert inputs["missing"].tolist() == [n > 0 for n in expected.num_pending[:-1]]
         assert starts.diff().tolist() == counts
         total = int(starts[-1])
         assert (inputs["token_slots"][total:] == -1).all()
@@ -354,7 +330,7 @@ def test_draft_steps_follow_the_rules(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_verification_is_planned_token_by_token(seed: int, every_prefilled: int | None) -> None:
     sizes = {"num_rows": 12, "max_drafts": 4, "num_exits": 3}
-    rows, _, _ = loop_cases.round_of_steps(
+    rows, _ = loop_cases.round_of_steps(
         torch.Generator("cpu").manual_seed(seed), **sizes, num_groups=1
     )
     rng = torch.Generator("cpu").manual_seed(seed)
@@ -370,7 +346,7 @@ def test_a_verification_is_planned_token_by_token(seed: int, every_prefilled: in
             for span in range(4):
                 bounds[span].append(len(passes[span]))
             assert found["input_ids"][first : first + scheduled].eq(-7).all()
-            assert not found["vacant"][first : first + scheduled].any()
+            assert not found["is_padding"][first : first + scheduled].any()
             assert found["seq_lens"][request] == -7
             continue
         length = min(1 + int(rows.num_drafts[row]), scheduled)
@@ -383,20 +359,20 @@ def test_a_verification_is_planned_token_by_token(seed: int, every_prefilled: in
             bounds[span].append(len(passes[span]))
         ids = found["input_ids"][first : first + scheduled].tolist()
         assert ids == rows.tokens[row, :length].tolist() + [0] * (scheduled - length)
-        flags = found["vacant"][first : first + scheduled].tolist()
+        flags = found["is_padding"][first : first + scheduled].tolist()
         assert flags == [w >= length for w in range(scheduled)]
         assert found["seq_lens"][request] == rows.first_pos[row] + length
         vacant, drafted = vacant + sum(flags), drafted + length - 1
     assert min(vacant, drafted) > 0
     # Padding as far as passes go, and nothing written past it.
     most_rows = len(found["seq_lens"])
-    num_places, most = starts[len(found["row_of"])] + 3, most_rows * 11
+    size, most = starts[len(found["row_of"])] + 3, most_rows * 11
     for span, plan in enumerate(found["plans"].tolist()):
         tokens, slots, offsets = (plan[i * most : (i + 1) * most] for i in range(3))
-        n, rest = len(passes[span]), num_places - len(passes[span])
+        n, rest = len(passes[span]), size - len(passes[span])
         found_tokens = list(zip(tokens[:n], slots[:n], offsets[:n], strict=True))
         assert found_tokens == passes[span]
-        assert tokens[n:num_places] == slots[n:num_places] == [-1] * rest
-        assert offsets[n:num_places] == [0] * rest
-        assert set(tokens[num_places:] + slots[num_places:] + offsets[num_places:]) == {-7}
+        assert tokens[n:size] == slots[n:size] == [-1] * rest
+        assert offsets[n:size] == [0] * rest
+        assert set(tokens[size:] + slots[size:] + offsets[size:]) == {-7}
         assert plan[3 * most :] == bounds[span] + [n] * (most_rows + 1 - len(bounds[span]))

@@ -6,7 +6,7 @@ Owns how an engine is started, kept and stopped, and how outputs of two engines 
 import gc
 import random
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +18,11 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.v1.engine import core
 
+from vllm_adadecode.draft.status_poll import StatusPoll
+
 DEMO_MODEL = Path(__file__).parents[2] / "benchmarks" / "demo" / "model"
-MAX_ENGINES = 4
+# With 96 MiB of KV cache each.
+MAX_ENGINES = 8
 # float32 logits of one token computed in batches of different shape differ by about 1e-5; two
 # candidates closer than this are a tie, which either engine may break.
 TIE_GAP = 1e-3
@@ -70,10 +73,15 @@ def slow_outputs(seconds: float = 0.005) -> Iterator[None]:
 
 
 class EnginePool:
-    """Starts engines on demand and keeps the last few."""
+    """Starts engines on demand and keeps the last few.
+
+    Attributes:
+        started: how often an engine was started, by the options that it has beside `DEFAULTS`.
+    """
 
     def __init__(self) -> None:
         self._engines: OrderedDict[str, LLM] = OrderedDict()
+        self.started: Counter[str] = Counter()
         # An engine that ends, here or when it is collected, would take down the process groups that
         # all engines of a process share, whatever another one is doing.
         core.cleanup_dist_env_and_memory = gc.collect
@@ -85,6 +93,7 @@ class EnginePool:
 
     def get(self, model: Path | str = DEMO_MODEL, **options: Any) -> LLM:
         """An engine with these options over `DEFAULTS`; the same one for the same options."""
+        name = f"{Path(model).name} {describe(options)}"
         options = DEFAULTS | options
         key = repr((str(model), sorted(options.items(), key=lambda item: item[0])))
         if key in self._engines:
@@ -99,11 +108,24 @@ class EnginePool:
         else:
             engine = LLM(str(model), **options)
         self._engines[key] = engine
+        self.started[name] += 1
         return engine
 
     def close(self) -> None:
         while self._engines:
             stop(self._engines.popitem()[1])
+
+
+def describe(options: dict[str, Any]) -> str:
+    """What sets an engine apart from one with `DEFAULTS`, in one line."""
+    words = []
+    for name, value in sorted(options.items()):
+        if name == "speculative_config" and isinstance(value, dict):
+            value = {k: v for k, v in value.items() if k not in ("method", "cost_aware")}
+            words.append(f"adadecode={value}" if value else "adadecode")
+        elif value != DEFAULTS.get(name):
+            words.append(f"{name}={value}")
+    return ", ".join(words) or "defaults"
 
 
 def stop(engine: LLM) -> None:
@@ -117,26 +139,40 @@ def speculative(**options: Any) -> dict[str, Any]:
     return {"method": "adadecode", "cost_aware": False, **options}
 
 
+# With the draft loop on the device. What is sampled greedily is drafted so as well.
+DEVICE_LOOP = speculative(
+    num_speculative_tokens=5, draft_sample_method="probabilistic", draft_loop="device"
+)
+
+
 def set_thresholds(engine: LLM, *thresholds: float) -> None:
     """Change the thresholds of a running engine (one, or one per exit)."""
 
     def change(worker: Any) -> None:
-        from vllm_adadecode.draft.policy import ThresholdPolicy
+        from vllm_adadecode.heads.thresholds import ExitThresholds
 
         speculator = worker.model_runner.speculator
         values = thresholds * (len(speculator.model.exit_layers) // len(thresholds))
-        speculator.policy = ThresholdPolicy(values, speculator.policy.gate_thresholds)
+        gates = speculator.speculative_config.gate_threshold
+        speculator.ledger.thresholds = ExitThresholds.of(values, gates)
 
     engine.collective_rpc(change)
 
 
-def guard_with(guard: Any) -> Callable[[Any], None]:
-    """For `collective_rpc`: the guard of the draft loop on the device (see step_guard.py)."""
+class EveryStep(StatusPoll):
+    """Reads nothing: every step runs, needed or not."""
+
+    def waits(self, span: int) -> bool:
+        return True
+
+
+def poll_with(poll: StatusPoll) -> Callable[[Any], None]:
+    """For `collective_rpc`: what the draft loop on the device polls (see status_poll.py)."""
 
     def change(worker: Any) -> None:
         speculator = worker.model_runner.speculator
         rounds = vars(speculator).get("device_rounds_kept") or speculator.device_rounds
-        rounds.loop.leader = guard
+        rounds.loop.poll = poll
 
     return change
 
@@ -146,7 +182,7 @@ def set_draft_loop(engine: LLM, loop: str) -> None:
 
     def change(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        speculator.settle()
+        speculator.resolve()
         rounds = vars(speculator).setdefault("device_rounds_kept", speculator.device_rounds)
         speculator.device_rounds = rounds if loop == "device" else None
 

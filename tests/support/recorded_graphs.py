@@ -35,16 +35,14 @@ Operation = Callable[[dict[int, torch.Tensor]], None]
 
 
 class RecordedGraph:
-    """Operations in order; bodies of conditional nodes are operations of their own."""
+    """Operations in order."""
 
     replays = 0
     # Of the batch that vLLM's own graphs run: its plans are made outside of them.
     outer_metadata: dict[str, Any] | None = None
-    _recording: "RecordedGraph | None" = None
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.operations: list[Operation] = []
-        self._bodies: list[list[Operation]] = [self.operations]
         # An address that is used again would be another tensor's.
         self._kept: list[Any] = []
 
@@ -53,28 +51,6 @@ class RecordedGraph:
         plans: dict[int, torch.Tensor] = {}
         for operation in self.operations:
             operation(plans)
-
-    # --- conditional nodes, as PyTorch has them ------------------------------------------------
-
-    @staticmethod
-    def get_currently_capturing_graph() -> "RecordedGraph | None":
-        return RecordedGraph._recording
-
-    def begin_capture_to_if_node(self, condition: torch.Tensor) -> None:
-        body: list[Operation] = []
-
-        def node(plans: dict[int, torch.Tensor]) -> None:
-            if bool(condition):
-                for operation in body:
-                    operation(plans)
-
-        self._bodies[-1].append(node)
-        self._bodies.append(body)
-
-    def end_capture_to_conditional_node(self) -> None:
-        self._bodies.pop()
-
-    # --- recording -----------------------------------------------------------------------------
 
     def run(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Do it, and keep how to do it again."""
@@ -111,7 +87,7 @@ class RecordedGraph:
                     before.copy_(after)
 
         if not name.split("::")[-1].startswith(("empty", "new_empty")):
-            self._bodies[-1].append(again)
+            self.operations.append(again)
         return made
 
 
@@ -164,7 +140,6 @@ def recorded(graph: RecordedGraph, *_: Any, **__: Any) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(KernelOverride, "_launch", launched))
-        stack.enter_context(patch.object(RecordedGraph, "_recording", graph))
         stack.enter_context(Refuse(record))
         stack.enter_context(record)
         yield

@@ -66,19 +66,28 @@ class FakeEngine:
 
 def snapshot(**counts: int) -> dict[str, Any]:
     exits = {
-        8: ExitCounters(gated=30, checked=20, head_passes=20, drafted=10, accepted=9, rejected=1),
-        16: ExitCounters(gated=10, checked=5, head_passes=4, drafted=2, accepted=2),
+        8: ExitCounters(
+            gates_evaluated=30,
+            heads_evaluated=20,
+            head_batches=20,
+            draft_tokens=10,
+            accepted_tokens=9,
+            rejected_tokens=1,
+        ),
+        16: ExitCounters(
+            gates_evaluated=10, heads_evaluated=5, head_batches=4, draft_tokens=2, accepted_tokens=2
+        ),
     }
     return Counters(32, exits, **counts).snapshot()
 
 
 TRACE = {
-    "draft_layer_passes": 100,
-    "verify_layer_passes": 60,
-    "deferred_batches": 8,
-    "plain_batches": 2,
-    "verifications": 10,
-    "tokens": 21,
+    "draft_layers": 100,
+    "verification_layers": 60,
+    "deferred_steps": 8,
+    "plain_steps": 2,
+    "verification_steps": 10,
+    "generated_tokens": 21,
 }
 
 

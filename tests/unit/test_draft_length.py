@@ -9,7 +9,7 @@ from vllm_adadecode.adaptive import draft_length
 from vllm_adadecode.adaptive import step_times as round_times
 from vllm_adadecode.adaptive.acceptance import HALF_LIFE, AcceptanceStatistics
 from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength, Choice, RoundCosts
-from vllm_adadecode.adaptive.step_times import Factors, Kind
+from vllm_adadecode.adaptive.step_times import Factors
 
 # A round of 10; a failed attempt adds 1, a draft at the first exit 3, at the second 6.
 CHEAP = RoundCosts((1, 16), (10.0, 10.0), (1.0, 1.0), ((3.0, 6.0),) * 2, (0.0, 0.0))
@@ -205,7 +205,7 @@ def test_rounds_set_costs_right(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_rank_says_how_long_rounds_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = AdaptiveDraftLength(CHEAP, 4, 2, share=lambda own: Factors(0.1, 1.0, None))
+    slow = AdaptiveDraftLength(CHEAP, 4, 2, share=lambda own: Factors(0.1, 1.0))
     fill(slow, [0] * 4, kept=0.6)
     assert _serve(slow, monkeypatch, plain=30.0, each=3.0) == 0
 
@@ -233,52 +233,26 @@ def test_a_round_is_timed_if_it_is_like_the_last(monkeypatch: pytest.MonkeyPatch
 def test_a_round_that_was_held_up_counts_little() -> None:
     times = round_times.StepTimes()
     for _ in range(20):
-        times.add(1, Kind.PLAIN, expected=1.0, taken=2.0)
-    times.add(1, Kind.PLAIN, expected=1.0, taken=1000.0)
+        times.add(1, drafting=False, expected=1.0, taken=2.0)
+    times.add(1, drafting=False, expected=1.0, taken=1000.0)
     factors = times.factors(1)
     assert factors.plain is not None
     assert 2.0 < factors.plain < 2.5
-    assert factors[1:] == (None, None)
+    assert factors.drafting is None
     assert factors.of(drafting=True) == factors.of(drafting=False) == factors.plain
     for _ in range(1000):
-        times.add(1, Kind.PLAIN, expected=1.0, taken=1000.0)
+        times.add(1, drafting=False, expected=1.0, taken=1000.0)
     assert times.factors(1).plain == pytest.approx(1000.0, rel=0.01), "slow for good"
 
 
 def test_what_is_not_known_is_like_what_is() -> None:
-    assert [Factors(None, None, None).of(drafting) for drafting in (False, True)] == [1.0, 1.0]
-    assert [Factors(None, 3.0, None).of(drafting) for drafting in (False, True)] == [3.0, 3.0]
-    # Drafting is as quick as it can be made.
-    assert [Factors(2.0, 3.0, 1.5).of(drafting) for drafting in (False, True)] == [2.0, 1.5]
-
-
-@pytest.mark.parametrize(("settled", "opened"), [(5.0, 4.0), (4.0, 5.0)])
-def test_large_rounds_are_of_the_quicker_kind(
-    monkeypatch: pytest.MonkeyPatch, settled: float, opened: float
-) -> None:
-    """Both are timed first, then the slower one now and then, in case it is not any more."""
-    now = 0.0
-    monkeypatch.setattr(round_times.time, "perf_counter", lambda: now)
-    made = AdaptiveDraftLength(CHEAP, 4, 2)
-    fill(made, [0] * 4, kept=0.9)
-    found: list[bool] = []
-    for _ in range(3 * round_times.OTHER_EVERY):
-        if made.choose(4).drafts:
-            found.append(made.opens())
-            now += opened if found[-1] else settled
-            made.round_ended(["a", "b", "c", "d"], found[-1])
-        else:
-            now += 30.0
-            made.round_ended(["a", "b", "c", "d"])
-    assert not any(found[:3])
-    assert any(found[:60])
-    late = found[100:]
-    quicker = sum(late) if opened < settled else len(late) - sum(late)
-    assert 0.95 * len(late) < quicker < len(late)
-
-
-def test_without_a_choice_large_rounds_are_settled() -> None:
-    assert not AdaptiveDraftLength(CHEAP, 4, 2).opens()
+    for factors, expected in (
+        (Factors(None, None), [1.0, 1.0]),
+        (Factors(None, 3.0), [3.0, 3.0]),
+        (Factors(2.0, None), [2.0, 2.0]),
+        (Factors(2.0, 1.5), [2.0, 1.5]),
+    ):
+        assert [factors.of(drafting) for drafting in (False, True)] == expected
 
 
 def test_a_choice_follows_what_happens() -> None:
@@ -344,9 +318,9 @@ def test_a_round_counts_tries_by_exit() -> None:
     found.add_round(limits, used, np.array([2, 1, 1, 0]), exits, np.array([7, 3, 2]))
     # The third could use the first exit alone, the fourth drafted nothing.
     np.testing.assert_allclose(found.reached, [7, 4, 3], rtol=0.02)
-    np.testing.assert_allclose(found.followed, [2, 1, 1], rtol=0.02)
+    np.testing.assert_allclose(found.confident, [2, 1, 1], rtol=0.02)
     np.testing.assert_allclose(found.chances(), [2 / 7, 1 / 4, 1 / 3], rtol=0.02)
-    np.testing.assert_allclose(found.asked_in_vain(), [5 / 7, 2 / 4, 1 / 3], rtol=0.02)
+    np.testing.assert_allclose(found.evaluated_in_vain(), [5 / 7, 2 / 4, 1 / 3], rtol=0.02)
 
 
 def test_tries_fade_at_exits_that_were_used() -> None:

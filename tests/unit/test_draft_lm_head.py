@@ -12,7 +12,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.model import draft_lm_head as lm_head
 from vllm_adadecode.model import lm_head_rows
-from vllm_adadecode.model.draft_lm_head import HeadProjection, quantize_rows
+from vllm_adadecode.model.draft_lm_head import HeadProjection
+from vllm_adadecode.model.lm_head_rows import quantize_rows
 
 HIDDEN, VOCAB, PADDED = 32, 100, 128
 DRAFT_VOCAB = torch.tensor([3, 4, 17, 50, 51, 98])

@@ -22,7 +22,7 @@ from vllm_adadecode.evaluation.session import Session, open_session
 from vllm_adadecode.evaluation.simulate import Setting
 from vllm_adadecode.evaluation.trace import make_trace
 from vllm_adadecode.heads import HeadsConfig
-from vllm_adadecode.model.draft_lm_head import quantize_rows
+from vllm_adadecode.model.lm_head_rows import quantize_rows
 from vllm_adadecode.training.sequences import Sequence, write_sequences
 
 Capture = pytest.CaptureFixture[str]

@@ -12,9 +12,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from tests.support.heads_samples import HIDDEN, heads_fields, random_tensors
-from vllm_adadecode.draft.sampling import DraftSampler, draft_columns
 from vllm_adadecode.heads import EarlyHead, HeadsConfig
 from vllm_adadecode.heads import make_heads as new_heads
+from vllm_adadecode.model.draft_sampler import DraftSampler, draft_columns
 from vllm_adadecode.model.fused_head import FusedHeads, fused_features
 
 
@@ -49,9 +49,7 @@ def test_features(norm: RMSNorm, transform: str, placement: str, plain: bool, ga
     sizes = torch.logspace(-3, 2, 6)[:, None]
     hidden, residual = torch.randn(6, HIDDEN) * sizes, torch.randn(6, HIDDEN) * sizes
     given = hidden.clone(), residual.clone()
-    x, gate = fused_features(
-        head, hidden, residual, used, (lambda gate: gate > 0.5) if gated else None
-    )
+    x, gate = fused_features(head, hidden, residual, used, use_gate=gated)
     torch.testing.assert_close(x, head.features(hidden + residual, used), rtol=1e-5, atol=1e-6)
     if gated:
         logit = head.gate_logit(hidden + residual)
@@ -70,7 +68,7 @@ def make(
     use_kernels: bool = True,
     fits: bool = True,
     ranks: int = 1,
-    draws: DraftSampler | None = None,
+    sampler: DraftSampler | None = None,
 ) -> FusedHeads | None:
     projection = SimpleNamespace(
         use_kernels=use_kernels,
@@ -78,10 +76,10 @@ def make(
         num_ranks=lambda: ranks,
     )
     staged: Any = SimpleNamespace(projection=projection)
-    return FusedHeads.make(staged, draws, torch.float32)
+    return FusedHeads.make(staged, sampler, torch.float32)
 
 
-def make_draws(use_fp64: bool) -> DraftSampler:
+def make_sampler(use_fp64: bool) -> DraftSampler:
     empty = torch.empty(0)
     return DraftSampler(empty, empty, empty, draft_columns(3, torch.device("cpu")), use_fp64)
 
@@ -92,9 +90,9 @@ def test_where_kernels_can_not_do_it_logits_are_stored() -> None:
     assert make(fits=False) is None
     # Ranks merge what they found, but can't draw from each other's tokens.
     assert make(ranks=2) is not None
-    assert make(draws=make_draws(use_fp64=False)) is not None
-    assert make(draws=make_draws(use_fp64=False), ranks=2) is None
-    assert make(draws=make_draws(use_fp64=True)) is None
+    assert make(sampler=make_sampler(use_fp64=False)) is not None
+    assert make(sampler=make_sampler(use_fp64=False), ranks=2) is None
+    assert make(sampler=make_sampler(use_fp64=True)) is None
 
 
 def test_columns_of_drafts() -> None:

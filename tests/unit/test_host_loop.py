@@ -1,235 +1,26 @@
-"""The host's side of a round without an engine: draft loop, windows, policy, counters.
-
-The draft loop runs on hand-made confidences, with a target and a span runner that note what they
-are asked and check that every state they are handed is the right one.
-"""
+"""The host's side of a round without an engine: draft loop, windows, thresholds, counters."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_adadecode.draft.host_loop import DraftState, HostLoop
-from vllm_adadecode.draft.policy import Action, PassesGate, ThresholdPolicy
+from tests.support.fake_target import (
+    EXIT_LAYERS,
+    MAX_SLOTS,
+    SPANS,
+    VOCAB,
+    Confidence,
+    FakeTarget,
+    SpanCall,
+    at,
+    draft,
+    head_token,
+)
 from vllm_adadecode.draft.windows import PendingWindow, PendingWindows
-from vllm_adadecode.kernels.confidence import top1_confidence
-from vllm_adadecode.kernels.deferred import DeferredStates
+from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.metrics.counters import Counters
-from vllm_adadecode.model.fused_head import HeadCheck
-
-VOCAB = 2000
-MAX_SLOTS = 8
-EXIT_LAYERS = (2, 3, 7)
-NUM_LAYERS = 10
-SPANS = ((0, 2), (2, 3), (3, 7), (7, 10))
-
-# Confidence of the head at (slot, window offset, exit).
-Confidence = Callable[[int, int, int], float]
-
-
-def head_token(slot: int, offset: int, exit_index: int) -> int:
-    """The token that the head predicts after this offset: different for each head check."""
-    return 1 + slot * 100 + offset * 10 + exit_index
-
-
-@dataclass
-class SpanCall:
-    """One pass of a span: the tokens' slots and window offsets."""
-
-    span: int
-    tokens: list[tuple[int, int]]
-
-
-@dataclass
-class FakeTarget:
-    """Stands for `StagedTarget` and `RaggedSpans`; a state is (token, slot, offset, depth).
-
-    The residual is the state's negative, so that a swap is seen as well.
-    """
-
-    confidence: Confidence
-    # Position of the last sampled token, by slot.
-    first_pos: dict[int, int]
-    calls: list[SpanCall] = field(default_factory=list)
-    checks: list[tuple[int, list[tuple[int, int]]]] = field(default_factory=list)
-    gate: Confidence = lambda *_: 1.0
-    gate_checks: list[tuple[int, list[tuple[int, int]]]] = field(default_factory=list)
-    exit_layers: tuple[int, ...] = EXIT_LAYERS
-    spans: tuple[tuple[int, int], ...] = SPANS
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        assert input_ids.dtype == torch.int32
-        state = torch.zeros(len(input_ids), 4)
-        state[:, 0] = input_ids
-        return state
-
-    def run(
-        self,
-        span: int,
-        slots: np.ndarray,
-        num_tokens: np.ndarray,
-        seq_lens_upper: np.ndarray,
-        positions: torch.Tensor,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert (num_tokens >= 1).all()
-        by_token = np.repeat(slots, num_tokens)
-        offsets = [
-            int(p) - self.first_pos[int(s)] for p, s in zip(positions, by_token, strict=True)
-        ]
-        tokens = [(int(s), o) for s, o in zip(by_token, offsets, strict=True)]
-        # A bound of the length may be too high, never too low.
-        ends = np.cumsum(num_tokens) - 1
-        assert (seq_lens_upper > positions.numpy()[ends]).all()
-        assert (hidden[:, 3] == span).all(), "a token went into a span it is not before"
-        if span == 0:
-            assert residual is None
-        else:
-            assert residual is not None
-            assert torch.equal(residual, -hidden)
-            assert [(int(s), int(o)) for s, o in hidden[:, 1:3]] == tokens, "another token's state"
-        out = hidden.clone()
-        out[:, 1] = torch.from_numpy(by_token)
-        out[:, 2] = torch.tensor([offset for _, offset in tokens])
-        out[:, 3] = span + 1
-        # Spans work in place.
-        hidden.fill_(float("nan"))
-        self.calls.append(SpanCall(span, tokens))
-        return out, -out
-
-    def head_logits(
-        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        assert torch.equal(residual, -hidden)
-        assert (hidden[:, 3] == exit_index + 1).all(), "a head read a state of another depth"
-        logits = torch.empty(len(hidden), VOCAB)
-        rows = [(int(s), int(o)) for s, o in hidden[:, 1:3]]
-        self.checks.append((exit_index, rows))
-        for row, (slot, offset) in enumerate(rows):
-            p = self.confidence(slot, offset, exit_index)
-            logits[row] = np.log((1 - p) / (VOCAB - 1))
-            logits[row, head_token(slot, offset, exit_index)] = np.log(p)
-        return logits, None
-
-    def head_top1(
-        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return top1_confidence(*self.head_logits(exit_index, hidden, residual))
-
-    def gate_probability(
-        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> torch.Tensor:
-        assert torch.equal(residual, -hidden)
-        assert (hidden[:, 3] == exit_index + 1).all(), "a gate read a state of another depth"
-        rows = [(int(s), int(o)) for s, o in hidden[:, 1:3]]
-        self.gate_checks.append((exit_index, rows))
-        return torch.tensor([self.gate(slot, offset, exit_index) for slot, offset in rows])
-
-    # Stands for `HeadProjection` as well: all tokens.
-    @property
-    def projection(self) -> "FakeTarget":
-        return self
-
-    def over_all_tokens(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits
-
-
-@dataclass
-class FakeFusedHeads:
-    """Stands for `FusedHeads`: everything stays on the device, and rows held back say nonsense."""
-
-    target: FakeTarget
-
-    def check(
-        self,
-        exit_index: int,
-        hidden: torch.Tensor,
-        residual: torch.Tensor,
-        *,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        draft: int | torch.Tensor,
-        passes_gate: PassesGate | None,
-    ) -> HeadCheck:
-        assert hidden[:, 1].tolist() == slots.tolist()
-        assert (hidden[:, 2] == draft).all()
-        assert positions.tolist() == [self.target.first_pos[int(s)] + draft for s in slots]
-        live = None
-        passed = torch.ones(len(hidden), dtype=torch.bool)
-        if passes_gate is not None:
-            live = passes_gate(self.target.gate_probability(exit_index, hidden, residual))
-            passed = live
-        # Nothing that may follow a row that its head was not evaluated for.
-        token, p = torch.full((len(hidden),), VOCAB), torch.ones(len(hidden))
-        if passed.any():
-            token[passed], p[passed] = self.target.head_top1(
-                exit_index, hidden[passed], residual[passed]
-            )
-        return HeadCheck(token, p, live)
-
-
-@dataclass
-class Run:
-    """A draft loop that has run."""
-
-    state: DraftState
-    target: FakeTarget
-    counters: Counters
-    deferred: DeferredStates
-
-
-def draft(
-    confidence: Confidence,
-    limits: list[int],
-    *,
-    slots: list[int] | None = None,
-    thresholds: tuple[float, ...] = (0.5, 0.5, 0.5),
-    max_drafts: int = 5,
-    sample: Any = None,
-    policy: ThresholdPolicy | None = None,
-    gate: Confidence = lambda *_: 1.0,
-    gate_thresholds: tuple[float, ...] | None = None,
-    fused: bool = False,
-    used_exits: list[int] | None = None,
-) -> Run:
-    """Run one draft loop for ``len(limits)`` requests."""
-    slots = slots or list(range(len(limits)))
-    first_pos = {slot: 7 + 13 * slot for slot in slots}
-    target = FakeTarget(confidence, first_pos, gate=gate)
-    policy = policy or ThresholdPolicy(thresholds, gate_thresholds)
-    counters = Counters.create(NUM_LAYERS, EXIT_LAYERS)
-    deferred = DeferredStates(MAX_SLOTS, max_drafts + 1, 4, torch.float32, torch.device("cpu"))
-    loop = HostLoop(
-        staged=target,  # type: ignore[arg-type]
-        spans=target,  # type: ignore[arg-type]
-        deferred=deferred,
-        policy=policy,
-        counters=counters,
-        sample=sample,
-        fused=FakeFusedHeads(target) if fused else None,  # type: ignore[arg-type]
-    )
-    positions = torch.tensor([first_pos[s] for s in slots])
-    state = loop.run(
-        slots=np.array(slots, dtype=np.int32),
-        first_pos=positions,
-        last_sampled=torch.tensor([1000 + s for s in slots]),
-        limits=np.array(limits),
-        used_exits=np.array(used_exits or [len(EXIT_LAYERS)] * len(limits)),
-        max_drafts=max_drafts,
-        seq_lens_upper=positions.numpy(),
-    )
-    return Run(state, target, counters, deferred)
-
-
-def at(*confident: tuple[int, int, int]) -> Confidence:
-    """Confident at these (slot, offset, exit) alone."""
-    return lambda *where: 0.9 if where in confident else 0.1
-
 
 # --- by hand -----------------------------------------------------------------------------------
 
@@ -240,7 +31,7 @@ def test_never_confident_goes_through_all_spans_once() -> None:
     assert run.state.num_drafts.tolist() == [0]
     assert run.state.depths.tolist() == [[3, 0, 0, 0, 0, 0]]
     assert run.state.tokens.tolist() == [[1000, 0, 0, 0, 0, 0]]
-    assert run.counters.draft_layer_passes == 7
+    assert run.counters.draft_layers == 7
     assert run.counters.draft_token_layers == 7
 
 
@@ -251,7 +42,7 @@ def test_always_confident_at_the_first_exit() -> None:
     # Nothing was predicted from the last draft: it is left for verification.
     assert run.state.depths.tolist() == [[1, 1, 1, 1, 1, 0]]
     assert run.state.exits.tolist() == [[0] * 5]
-    assert run.counters.draft_layer_passes == 10
+    assert run.counters.draft_layers == 10
 
 
 def test_fill_in() -> None:
@@ -280,7 +71,7 @@ def test_fill_in() -> None:
         head_token(0, 3, 1),
     ]
     # Layers: 5 x span 0 (2), 3 x span 1 (1), 2 x span 2 (4).
-    assert run.counters.draft_layer_passes == 5 * 2 + 3 * 1 + 2 * 4
+    assert run.counters.draft_layers == 5 * 2 + 3 * 1 + 2 * 4
     assert run.counters.draft_token_layers == 5 * 2 + 5 * 1 + 5 * 4
 
 
@@ -302,15 +93,15 @@ def test_requests_wait_for_each_other_and_share_passes() -> None:
     assert run.state.num_drafts.tolist() == [2, 0, 2]
     assert run.state.depths[:, :3].tolist() == [[1, 1, 0], [3, 0, 0], [2, 1, 0]]
     exits = run.counters.exits
-    assert [exits[e].checked for e in EXIT_LAYERS] == [5, 2, 1]
-    assert [exits[e].head_passes for e in EXIT_LAYERS] == [2, 1, 1]
-    assert [exits[e].drafted for e in EXIT_LAYERS] == [3, 1, 0]
+    assert [exits[e].heads_evaluated for e in EXIT_LAYERS] == [5, 2, 1]
+    assert [exits[e].head_batches for e in EXIT_LAYERS] == [2, 1, 1]
+    assert [exits[e].draft_tokens for e in EXIT_LAYERS] == [3, 1, 0]
     # After the last exit there is nowhere to go.
-    assert [exits[e].promoted for e in EXIT_LAYERS] == [2, 1, 0]
+    assert [exits[e].next_exit for e in EXIT_LAYERS] == [2, 1, 0]
 
 
 def test_exit_turned_off_is_passed_through_unchecked() -> None:
-    run = draft(lambda *_: 0.9, [2], thresholds=(1.0, 0.5, 1.0))
+    run = draft(lambda *_: 0.9, [2], thresholds=ExitThresholds.of((1.0, 0.5, 1.0)))
     assert run.target.checks == [(1, [(0, 0)]), (1, [(0, 1)])]
     assert run.target.calls == [
         SpanCall(0, [(0, 0)]),
@@ -343,8 +134,9 @@ def test_exits_that_a_request_may_not_use() -> None:
     ]
     assert run.state.num_drafts.tolist() == [0, 1, 1]
     assert run.state.depths[:, :2].tolist() == [[1, 0], [3, 3], [1, 1]]
-    assert [run.counters.exits[e].promoted for e in EXIT_LAYERS] == [2, 2, 0]
-    off = draft(lambda *_: 0.9, [2], thresholds=(0.95, 1.0, 0.5), used_exits=[2])
+    assert [run.counters.exits[e].next_exit for e in EXIT_LAYERS] == [2, 2, 0]
+    thresholds = ExitThresholds.of((0.95, 1.0, 0.5))
+    off = draft(lambda *_: 0.9, [2], thresholds=thresholds, used_exits=[2])
     assert off.target.calls == [SpanCall(0, [(0, 0)]), SpanCall(1, [(0, 0)])]
     assert off.state.num_drafts.tolist() == [0]
 
@@ -357,9 +149,24 @@ def test_no_request_drafts() -> None:
 
 def test_threshold_is_exceeded_not_met() -> None:
     # float32 of exp(log 0.5) need not be 0.5: compare with what the loop sees.
-    p = torch.exp(torch.tensor(0.5).log())
-    assert ThresholdPolicy([float(p)]).decide(0, p[None]).tolist() == [Action.STOP]
-    assert ThresholdPolicy([float(p) - 1e-6]).decide(0, p[None]).tolist() == [Action.EXTEND]
+    target = FakeTarget(lambda *_: 0.5, {0: 0})
+    hidden = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+    p = float(target.head_top1(0, hidden, -hidden)[1])
+    for threshold, drafts in ((p, 0), (p - 1e-6, 1)):
+        run = draft(lambda *_: 0.5, [1], thresholds=ExitThresholds.of((threshold, 1.0, 1.0)))
+        assert run.state.num_drafts.tolist() == [drafts]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_nan_is_never_confident(fused: bool) -> None:
+    nan = float("nan")
+    zero = ExitThresholds.of((0.0, 0.0, 0.0), (0.5, 0.0, 0.0))
+    run = draft(lambda *_: nan, [2], thresholds=zero, fused=fused)
+    assert run.state.num_drafts.tolist() == [0]
+    # Nor does a gate let a row through.
+    run = draft(lambda *_: 0.1, [1], thresholds=zero, gate=lambda *_: nan, fused=fused)
+    assert run.target.checks == [(1, [(0, 0)])]
+    assert run.state.exits[0, 0] == 1
 
 
 def test_sampled_draft_replaces_the_token_and_not_the_decision() -> None:
@@ -397,11 +204,11 @@ def test_the_gate_decides_which_heads_are_evaluated(fused: bool) -> None:
         at((0, 0, 0), (1, 0, 0), (1, 0, 1), (1, 0, 2)),
         [1, 1, 1],
         gate=lambda slot, _, exit_index: 0.8 if (slot, exit_index) in opened else 0.2,
-        gate_thresholds=(0.5, 0.5, 0.5),
+        thresholds=ExitThresholds.of((0.5,) * 3, (0.5,) * 3),
         fused=fused,
     )
     # 0 extends at once. 1, held back, is not asked at exit 0, where it would have been confident.
-    assert run.target.gate_checks == [
+    assert run.target.gates_evaluated == [
         (0, [(0, 0), (1, 0), (2, 0)]),
         (1, [(1, 0), (2, 0)]),
         (2, [(2, 0)]),
@@ -412,29 +219,20 @@ def test_the_gate_decides_which_heads_are_evaluated(fused: bool) -> None:
     assert run.state.num_drafts.tolist() == [1, 1, 0]
     assert run.state.depths[:, 0].tolist() == [1, 2, 3]
     exits = run.counters.exits
-    assert [exits[e].gated for e in EXIT_LAYERS] == [3, 2, 1]
-    assert [exits[e].checked for e in EXIT_LAYERS] == [2, 2, 0]
-    assert [exits[e].head_passes for e in EXIT_LAYERS] == [1, 1, 0]
-    assert [exits[e].drafted for e in EXIT_LAYERS] == [1, 1, 0]
-    assert [exits[e].promoted for e in EXIT_LAYERS] == [2, 1, 0]
+    assert [exits[e].gates_evaluated for e in EXIT_LAYERS] == [3, 2, 1]
+    assert [exits[e].heads_evaluated for e in EXIT_LAYERS] == [2, 2, 0]
+    assert [exits[e].head_batches for e in EXIT_LAYERS] == [1, 1, 0]
+    assert [exits[e].draft_tokens for e in EXIT_LAYERS] == [1, 1, 0]
+    assert [exits[e].next_exit for e in EXIT_LAYERS] == [2, 1, 0]
 
 
 def test_gate_threshold_0_leaves_the_gate_out_and_1_the_exit() -> None:
-    run = draft(lambda *_: 0.9, [2], gate=lambda *_: 0.0, gate_thresholds=(1.0, 0.0, 0.5))
-    assert run.target.gate_checks == []
+    thresholds = ExitThresholds.of((0.5,) * 3, (1.0, 0.0, 0.5))
+    run = draft(lambda *_: 0.9, [2], gate=lambda *_: 0.0, thresholds=thresholds)
+    assert run.target.gates_evaluated == []
     assert run.target.checks == [(1, [(0, 0)]), (1, [(0, 1)])]
     assert run.state.exits[0, :2].tolist() == [1, 1]
-    assert all(e.gated == 0 for e in run.counters.exits.values())
-
-
-def test_gate_policy() -> None:
-    policy = ThresholdPolicy([0.5, 0.5, 0.5, 1.0], [0.0, 0.5, 1.0, 0.5])
-    assert [policy.uses(i) for i in range(4)] == [True, True, False, False]
-    assert [policy.uses_gate(i) for i in range(4)] == [False, True, True, True]
-    assert policy.num_used_exits == 2
-    gate = torch.tensor([0.4, 0.5, 0.6, float("nan")])
-    assert policy.passes_gate(1, gate).tolist() == [False, False, True, False]
-    assert not ThresholdPolicy([0.5]).uses_gate(0)
+    assert all(e.gates_evaluated == 0 for e in run.counters.exits.values())
 
 
 # --- against a plain reference, at random ------------------------------------------------------
@@ -488,9 +286,8 @@ def test_as_each_request_alone(seed: int, fused: bool) -> None:
         confidence,
         limits,
         slots=slots,
-        thresholds=thresholds,
+        thresholds=ExitThresholds.of(thresholds, (0.5, 0.5, 0.5) if seed % 2 else None),
         gate=gate,
-        gate_thresholds=(0.5, 0.5, 0.5) if seed % 2 else None,
         fused=fused,
     )
 
@@ -520,50 +317,30 @@ def test_as_each_request_alone(seed: int, fused: bool) -> None:
             assert [s for s in range(4) if (slot, offset) in through[s]] == list(range(depth))
 
     layers = [stop - start for start, stop in SPANS]
-    assert run.counters.draft_layer_passes == sum(layers[c.span] for c in run.target.calls)
+    assert run.counters.draft_layers == sum(layers[c.span] for c in run.target.calls)
     assert run.counters.draft_token_layers == sum(
         layers[c.span] * len(c.tokens) for c in run.target.calls
     )
     for i, layer in enumerate(EXIT_LAYERS):
         rows = [r for exit_index, r in run.target.checks if exit_index == i]
-        assert run.counters.exits[layer].checked == sum(map(len, rows))
-        assert run.counters.exits[layer].head_passes == len(rows)
-        rows = [r for exit_index, r in run.target.gate_checks if exit_index == i]
-        assert run.counters.exits[layer].gated == sum(map(len, rows))
-    assert sum(e.drafted for e in run.counters.exits.values()) == run.state.num_drafts.sum()
+        assert run.counters.exits[layer].heads_evaluated == sum(map(len, rows))
+        assert run.counters.exits[layer].head_batches == len(rows)
+        rows = [r for exit_index, r in run.target.gates_evaluated if exit_index == i]
+        assert run.counters.exits[layer].gates_evaluated == sum(map(len, rows))
+    assert sum(e.draft_tokens for e in run.counters.exits.values()) == run.state.num_drafts.sum()
 
 
-# --- policy ------------------------------------------------------------------------------------
+# --- thresholds --------------------------------------------------------------------------------
 
 
-def test_threshold_policy() -> None:
-    extend, promote, stop = Action
-    policy = ThresholdPolicy([0, 0.75, 1])
-    p = torch.tensor([0.0, 0.5, 0.75, 0.76, 1.0, float("nan")])
-    assert policy.decide(0, p).tolist() == [promote, extend, extend, extend, extend, promote]
-    # The last exit that can be followed: who is not confident here stops.
-    assert policy.decide(1, p).tolist() == [stop, stop, stop, extend, extend, stop]
-    assert [policy.uses(i) for i in range(3)] == [True, True, False]
-    assert policy.num_used_exits == 2
-    assert ThresholdPolicy([1, 1]).num_used_exits == 0
-
-
-def test_a_policy_may_stop_before_the_last_exit() -> None:
-    """Windows that stop shallow are whole: verification starts where they are."""
-
-    class StopAtFirst(ThresholdPolicy):
-        def decide(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
-            actions = super().decide(exit_index, confidence)
-            return torch.where(actions == Action.PROMOTE, int(Action.STOP), actions)
-
-    run = draft(
-        lambda slot, offset, exit_index: 0.9 if offset < 2 else 0.1,
-        [5],
-        policy=StopAtFirst((0.5, 0.5, 0.5)),
-    )
-    assert run.state.num_drafts.tolist() == [2]
-    assert run.state.depths[0, :3].tolist() == [1, 1, 1]
-    assert {call.span for call in run.target.calls} == {0}
+def test_exit_thresholds() -> None:
+    found = ExitThresholds.of([0, 0.5, 0.5, 0.5, 1], [0, 0.25, 1, 0.75, 0.5])
+    assert found == ExitThresholds((0, 0.5, None, 0.5, None), (None, 0.25, None, 0.75, None))
+    assert [found.uses(i) for i in range(5)] == [True, True, False, True, False]
+    assert [found.uses_gate(i) for i in range(5)] == [False, True, False, True, False]
+    assert found.num_used_exits == 4
+    assert ExitThresholds.of([0.75]) == ExitThresholds((0.75,), (None,))
+    assert ExitThresholds.of([1, 1]).num_used_exits == ExitThresholds.of([]).num_used_exits == 0
 
 
 # --- windows -----------------------------------------------------------------------------------
@@ -612,31 +389,30 @@ def test_windows_are_forgotten() -> None:
 
 def test_ratios() -> None:
     counters = Counters.create(8, (2, 4))
-    counters.verifications, counters.tokens = 10, 25
-    counters.draft_layer_passes, counters.verify_layer_passes = 60, 40
-    counters.exits[2].drafted, counters.exits[4].drafted = 12, 8
-    counters.exits[2].accepted, counters.exits[4].accepted = 10, 5
-    counters.exits[2].rejected, counters.exits[4].rejected = 2, 3
+    counters.verification_steps, counters.generated_tokens = 10, 25
+    counters.draft_layers, counters.verification_layers = 60, 40
+    counters.exits[2].draft_tokens, counters.exits[4].draft_tokens = 12, 8
+    counters.exits[2].accepted_tokens, counters.exits[4].accepted_tokens = 10, 5
+    counters.exits[2].rejected_tokens, counters.exits[4].rejected_tokens = 2, 3
     stats = counters.snapshot()
-    assert stats["tokens_per_verification"] == 2.5
-    assert stats["early_prediction_rate"] == 0.6
-    assert stats["acceptance_rate"] == 0.75
+    assert stats["mean_acceptance_length"] == 2.5
+    assert stats["draft_acceptance_rate"] == 0.75
     # 100 passes for 25 tokens of 8 layers each.
-    assert stats["layer_passes_per_token"] == 0.5
-    assert (stats["drafted"], stats["accepted"]) == (20, 15)
+    assert stats["layers_executed_per_token"] == 0.5
+    assert (stats["draft_tokens"], stats["accepted_tokens"]) == (20, 15)
     assert stats["exits"]["4"] == {
-        "gated": 0,
-        "checked": 0,
-        "head_passes": 0,
-        "drafted": 8,
-        "promoted": 0,
-        "accepted": 5,
-        "rejected": 3,
+        "gates_evaluated": 0,
+        "heads_evaluated": 0,
+        "head_batches": 0,
+        "draft_tokens": 8,
+        "next_exit": 0,
+        "accepted_tokens": 5,
+        "rejected_tokens": 3,
     }
     assert json.loads(json.dumps(stats)) == stats
 
 
 def test_nothing_counted_has_no_ratios() -> None:
     stats = Counters.create(8, (2, 4)).snapshot()
-    for name in ("acceptance_rate", "tokens_per_verification", "layer_passes_per_token"):
+    for name in ("draft_acceptance_rate", "mean_acceptance_length", "layers_executed_per_token"):
         assert stats[name] is None

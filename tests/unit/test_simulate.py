@@ -92,7 +92,7 @@ class TestCounts:
 
 
 def plain_rules(trace: Trace, setting: Setting) -> list[int]:
-    """draft_loop.py, policy.py and scorer.py for one request, pass by pass."""
+    """host_loop.py and verify/forward.py for one request, pass by pass."""
     ends, start, emitted = len(trace.generated), 0, 0
     spans = [b - a for a, b in zip((0, *trace.exit_layers), (*trace.exit_layers, 8), strict=True)]
     num_used = max((i + 1 for i, use in enumerate(setting.used) if use), default=0)

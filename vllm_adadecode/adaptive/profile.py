@@ -1,8 +1,8 @@
 """What rounds cost on this machine, measured at start by running some, from requests of our own.
 
 Owns the requests, which go through the worker as the scheduler's would and end before it sends any,
-and the policies that make all of them do the same. Nothing is timed but whole rounds: scheduling is
-not in them, which makes drafting look a little worse than it is.
+and the thresholds with which all of them do the same. Nothing is timed but whole rounds: scheduling
+is not in them, which makes drafting look a little worse than it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from vllm_adadecode.adaptive.draft_length import RoundCosts
-from vllm_adadecode.draft.policy import Action, Cutoffs, DraftPolicy, ThresholdPolicy, otherwise
+from vllm_adadecode.heads.thresholds import ExitThresholds
 
 # Under vLLM's logger, whose level and format users know.
 logger = init_logger(f"vllm.{__name__}")
@@ -30,45 +30,26 @@ ENOUGH_SECONDS = 10.0
 STEP = 4  # from one batch size to the next
 # Of each request in a round that drafts: enough to tell what one costs.
 MOST_DRAFTS = 4
-NO_DRAFTS = ThresholdPolicy(())
+NO_DRAFTS = ExitThresholds((), ())
+# As thresholds: what every probability is above, and none.
+ALWAYS_ABOVE, NEVER_ABOVE = -1.0, 2.0
 
 
-@dataclass(frozen=True)
-class SamePolicy:
-    """Lets every request do the same, with the passes and checks of the real policy.
+def all_alike(
+    real: ExitThresholds, accept_at: int | None = None, open_gates: bool = False
+) -> ExitThresholds:
+    """Thresholds with which every request does the same, at the exits and gates of the real ones.
 
-    Attributes:
-        real: the policy that decides which exits and gates there are.
-        follow: exit index at which every head is followed; None: none is.
-        open_gates: whether gates let all rows pass; else only those at ``follow`` do.
+    Args:
+        accept_at: exit index at which each prediction is accepted; None: none is.
+        open_gates: whether all heads are evaluated, else only those at ``accept_at``.
     """
-
-    real: DraftPolicy
-    follow: int | None = None
-    open_gates: bool = False
-
-    @property
-    def num_used_exits(self) -> int:
-        return self.real.num_used_exits
-
-    def uses(self, exit_index: int) -> bool:
-        return self.real.uses(exit_index)
-
-    def uses_gate(self, exit_index: int) -> bool:
-        return self.real.uses_gate(exit_index)
-
-    def passes_gate(self, exit_index: int, gate: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(gate, self.open_gates or exit_index == self.follow, dtype=torch.bool)
-
-    def decide(self, exit_index: int, confidence: torch.Tensor) -> torch.Tensor:
-        action = Action.EXTEND if exit_index == self.follow else otherwise(self, exit_index)
-        return torch.full_like(confidence, int(action), dtype=torch.int8)
-
-    def cutoffs(self) -> Cutoffs:
-        # No probability is above the one, every one above the other.
-        exits = range(self.num_used_exits)
-        follow = tuple(-1.0 if e == self.follow else 2.0 for e in exits)
-        return Cutoffs(follow, tuple(-1.0 if self.open_gates else cut for cut in follow))
+    cuts = [ALWAYS_ABOVE if e == accept_at else NEVER_ABOVE for e in range(len(real.confidence))]
+    gates = [ALWAYS_ABOVE] * len(cuts) if open_gates else cuts
+    return ExitThresholds(
+        tuple(cut if real.uses(e) else None for e, cut in enumerate(cuts)),
+        tuple(cut if real.uses_gate(e) else None for e, cut in enumerate(gates)),
+    )
 
 
 @dataclass
@@ -187,22 +168,23 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
     """
     runner = worker.model_runner
     speculator = runner.speculator
-    real, exits = speculator.policy, speculator.policy.num_used_exits
+    ledger = speculator.ledger
+    real: ExitThresholds = ledger.thresholds
+    exits = real.num_used_exits
     rounds = WARM_ROUNDS + TIMED_ROUNDS
-    settings: list[DraftPolicy] = [NO_DRAFTS, SamePolicy(real)]
-    settings += [SamePolicy(real, follow=e) for e in range(exits)]
+    settings = [NO_DRAFTS, all_alike(real), *(all_alike(real, e) for e in range(exits))]
     gated = any(real.uses_gate(e) for e in range(exits))
     if gated:
-        settings.append(SamePolicy(real, open_gates=True))
+        settings.append(all_alike(real, open_gates=True))
     if len(PROMPT) + (1 + rounds) * (1 + runner.num_speculative_steps) >= runner.max_model_len:
         return None
     table: list[tuple[int, list[float]]] = []
     begun = time.perf_counter()
     for size in batch_sizes(runner, rounds):
         try:
-            timed = [_timed(worker, size, policy, rounds) for policy in settings]
+            timed = [_timed(worker, size, thresholds, rounds) for thresholds in settings]
         finally:
-            speculator.policy = real
+            ledger.thresholds = real
         table.append((size, timed))
         spent = time.perf_counter() - begun
         if rank_0(spent) > ENOUGH_SECONDS:
@@ -215,11 +197,11 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
     return costs
 
 
-def _timed(worker: Any, size: int, policy: DraftPolicy, rounds: int) -> float:
-    """Seconds of a round, all requests following ``policy``.
+def _timed(worker: Any, size: int, thresholds: ExitThresholds, rounds: int) -> float:
+    """Seconds of a round with these thresholds.
 
     The quickest: whatever else a machine does while a server starts only ever adds."""
-    worker.model_runner.speculator.policy = policy
+    worker.model_runner.speculator.ledger.thresholds = thresholds
     requests = Requests(worker, size, rounds)
     try:
         return min([requests.round() for _ in range(rounds)][WARM_ROUNDS:])
@@ -228,7 +210,11 @@ def _timed(worker: Any, size: int, policy: DraftPolicy, rounds: int) -> float:
 
 
 def _costs(
-    table: list[tuple[int, list[float]]], drafts: int, exits: int, real: DraftPolicy, gated: bool
+    table: list[tuple[int, list[float]]],
+    drafts: int,
+    exits: int,
+    real: ExitThresholds,
+    gated: bool,
 ) -> RoundCosts:
     """Differences of whole rounds; one that noise has made negative counts as nothing."""
     used = [e for e in range(exits) if real.uses(e)]

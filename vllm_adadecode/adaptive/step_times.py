@@ -1,9 +1,8 @@
 """How long rounds take while serving, against what was expected of them.
 
 Owns the correction of costs that were measured at start, when the machine may have been busy,
-prompts were short and nothing was scheduled. Kept for rounds with and without drafts apart, and for
-batches of about the same size: it is their relation that decides whether drafting pays. Those with
-drafts are of two kinds, whose relation decides whether large ones stay open (open_round.py).
+prompts were short and nothing was scheduled. Kept for rounds with and without draft tokens apart,
+and for batches of about the same size: it is their relation that decides whether drafting pays.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import NamedTuple
 
 # Rounds after which an old one counts half.
@@ -22,34 +20,21 @@ LEAST_ROUNDS = 2.0
 OUTLIER = 3.0
 
 
-# Rounds after which the other kind is tried, and for how many; the first is another kind's still.
-OTHER_EVERY, OTHER_ROUNDS = 256, 4
-
-
-class Kind(Enum):
-    """What a round does, as far as its time is another's."""
-
-    PLAIN = "without drafts"
-    SETTLED = "with drafts that are known when their verification is prepared"
-    OPEN = "with drafts that are not"
-
-
 class Factors(NamedTuple):
     """By what expected seconds of each kind are to be multiplied; None: it is not known yet."""
 
     plain: float | None
-    settled: float | None
-    open: float | None
+    drafting: float | None
 
     def of(self, drafting: bool) -> float:
-        """One that is not known is taken to be as wrong as the other. Drafting, as it is best."""
-        best = min((f for f in (self.settled, self.open) if f), default=None)
-        return (best or self.plain if drafting else self.plain or best) or 1.0
+        """One that is not known is taken to be as wrong as the other."""
+        own, other = (self.drafting, self.plain) if drafting else self
+        return own or other or 1.0
 
 
 @dataclass
 class _Sums:
-    """Of rounds of one kind, in seconds, the newer ones counting more."""
+    """Sums over rounds of one kind, in seconds, that fade: newer ones count more."""
 
     rounds: float = 0.0
     expected: float = 0.0
@@ -70,35 +55,19 @@ class _Sums:
 
 @dataclass
 class StepTimes:
-    """Seconds of rounds by batch size, to powers of two, and kind."""
+    """Seconds of rounds by batch size, to powers of two, with and without draft tokens."""
 
-    _sums: dict[tuple[int, Kind], _Sums] = field(default_factory=dict)
+    _sums: dict[tuple[int, bool], _Sums] = field(default_factory=dict)
 
-    def add(self, num_reqs: int, kind: Kind, expected: float, taken: float) -> None:
+    def add(self, num_reqs: int, drafting: bool, expected: float, taken: float) -> None:
         """A round of ``num_reqs`` requests."""
-        key = num_reqs.bit_length(), kind
+        key = num_reqs.bit_length(), drafting
         self._sums.setdefault(key, _Sums()).add(expected, taken)
 
     def factors(self, num_reqs: int) -> Factors:
-        found = (self._sums.get((num_reqs.bit_length(), kind), _Sums()) for kind in Kind)
-        return Factors(*(sums.factor for sums in found))
-
-
-@dataclass
-class OpenOrSettled:
-    """Which of the two large rounds of one batch size are: the quicker, the other now and then."""
-
-    rounds: int = 0
-
-    def opens(self, factors: Factors) -> bool:
-        """For the next one; settled, and then open, as long as that is not known."""
-        if factors.settled is None or factors.open is None:
-            return factors.settled is not None
-        self.rounds += 1
-        if self.rounds >= OTHER_EVERY + OTHER_ROUNDS:
-            self.rounds = 0
-        better = factors.open < factors.settled
-        return better != (self.rounds >= OTHER_EVERY)
+        size = num_reqs.bit_length()
+        plain, drafting = (self._sums.get((size, d), _Sums()) for d in (False, True))
+        return Factors(plain.factor, drafting.factor)
 
 
 @dataclass

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DESCRIPTION = (
     "Measure heads on data, simulating the engine's rounds at batch 1, greedy: per exit layer "
     "agreement with the last layer, coverage, precision and calibration error; draft acceptance, "
-    "tokens a verification, and the ideal speed-up with and without the cost of heads."
+    "mean acceptance length, and the ideal speed-up with and without the cost of heads."
 )
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_adadecode.cpu.noise import DRAFT_NOISE_SALT, gumbel_noise
 from vllm_adadecode.cpu.registry import replacement
+from vllm_adadecode.kernels.noise import DRAFT_NOISE_SALT, gumbel_noise
 
 
 @replacement("sample.gumbel._temperature_kernel")

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from vllm_adadecode.cpu.gumbel import block_argmax
-from vllm_adadecode.cpu.noise import gumbel_noise, philox_uniform
 from vllm_adadecode.cpu.registry import replacement
+from vllm_adadecode.kernels.noise import gumbel_noise, philox_uniform
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -1,16 +1,15 @@
-"""The draft loop as captured CUDA graphs: of each step, or of a whole round with IF nodes in it.
+"""The steps of the draft loop as captured CUDA graphs.
 
 Owns what is captured and its replay: a graph for each exit, number of rows and most tokens of a
-row, after which the host asks whether another one is to run; or one for each number of rows, of a
-loop whose steps the device itself skips. vLLM's manager captures them: in its pool, counted by its
-memory profiling, before the first request.
+row, after which the host polls whether another one is to run. vLLM's manager captures them: in its
+pool, counted by its memory profiling, before the first request.
 
 Which draft a step tries is on the device, so that one graph serves several: a window that is
 shorter than the step was captured for is padded.
 
-All that a step reads or leaves is in buffers that are made before (loop_buffers.py, deferred
-states, KV cache). Thresholds are among them, so that the policy's numbers are no constants of a
-graph; which exits and gates it uses are, and another policy runs without graphs.
+All that a step reads or leaves is in buffers that are made before (buffers.py, deferred states, KV
+cache). Thresholds are among them, so that they are no constants of a graph; which exits and gates
+are used is one, and with others a round runs without graphs.
 """
 
 from __future__ import annotations
@@ -24,16 +23,13 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.math_utils import next_power_of_2
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
-from vllm_adadecode.draft.conditional_graph import IfNode
+from vllm_adadecode.draft.buffers import padded_size
 from vllm_adadecode.draft.device_loop import DeviceLoop, Steps
-from vllm_adadecode.draft.policy import DraftPolicy
-from vllm_adadecode.draft.step_guard import RunAlways
+from vllm_adadecode.draft.heads import Heads
+from vllm_adadecode.heads.thresholds import ExitThresholds
 
 # Larger batches draft without graphs, if at all: there the passes, not their launches, take time.
 MOST_ROWS = 32
-# Bodies of IF nodes have memory of their own each, and a round has many.
-MOST_ROWS_WHOLE = 8
 
 
 @dataclass(frozen=True)
@@ -44,25 +40,20 @@ class StepDescriptor(BatchExecutionDescriptor):
     exit_index: int = 0
 
 
-@dataclass(frozen=True)
-class RoundDescriptor(BatchExecutionDescriptor):
-    """A whole round of ``num_reqs`` rows."""
-
-
-def policy_shape(policy: DraftPolicy) -> tuple[tuple[bool, bool], ...]:
-    """What of a policy decides on the operations of a step: heads and gates, by exit."""
-    return tuple((policy.uses(e), policy.uses_gate(e)) for e in range(policy.num_used_exits))
+def used_heads(thresholds: ExitThresholds) -> tuple[tuple[bool, bool], ...]:
+    """What of them decides on the operations of a step: whether there is a head and a gate."""
+    exits = range(thresholds.num_used_exits)
+    return tuple((thresholds.uses(e), thresholds.uses_gate(e)) for e in exits)
 
 
 class DraftGraphs(CudaGraphManager):
-    """Captured steps, or rounds, of one draft loop.
+    """Captured steps of one draft loop.
 
     Args:
         loop: whose they are.
-        whole: whether rounds are captured, with IF nodes, instead of steps.
-        policy: with the exits and gates that are captured.
+        thresholds: with the exits and gates that are captured.
         max_drafts: K.
-        make_steps: the steps of a round on these buffers.
+        heads: of the steps; must leave all that is read on the device.
     """
 
     def __init__(
@@ -70,29 +61,23 @@ class DraftGraphs(CudaGraphManager):
         vllm_config: VllmConfig,
         device: torch.device,
         loop: DeviceLoop,
-        whole: bool,
-        policy: DraftPolicy,
+        thresholds: ExitThresholds,
         max_drafts: int,
-        make_steps: Callable[[LoopBuffers], Steps],
+        heads: Heads,
     ) -> None:
-        self.loop, self.whole = loop, whole
-        self.policy, self.make_steps = policy, make_steps
+        self.loop, self.thresholds, self.heads = loop, thresholds, heads
         self.max_drafts = max_drafts
-        self.shape = policy_shape(policy)
+        self.shape = used_heads(thresholds)
         super().__init__(
             vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1 + max_drafts
         )
 
     def _init_candidates(self) -> None:
         most = self.loop.max_num_rows
-        captured = min(most, MOST_ROWS_WHOLE if self.whole else MOST_ROWS)
-        sizes = {padded_size(n, most) for n in range(1, 1 + captured)}
+        sizes = {padded_size(n, most) for n in range(1, 1 + min(most, MOST_ROWS))}
         descs: list[BatchExecutionDescriptor] = []
         # The largest first: the others fit into its memory.
         for num_rows in sorted(sizes, reverse=True) if self.shape else ():
-            if self.whole:
-                descs.append(self._round(num_rows))
-                continue
             # The same ones come again.
             descs += dict.fromkeys(
                 self._step(num_rows, offset, exit_index)
@@ -101,9 +86,6 @@ class DraftGraphs(CudaGraphManager):
             )
         if descs:
             self._capture_descs[CUDAGraphMode.FULL] = descs
-
-    def _round(self, num_rows: int) -> RoundDescriptor:
-        return RoundDescriptor(CUDAGraphMode.FULL, num_rows * self.max_drafts, num_rows)
 
     def _step(self, num_rows: int, offset: int, exit_index: int) -> StepDescriptor:
         """The step that tries to predict the token after window offset ``offset``."""
@@ -125,34 +107,21 @@ class DraftGraphs(CudaGraphManager):
         def create_forward(
             desc: BatchExecutionDescriptor, warmup: bool
         ) -> Callable[[CUDAGraphMode], None]:
-            assert isinstance(desc, StepDescriptor | RoundDescriptor)
+            assert isinstance(desc, StepDescriptor)
             assert desc.num_reqs is not None
-            # Inside of a graph nobody can ask. Before it, everything runs once.
-            self.loop.capturing = IfNode() if self.whole and not warmup else RunAlways()
-            round_ = self.loop.idle(desc.num_reqs, self.policy)
-            steps = self.make_steps(round_)
-            if isinstance(desc, StepDescriptor):
-                return lambda _: steps.run(desc.row_tokens, desc.exit_index)
-            return lambda _: self.loop.run_steps(round_, self.max_drafts, steps.run)
+            buffers = self.loop.idle(desc.num_reqs, self.thresholds)
+            steps = Steps(self.loop, buffers, self.thresholds, self.heads)
+            return lambda _: steps.run_step(desc.row_tokens, desc.exit_index)
 
-        try:
-            self.capture(create_forward, "Capturing drafting")
-        finally:
-            self.loop.capturing = None
+        self.capture(create_forward, "Capturing drafting")
 
-    def fits(self, policy: DraftPolicy) -> bool:
-        """Whether the steps are this policy's."""
-        return self._graphs_captured and policy_shape(policy) == self.shape
-
-    def replay_round(self, num_rows: int) -> bool:
-        """Run all that the rows' limits allow; False if that is not captured."""
-        return self._replay(self._round(num_rows))
+    def fits(self, thresholds: ExitThresholds) -> bool:
+        """Whether the steps have the heads and gates that these use."""
+        return self._graphs_captured and used_heads(thresholds) == self.shape
 
     def replay_step(self, num_rows: int, offset: int, exit_index: int) -> bool:
         """Run a step; False if it is not captured."""
-        return self._replay(self._step(num_rows, offset, exit_index))
-
-    def _replay(self, desc: BatchExecutionDescriptor) -> bool:
+        desc = self._step(num_rows, offset, exit_index)
         if desc not in self.graphs:
             return False
         self.run_fullgraph(desc)

@@ -20,12 +20,12 @@ from pydantic import (
     model_validator,
 )
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError, one_line
 from vllm_adadecode.files import read_json
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-ALGORITHM = "adadecode"
 # Version of the *speculators* layout that the file follows; not a version of our own fields.
 SPECULATORS_VERSION = "0.3.0"
 # vLLM's rejection sampler takes no longer proposals.
@@ -327,7 +327,7 @@ class HeadsConfig(Section):
             file = file / CONFIG_NAME
         data = read_json(file)
         kind = data.get("speculators_model_type") if isinstance(data, dict) else None
-        if kind != ALGORITHM:
+        if kind != METHOD:
             found = f"speculators of type {kind!r}" if kind else "no heads"
             raise AdaDecodeError(
                 f"{file} describes {found}, not AdaDecode heads: give the folder of a heads "
@@ -354,7 +354,7 @@ def is_heads_folder(folder: str | Path) -> bool:
         data = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(data, dict) and data.get("speculators_model_type") == ALGORITHM
+    return isinstance(data, dict) and data.get("speculators_model_type") == METHOD
 
 
 def default_exit_layers(num_hidden_layers: int) -> tuple[int, ...]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads.config import (
-    ALGORITHM,
     CONFIG_NAME,
     WEIGHTS_NAME,
     HeadsConfig,
@@ -66,7 +66,7 @@ def find_heads(model: str | None, target: str, revision: str | None = None) -> P
     if not is_heads_folder(folder):
         raise AdaDecodeError(
             f"{model} holds no AdaDecode heads (no {CONFIG_NAME} with speculators_model_type "
-            f"{ALGORITHM!r}): give a heads checkpoint, or no model at all for the training-free "
+            f"{METHOD!r}): give a heads checkpoint, or no model at all for the training-free "
             "logit lens"
         )
     return folder

@@ -1,7 +1,7 @@
 """Counts of what the method did, kept by each worker.
 
-Owns the numbers behind `adadecode_stats`, the Prometheus metrics, the log line and the demo's
-table; counting never touches the device.
+Owns the numbers behind `adadecode_stats`, the Prometheus metrics, the log line and the tables of
+benchmarks; counting never touches the device.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -12,56 +12,55 @@ import numpy as np
 
 @dataclass
 class ExitCounters:
-    """Per exit layer: gate and head checks, drafts they gave, and what verification made of those.
+    """Of one exit layer: gates and heads evaluated, draft tokens, and how many were accepted.
 
-    Both kinds of checks are counted by rows, one per request whose newest token was looked at, and
-    heads by batches as well.
+    Evaluations are counted by requests whose newest token was looked at, and heads by batches too.
     """
 
-    gated: int = 0
-    checked: int = 0
-    # Head checks by batches: each reads the head and the LM head once for all its rows.
-    head_passes: int = 0
-    drafted: int = 0
-    # Rows that went on through the next span, not confident or held back by the gate.
-    promoted: int = 0
-    accepted: int = 0
-    rejected: int = 0
+    gates_evaluated: int = 0
+    heads_evaluated: int = 0
+    # Each batch reads the head and the LM head once for all its requests.
+    head_batches: int = 0
+    draft_tokens: int = 0
+    # Requests that went on to the next exit: the head was not confident, or the gate skipped it.
+    next_exit: int = 0
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
 
 
 @dataclass
 class Counters:
     """Totals since start, or between two moments (`-`).
 
-    A *layer pass* is one layer run once on a batch of any size. Those of verification, and the
-    tokens it emits, are counted for batches without prefill only, where a token's cost is the
-    method's alone; mixed batches, prefill beside deferred states, have counts of their own.
+    *Layers* are layers executed, each once per batch of any size; *token-layers* weight them with
+    the tokens in the batch. Those of verification, and the tokens it generates, are counted for
+    batches without prefill only, where a token's cost is the method's alone; mixed steps, prefill
+    beside deferred states, have counts of their own.
     """
 
     num_layers: int
     exits: dict[int, ExitCounters]
-    # Verified windows (one per request and round), and tokens those emitted.
-    verifications: int = 0
-    tokens: int = 0
-    draft_layer_passes: int = 0
-    verify_layer_passes: int = 0
-    # Token-layers: layer passes weighted with the tokens in the batch.
+    # One verification step per request and decode step, and the tokens that they generated.
+    verification_steps: int = 0
+    generated_tokens: int = 0
+    draft_layers: int = 0
+    verification_layers: int = 0
     draft_token_layers: int = 0
     verify_token_layers: int = 0
-    # Decode batches that started from deferred states, that had none, and batches with prefill.
-    deferred_batches: int = 0
-    plain_batches: int = 0
-    prefill_batches: int = 0
-    # Of all batches, those that were prepared before the host knew their drafts: it did not wait.
-    open_batches: int = 0
-    # Of the batches with prefill, those that had deferred states too: their layer passes, and what
-    # prefill and verification, each in its own tokens, took of those.
-    mixed_batches: int = 0
-    mixed_layer_passes: int = 0
+    # Decode steps that started from deferred states, that had none, and steps with prefill.
+    deferred_steps: int = 0
+    plain_steps: int = 0
+    prefill_steps: int = 0
+    # Of all steps, those prepared before the host knew their draft tokens: it did not wait.
+    overlapped_steps: int = 0
+    # Of the steps with prefill, those that had deferred states too: their layers, and what prefill
+    # and verification, each in its own tokens, took of those.
+    mixed_steps: int = 0
+    mixed_layers: int = 0
     mixed_prefill_token_layers: int = 0
     mixed_verify_token_layers: int = 0
     # Tokens that a verification took up from a deferred state, and tokens sampled after the last
-    # layer, in all batches: the emitted tokens that are no accepted drafts.
+    # layer, in all steps: the generated tokens that are not accepted draft tokens.
     deferred_tokens: int = 0
     sampled_tokens: int = 0
 
@@ -69,9 +68,9 @@ class Counters:
     def create(cls, num_layers: int, exit_layers: tuple[int, ...]) -> "Counters":
         return cls(num_layers=num_layers, exits={e: ExitCounters() for e in exit_layers})
 
-    def checked(self, num_exits: int) -> np.ndarray:
-        """Head checks at each of the first exits, ``[num_exits]``."""
-        return np.array([e.checked for e in self.exits.values()][:num_exits])
+    def heads_evaluated(self, num_exits: int) -> np.ndarray:
+        """Heads evaluated at each of the first exits, by requests, ``[num_exits]``."""
+        return np.array([e.heads_evaluated for e in self.exits.values()][:num_exits])
 
     def __bool__(self) -> bool:
         """Whether anything was counted."""
@@ -86,38 +85,35 @@ class Counters:
         return self._combine(earlier, -1)
 
     def _combine(self, other: Self, sign: int) -> "Counters":
-        result = Counters(self.num_layers, {})
-        _combine_counts(result, self, other, sign)
-        for layer, counts in self.exits.items():
-            result.exits[layer] = ExitCounters()
-            _combine_counts(result.exits[layer], counts, other.exits[layer], sign)
-        return result
+        exits = {
+            layer: ExitCounters(**_sums(counts, other.exits[layer], sign))
+            for layer, counts in self.exits.items()
+        }
+        return Counters(self.num_layers, exits, **_sums(self, other, sign))
 
     def snapshot(self) -> dict[str, Any]:
         """All counts and the ratios users ask for, JSON-ready; a ratio without data is None."""
-        drafted = sum(e.drafted for e in self.exits.values())
-        accepted = sum(e.accepted for e in self.exits.values())
-        rejected = sum(e.rejected for e in self.exits.values())
-        passes = self.draft_layer_passes + self.verify_layer_passes
+        drafts, accepted, rejected = (
+            sum(getattr(e, name) for e in self.exits.values())
+            for name in ("draft_tokens", "accepted_tokens", "rejected_tokens")
+        )
+        layers = self.draft_layers + self.verification_layers
         values = asdict(self)
         values["exits"] = {str(layer): asdict(e) for layer, e in self.exits.items()}
         values |= {
-            "drafted": drafted,
-            "accepted": accepted,
-            "acceptance_rate": _ratio(accepted, accepted + rejected),
-            "tokens_per_verification": _ratio(self.tokens, self.verifications),
-            # Share of the emitted tokens that were predicted early.
-            "early_prediction_rate": _ratio(self.tokens - self.verifications, self.tokens),
-            # Share of a full pass of all layers that an emitted token cost, 1.0 for vanilla.
-            "layer_passes_per_token": _ratio(passes, self.num_layers * self.tokens),
+            "draft_tokens": drafts,
+            "accepted_tokens": accepted,
+            "draft_acceptance_rate": _ratio(accepted, accepted + rejected),
+            "mean_acceptance_length": _ratio(self.generated_tokens, self.verification_steps),
+            # As a fraction of all target layers: 1.0 for vanilla decoding.
+            "layers_executed_per_token": _ratio(layers, self.num_layers * self.generated_tokens),
         }
         return values
 
 
-def _combine_counts(result: Any, a: Any, b: Any, sign: int) -> None:
-    for name in _COUNTS[type(result)]:
-        # int: NumPy's integers cannot be sent between processes.
-        setattr(result, name, int(getattr(a, name)) + sign * int(getattr(b, name)))
+def _sums(a: Any, b: Any, sign: int) -> dict[str, int]:
+    # int: NumPy's integers cannot be sent between processes.
+    return {name: int(getattr(a, name)) + sign * int(getattr(b, name)) for name in _COUNTS[type(a)]}
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -2,7 +2,7 @@
 
 Owns what is attached to a worker's output, the type by which it crosses processes, and our part of
 vLLM's log line and Prometheus metrics. It counts nothing itself (counters.py), and is put in
-vLLM's place by patches_metrics.py.
+vLLM's place by vllm_patches/scheduler_and_metrics.py.
 
 worker: `attach_counts` -> scheduler: `pass_on` -> front end: `AdaDecodeLogging`, `AdaDecodeProm`.
 Counts travel as the difference to those sent before, so what the front end adds up is a total
@@ -19,14 +19,11 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.metrics.counters import Counters
 
 # Under vLLM's logger, whose level and format users know.
 logger = init_logger(f"vllm.{__name__}")
-
-METHOD = "adadecode"
-# Name of the attribute on vLLM's `ModelRunnerOutput`, which is pickled with it.
-ATTRIBUTE = "adadecode_counts"
 
 
 @dataclass
@@ -53,9 +50,9 @@ class UnsentCounts:
 
 
 def attach_counts(model_runner_output: Any, counts: Counters | None) -> None:
-    """Send ``counts`` along with a worker's output of a step."""
+    """Send ``counts`` along with a worker's `ModelRunnerOutput`, with which they are pickled."""
     if counts is not None:
-        setattr(model_runner_output, ATTRIBUTE, counts)
+        model_runner_output.adadecode_counts = counts
 
 
 def pass_on(
@@ -69,7 +66,7 @@ def pass_on(
             where they are off.
         num_spec_tokens: most drafts in a window.
     """
-    counts = getattr(model_runner_output, ATTRIBUTE, None)
+    counts = getattr(model_runner_output, "adadecode_counts", None)
     if counts is None:
         return
     for outputs in engine_core_outputs:
@@ -110,54 +107,64 @@ def _log(stats: dict[str, Any], log_fn: Callable[..., None]) -> None:
     parts: list[str] = []
     values: list[float | str] = []
     for text, name, scale in (
-        ("Tokens a verification: %.2f", "tokens_per_verification", 1),
-        ("Layer passes a token: %.3f", "layer_passes_per_token", 1),
-        ("Acceptance rate: %.1f%%", "acceptance_rate", 100),
+        ("Mean acceptance length: %.2f", "mean_acceptance_length", 1),
+        ("Target layers executed per token: %.3f", "layers_executed_per_token", 1),
+        ("Avg Draft acceptance rate: %.1f%%", "draft_acceptance_rate", 100),
     ):
         if stats[name] is not None:
             parts.append(text)
             values.append(scale * stats[name])
-    if stats["drafted"] or stats["accepted"]:
-        parts.append("Drafted/accepted by exit layer: %s")
-        exits = stats["exits"].items()
-        values.append(", ".join(f"{layer}: {e['drafted']}/{e['accepted']}" for layer, e in exits))
+    if stats["draft_tokens"] or stats["accepted_tokens"]:
+        parts.append("Draft/accepted tokens by exit layer: %s")
+        values.append(
+            ", ".join(
+                f"{layer}: {e['draft_tokens']}/{e['accepted_tokens']}"
+                for layer, e in stats["exits"].items()
+            )
+        )
     if parts:
         log_fn("AdaDecode metrics: " + ", ".join(parts), *values)
 
 
-# Name after ``vllm:adadecode_``, field of `ExitCounters`, documentation. Labelled by exit layer.
-EXIT_COUNTERS = (
-    ("gate_checks", "gated", "Gates evaluated at an exit layer, by requests."),
-    ("head_checks", "checked", "Heads evaluated at an exit layer, by requests."),
-    ("head_passes", "head_passes", "Heads evaluated at an exit layer, by batches."),
-    ("drafted", "drafted", "Tokens drafted from an exit layer."),
-    ("promoted", "promoted", "Requests that went on drafting through deeper layers."),
-    ("accepted", "accepted", "Tokens drafted from an exit layer that verification accepted."),
-    ("rejected", "rejected", "Tokens drafted from an exit layer that verification rejected."),
-)
+# Documentation by field of `ExitCounters`, which is the name after ``vllm:adadecode_``; labelled by
+# exit layer.
+EXIT_COUNTERS = {
+    "gates_evaluated": "Gates evaluated at an exit layer, by requests.",
+    "heads_evaluated": "Heads evaluated at an exit layer, by requests.",
+    "head_batches": "Heads evaluated at an exit layer, by batches.",
+    "draft_tokens": "Draft tokens from an exit layer.",
+    "next_exit": "Requests that went on from an exit layer to the next.",
+    "accepted_tokens": "Draft tokens from an exit layer that verification accepted.",
+    "rejected_tokens": "Draft tokens from an exit layer that verification rejected.",
+}
 # Name, documentation, extra label and its values by field of `Counters`. The ones without a label
 # have one field.
 COUNTERS: tuple[tuple[str, str, str | None, dict[str, str]], ...] = (
     (
-        "rounds",
-        "Batches: decode batches started from deferred states (deferred) or without any (plain), "
-        "and batches with prefill (prefill).",
+        "steps",
+        "Steps: decode steps that started from deferred states (deferred) or without any (plain), "
+        "and steps with prefill (prefill).",
         "kind",
-        {"deferred_batches": "deferred", "plain_batches": "plain", "prefill_batches": "prefill"},
+        {"deferred_steps": "deferred", "plain_steps": "plain", "prefill_steps": "prefill"},
     ),
     (
-        "layer_passes",
-        "Layers run, each once a batch of any size, in decode batches.",
+        "layers_executed",
+        "Target layers executed in decode steps, each once per batch of any size.",
         "phase",
-        {"draft_layer_passes": "draft", "verify_layer_passes": "verification"},
+        {"draft_layers": "draft", "verification_layers": "verification"},
     ),
     (
-        "verifications",
-        "Windows verified in decode batches, one a request and round.",
+        "verification_steps",
+        "Verification steps in decode steps, one per request.",
         None,
-        {"verifications": ""},
+        {"verification_steps": ""},
     ),
-    ("tokens", "Tokens that those verifications emitted.", None, {"tokens": ""}),
+    (
+        "generated_tokens",
+        "Tokens that those verification steps generated.",
+        None,
+        {"generated_tokens": ""},
+    ),
     (
         "deferred_tokens",
         "Tokens that a verification took up from a deferred state.",
@@ -171,9 +178,9 @@ EXIT_DEPTH = "exit_depth"
 class AdaDecodeProm(SpecDecodingProm):
     """vLLM's Prometheus metrics of speculative decoding and, for this method, ours.
 
-    Tokens a verification: ``rate(vllm:adadecode_tokens_total[$interval]) /
-    rate(vllm:adadecode_verifications_total[$interval])``. Mean depth in layers of an emitted token:
-    ``rate(vllm:adadecode_exit_depth_sum[$interval]) /
+    Mean acceptance length: ``rate(vllm:adadecode_generated_tokens_total[$interval]) /
+    rate(vllm:adadecode_verification_steps_total[$interval])``. Mean depth in layers of a generated
+    token: ``rate(vllm:adadecode_exit_depth_sum[$interval]) /
     rate(vllm:adadecode_exit_depth_count[$interval])``.
     """
 
@@ -197,10 +204,10 @@ class AdaDecodeProm(SpecDecodingProm):
         # Metrics by engine, by the field that they show; those of exits by layer and field.
         self.exit_counters: dict[int, dict[str, dict[int, Counter]]] = {e: {} for e in exit_layers}
         self.counters: dict[str, dict[int, Counter]] = {}
-        for name, field, documentation in EXIT_COUNTERS:
+        for name, documentation in EXIT_COUNTERS.items():
             metric = self._counter(name, documentation, "exit_layer")
             for layer in exit_layers:
-                self.exit_counters[layer][field] = self._per_engine(metric, str(layer))
+                self.exit_counters[layer][name] = self._per_engine(metric, str(layer))
         for name, documentation, label, values in COUNTERS:
             metric = self._counter(name, documentation, *([label] if label else []))
             for field, value in values.items():
@@ -208,8 +215,8 @@ class AdaDecodeProm(SpecDecodingProm):
         self.exit_depth = self._per_engine(
             self._histogram_cls(
                 name=f"vllm:adadecode_{EXIT_DEPTH}",
-                documentation="Layers after which emitted tokens were predicted: an exit layer for "
-                "accepted drafts, all layers for the others.",
+                documentation="Layers after which generated tokens were predicted: an exit layer "
+                "for accepted draft tokens, all layers for the others.",
                 labelnames=labelnames,
                 buckets=[*exit_layers, num_layers],
             )
@@ -235,7 +242,7 @@ class AdaDecodeProm(SpecDecodingProm):
         for layer, exit_counts in counts.exits.items():
             for field, metric in self.exit_counters[layer].items():
                 metric[engine_idx].inc(getattr(exit_counts, field))
-            for _ in range(exit_counts.accepted):
+            for _ in range(exit_counts.accepted_tokens):
                 depth.observe(layer)
         for field, metric in self.counters.items():
             metric[engine_idx].inc(getattr(counts, field))

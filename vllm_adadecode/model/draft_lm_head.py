@@ -1,9 +1,9 @@
 """The LM head as the early heads read it: the target's own, or a copy that is cheaper to read.
 
-Owns the copy (rows of the draft vocabulary, quantised or not), made from the target's loaded
-weights (`lm_head_rows.py`) and spread evenly over tensor-parallel ranks, the way back from draft
-ids to the target's, and the choice between the fused kernels (`kernels.confidence`) and plain
-torch, their reference and what runs where there is no Triton.
+Owns the copy (rows of the draft vocabulary, quantised or not), made of the target's loaded weights
+(`lm_head_rows.py`) and spread evenly over tensor-parallel ranks, the way back from draft ids to the
+target's, and the choice between the fused kernels (`kernels.confidence`) and plain torch, their
+reference and what runs where there is no Triton.
 """
 
 from typing import Any
@@ -18,36 +18,13 @@ from vllm.utils.math_utils import cdiv
 from vllm_adadecode.heads.config import Quantization
 from vllm_adadecode.kernels.confidence import head_confidence, top1_confidence
 from vllm_adadecode.kernels.head_weight import HeadWeight
-from vllm_adadecode.model.lm_head_rows import own_rows, read_rows, stored_weight
-
-# Magnitude that a row's largest weight is mapped to.
-LARGEST = 127
-# Rows that are converted at once: bounds the float32 copies.
-CHUNK_ROWS = 8192
-
-
-def quantize_rows(
-    # [num_rows, hidden_size]
-    weight: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a matrix to int8 with one scale per row, in steps of ``max|row| / 127``.
-
-    Args:
-        weight: ``[num_rows, hidden_size]``, floating point.
-
-    Returns:
-        ``rows`` ``[num_rows, hidden_size]`` int8, and ``scales`` float32 ``[num_rows]``, with
-        ``weight`` about ``rows * scales[:, None]``. A row of zeros stays so.
-    """
-    rows = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    for start in range(0, len(weight), CHUNK_ROWS):
-        chunk = weight[start : start + CHUNK_ROWS].float()
-        scale = chunk.abs().amax(-1) / LARGEST
-        scaled = chunk / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        rows[start : start + CHUNK_ROWS] = scaled.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
-        scales[start : start + CHUNK_ROWS] = scale
-    return rows, scales
+from vllm_adadecode.model.lm_head_rows import (
+    CHUNK_ROWS,
+    own_rows,
+    quantize_rows,
+    read_rows,
+    stored_weight,
+)
 
 
 class HeadProjection(nn.Module):
@@ -197,7 +174,7 @@ class HeadProjection(nn.Module):
         if weight is None:
             column, p = top1_confidence(self.logits(x), other)
             return self.to_token_ids(column), p
-        # The threshold is the policy's: it looks at p.
+        # The draft loop compares p with its threshold.
         all_gather = self._gather_ranks if self.num_ranks() > 1 else None
         result = head_confidence(
             x, weight, 0.0, other=other, order=order, num_live=num_live, all_gather=all_gather

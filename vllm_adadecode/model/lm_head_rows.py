@@ -1,6 +1,7 @@
-"""Rows of the target's LM head as floating point, however vLLM stores them.
+"""Rows of the target's LM head, as a copy for the early heads is made of them.
 
-Owns the way around quantised and repacked weights, and around other tensor-parallel ranks' rows.
+Owns reading them as floating point, however vLLM stores them (quantised, repacked, on other
+tensor-parallel ranks), and rounding them to int8.
 """
 
 from typing import Any
@@ -10,6 +11,10 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+# Magnitude that a row's largest weight is mapped to.
+LARGEST = 127
+# Rows that are converted at once: bounds the float32 copies.
+CHUNK_ROWS = 8192
 # Columns that are multiplied out at once: bounds the logits, [columns, rank's rows].
 CHUNK_COLUMNS = 256
 
@@ -90,3 +95,27 @@ def _multiply_out(
         logits = lm_head.quant_method.apply(lm_head, unit)
         rows[:, columns] = logits[:, local].t()
     return rows
+
+
+def quantize_rows(
+    # [num_rows, hidden_size]
+    weight: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a matrix to int8 with one scale per row, in steps of ``max|row| / 127``.
+
+    Args:
+        weight: ``[num_rows, hidden_size]``, floating point.
+
+    Returns:
+        ``rows`` ``[num_rows, hidden_size]`` int8, and ``scales`` float32 ``[num_rows]``, with
+        ``weight`` about ``rows * scales[:, None]``. A row of zeros stays so.
+    """
+    rows = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for start in range(0, len(weight), CHUNK_ROWS):
+        chunk = weight[start : start + CHUNK_ROWS].float()
+        scale = chunk.abs().amax(-1) / LARGEST
+        scaled = chunk / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        rows[start : start + CHUNK_ROWS] = scaled.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+        scales[start : start + CHUNK_ROWS] = scale
+    return rows, scales

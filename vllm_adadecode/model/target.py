@@ -1,22 +1,25 @@
 """The staged target: vLLM's own model, cut into spans at the exit layers.
 
-Owns how a span of layers, a head and the end of the model are called. The target's modules are
-used as they are and stay registered with the target alone; nothing here holds weights except the
-heads and, where they read a copy of the LM head, `lm_head.py`.
+Owns how a span of layers, a head and the end of the model are called, and the span as a module that
+vLLM can compile. The target's modules are used as they are and stay registered with the target
+alone; nothing here holds weights except the heads and, where they read a copy of the LM head,
+`draft_lm_head.py`.
 """
 
+import types
 from collections.abc import Mapping, Sequence
 from itertools import islice, pairwise
 from typing import cast
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig, set_current_vllm_config
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import EarlyHead
 from vllm_adadecode.model.draft_lm_head import HeadProjection
-from vllm_adadecode.model.span_module import make_span
 
 # Architectures whose decoder layers are `layer(positions, hidden, residual)` between
 # `embed_input_ids` and `norm(hidden, residual)`, each proven equal to its uncut self by a test.
@@ -40,6 +43,55 @@ def check_architectures(architectures: Sequence[str]) -> None:
             f"adadecode can't cut {'/'.join(architectures) or 'this model'} into spans; "
             f"supported architectures: {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
+
+
+class Span(nn.Module):
+    """Consecutive decoder layers of the target, which stay registered with the target."""
+
+    def __init__(self, *, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        # Not a ModuleList: the weights are the target's, listed once.
+        self.__dict__["layers"] = tuple(layers)
+
+    def forward(
+        self,
+        # [num_tokens] int64
+        positions: torch.Tensor,
+        # [num_tokens, hidden_size]
+        hidden: torch.Tensor,
+        # [num_tokens, hidden_size], None for span 0
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        assert residual is not None
+        return hidden, residual
+
+
+def make_span(layers: Sequence[nn.Module], name: str, vllm_config: VllmConfig) -> Span:
+    """A span that is compiled as vLLM's configuration says (not at all with `enforce_eager`).
+
+    vLLM compiles a module's forward once and drops all guards, so what was compiled is found again
+    by the function's code alone: two spans that shared a class would share the first one's graph,
+    layers and all, without an error. Each span therefore gets a class, a function and a code object
+    of its own, named after it, also in vLLM's cache on disk.
+
+    Args:
+        layers: decoder layers, called as ``layer(positions, hidden, residual)``.
+        name: unique among the spans of a model; part of vLLM's compile cache key.
+        vllm_config: the engine's.
+    """
+    original = Span.forward
+    code = original.__code__.replace(co_name=f"forward_{name}", co_qualname=f"Span_{name}.forward")
+    forward = types.FunctionType(code, original.__globals__, code.co_name)
+    forward.__qualname__ = code.co_qualname
+    forward.__annotations__ = original.__annotations__
+    span_class = type(f"Span_{name}", (Span,), {"forward": forward})
+    compiled_class = support_torch_compile(
+        dynamic_arg_dims={"positions": 0, "hidden": 0, "residual": 0}
+    )(span_class)
+    with set_current_vllm_config(vllm_config), set_model_tag(f"adadecode_{name}"):
+        return compiled_class(layers=layers, vllm_config=vllm_config)
 
 
 class StagedTarget(nn.Module):
@@ -171,7 +223,7 @@ class StagedTarget(nn.Module):
         Reads a vector, not the LM head. The inputs are left as they are.
         """
         logit = self.head(exit_index).gate_logit(hidden + residual)
-        assert logit is not None, "the policy asks for a gate that the heads do not have"
+        assert logit is not None, "a gate threshold for heads that have no gate"
         return logit.sigmoid()
 
     def head(self, exit_index: int) -> EarlyHead:

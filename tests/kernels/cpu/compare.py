@@ -16,10 +16,9 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch
 import triton.backends
 
-from tests.kernels.cpu.running import idle, problems, run
+from tests.kernels.cpu.running import compare_all
 
 
 def _pretend_cpu_backend() -> None:
@@ -77,22 +76,10 @@ def main() -> None:
     from tests.kernels.cpu.cases import CASES
     from vllm_adadecode.cpu.install import import_replacements
 
-    all_replacements = import_replacements()
+    replacements = import_replacements()
     _interpretable()
-    differences: dict[str, str] = {}
-    noticed: set[str] = set()
-    for case_name, case in CASES.items():
-        names = [f"vllm.v1.worker.gpu.{kernel}" for kernel in case.kernels]
-        replacements = {name: all_replacements[name] for name in names}
-        expected, _ = run(case, {})
-        differences[case_name] = problems(case, expected, replacements)
-        # Fresh memory may hold what the run before left there, which is the right answer: fill it.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        for kernel in replacements.keys() - noticed:
-            if problems(case, expected, {**replacements, kernel: idle}):
-                noticed.add(kernel)
-        torch.use_deterministic_algorithms(False)
-    print(json.dumps({"differences": differences, "noticed": sorted(noticed)}))
+    differences, noticed = compare_all(CASES, replacements, "vllm.v1.worker.gpu")
+    print(json.dumps({"differences": differences, "noticed": noticed}))
 
 
 if __name__ == "__main__":

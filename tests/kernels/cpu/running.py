@@ -86,3 +86,30 @@ def problems(case: Any, expected: Any, replacements: Mapping[str, Callable[..., 
     ]
     problems += [f"{name} was not launched" for name in replacements if name not in launched]
     return "\n".join(problems)
+
+
+def compare_all(
+    cases: Mapping[str, Any], replacements: Mapping[str, Callable[..., None]], package: str
+) -> tuple[dict[str, str], list[str]]:
+    """What differs in each case (empty: nothing), and the replacements known to be looked at.
+
+    Those are the ones whose doing nothing makes a case differ.
+
+    Args:
+        package: of the kernels' names in cases.
+    """
+    differences: dict[str, str] = {}
+    noticed: set[str] = set()
+    for case_name, case in cases.items():
+        used = {
+            f"{package}.{kernel}": replacements[f"{package}.{kernel}"] for kernel in case.kernels
+        }
+        expected, _ = run(case, {})
+        differences[case_name] = problems(case, expected, used)
+        # Fresh memory may hold what the run before left there, which is the right answer: fill it.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        for kernel in used.keys() - noticed:
+            if problems(case, expected, {**used, kernel: idle}):
+                noticed.add(kernel)
+        torch.use_deterministic_algorithms(False)
+    return differences, sorted(noticed)

@@ -1,4 +1,4 @@
-"""The random numbers of vLLM's samplers, as functions of (seed, position, token id).
+"""The random numbers of vLLM's samplers in NumPy, as functions of (seed, position, token id).
 
 Nothing here depends on the batch, on a generator's state or on the machine, so a request's tokens
 depend on its own seed alone. The integer streams equal those of the Triton kernels

@@ -1,7 +1,7 @@
-"""What the draft loop notes of a head's answers, in one launch.
+"""What the draft loop records of a head's results, in one launch.
 
-Owns the comparison with the policy's cutoff (paper, "Confidence") and the counts of heads asked;
-`draft_step.py` moves the rows on by it.
+Owns the comparison with the exit's threshold (paper, "Confidence") and the counts of heads
+evaluated; `draft_step.py` moves the rows on by it.
 """
 
 from typing import Any
@@ -15,14 +15,14 @@ from vllm_adadecode.kernels.launch import register_references
 
 # The exit is no constant: a round would have a kernel for each, and pointers of each alignment.
 @triton.jit(do_not_specialize=["exit_index", "num_rows"])
-def _note_answers_kernel(  # type: ignore[no-untyped-def]
+def _record_head_results_kernel(  # type: ignore[no-untyped-def]
     # [num_rows] int64
     token_out_ptr,
     # [num_rows] bool
     confident_ptr,
     # [num_exits] int64, accumulated
-    checked_ptr,
-    asked_ptr,
+    heads_evaluated_ptr,
+    head_batches_ptr,
     # [num_rows] int64
     token_ptr,
     # [num_rows] float32
@@ -30,7 +30,7 @@ def _note_answers_kernel(  # type: ignore[no-untyped-def]
     # [num_rows] bool
     live_ptr,
     # [num_exits] float32
-    follow_ptr,
+    thresholds_ptr,
     exit_index,
     num_rows,
     BLOCK: tl.constexpr,
@@ -40,17 +40,16 @@ def _note_answers_kernel(  # type: ignore[no-untyped-def]
     live = tl.load(live_ptr + row, mask=inside, other=0).to(tl.int32)
     p = tl.load(p_ptr + row, mask=inside, other=0.0)
     # NaN compares false: a broken row is never confident.
-    confident = (p > tl.load(follow_ptr + exit_index)) & (live == 1)
+    confident = (p > tl.load(thresholds_ptr + exit_index)) & (live == 1)
     tl.store(token_out_ptr + row, tl.load(token_ptr + row, mask=inside, other=0), mask=inside)
     tl.store(confident_ptr + row, confident, mask=inside)
     num_live = tl.sum(live, axis=0).to(tl.int64)
-    checked = checked_ptr + exit_index
-    tl.store(checked, tl.load(checked) + num_live)
-    asked = asked_ptr + exit_index
-    tl.store(asked, tl.load(asked) + (num_live > 0).to(tl.int64))
+    evaluated_ptr, batches_ptr = heads_evaluated_ptr + exit_index, head_batches_ptr + exit_index
+    tl.store(evaluated_ptr, tl.load(evaluated_ptr) + num_live)
+    tl.store(batches_ptr, tl.load(batches_ptr) + (num_live > 0).to(tl.int64))
 
 
-def note_answers(
+def record_head_results(
     # [num_rows] int64
     token: torch.Tensor,
     # [num_rows] float32
@@ -59,34 +58,34 @@ def note_answers(
     live: torch.Tensor,
     exit_index: int,
     *,
-    follow: torch.Tensor,
+    thresholds: torch.Tensor,
     token_out: torch.Tensor,
     confident: torch.Tensor,
-    checked: torch.Tensor,
-    asked: torch.Tensor,
+    heads_evaluated: torch.Tensor,
+    head_batches: torch.Tensor,
 ) -> None:
-    """Keep each row's token, and whether it is followed; count the heads.
+    """Keep each row's token, and whether it is accepted; count the heads.
 
     Args:
         token: what the head predicts, of no meaning where ``live`` is false.
         p: its probability.
-        live: rows whose head was asked.
-        follow: float32 ``[num_exits]``; a live row is confident where ``p`` is above it.
+        live: rows whose head was evaluated.
+        thresholds: float32 ``[num_exits]``; a live row is confident where ``p`` is above it.
         token_out: int64 ``[num_rows]``, written.
         confident: bool ``[num_rows]``, written.
-        checked: int64 ``[num_exits]``, plus the number of live rows.
-        asked: int64 ``[num_exits]``, plus 1 if there is one.
+        heads_evaluated: int64 ``[num_exits]``, plus the number of live rows.
+        head_batches: int64 ``[num_exits]``, plus 1 if there is one.
     """
     num_rows = len(token)
-    _note_answers_kernel[(1,)](
+    _record_head_results_kernel[(1,)](
         token_out,
         confident,
-        checked,
-        asked,
+        heads_evaluated,
+        head_batches,
         token.contiguous(),
         p.contiguous(),
         live.contiguous(),
-        follow,
+        thresholds,
         exit_index,
         num_rows,
         BLOCK=max(16, next_power_of_2(num_rows)),
@@ -94,23 +93,23 @@ def note_answers(
     )
 
 
-def _note_answers_reference(
+def _record_head_results_reference(
     token_out: torch.Tensor,
     confident: torch.Tensor,
-    checked: torch.Tensor,
-    asked: torch.Tensor,
+    heads_evaluated: torch.Tensor,
+    head_batches: torch.Tensor,
     token: torch.Tensor,
     p: torch.Tensor,
     live: torch.Tensor,
-    follow: torch.Tensor,
+    thresholds: torch.Tensor,
     exit_index: int,
     num_rows: int,
     **options: Any,
 ) -> None:
     token_out.copy_(token)
-    torch.logical_and(p > follow[exit_index], live, out=confident)
-    checked[exit_index].add_(live.sum())
-    asked[exit_index].add_(live.any())
+    torch.logical_and(p > thresholds[exit_index], live, out=confident)
+    heads_evaluated[exit_index].add_(live.sum())
+    head_batches[exit_index].add_(live.any())
 
 
-register_references(__name__, {"_note_answers_kernel": _note_answers_reference})
+register_references(__name__, {"_record_head_results_kernel": _record_head_results_reference})
