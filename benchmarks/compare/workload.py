@@ -17,8 +17,7 @@ from typing import Any
 from benchmarks.demo import prompts as demo_prompts
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.json_lines import BadLineError, read_json_lines
-from vllm_adadecode.training.paper_sets import PAPER_SETS
-from vllm_adadecode.training.prompts import load_data, prompts_of
+from vllm_adadecode.training.prompts import PAPER_SETS, load_data, prompts_of
 from vllm_adadecode.training.records import Record, RecordReader
 
 HERE = Path(__file__).parent
@@ -148,7 +147,7 @@ def _paper_name(spec: str) -> bool:
 
 def _form(paper: str) -> Callable[[Any], str]:
     """The paper's prompt of a row of the data set as it is published."""
-    form = PAPER_SETS[paper]["test"][0].form
+    form = PAPER_SETS[f"{paper}:test"].form
 
     def prompt(row: Any) -> str:
         try:
