@@ -203,10 +203,10 @@ def _variants() -> Iterator[tuple[str, tuple[str, ...], Callable[[], object]]]:
             _meta(MAX_REQS, dtype=torch.float32),
             confident,
             1,
-            accept_above=_meta(NUM_EXITS, dtype=torch.float32),
+            thresholds=_meta(NUM_EXITS, dtype=torch.float32),
             token_out=slots,
             confident=confident,
-            head_rows=exits,
+            heads_evaluated=exits,
             head_batches=exits,
         ),
     )

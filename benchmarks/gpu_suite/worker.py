@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_suite.syncs import RoundCounter
-from vllm_adadecode.draft.device_loop import Steps
+from vllm_adadecode.draft.buffers import LoopBuffers
+from vllm_adadecode.draft.device_loop import DeviceLoop
 from vllm_adadecode.draft.host_loop import HostLoop
 from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.draft_state import DraftRows
@@ -86,15 +87,15 @@ def noise(rows: DraftRows, exit_index: int) -> torch.Tensor:
 
 def follow_noise() -> None:
     """From now on, have the draft loops compare noise with thresholds, not confidences."""
-    accept, confident = Steps._accept, HostLoop._confident
+    accept, confident = DeviceLoop.accept, HostLoop._confident
 
-    def follow_noise_instead(
-        self: Steps, exit_index: int, token: torch.Tensor, p: torch.Tensor, live: Any
+    def accept_noise(
+        self: DeviceLoop, buffers: LoopBuffers, token: Any, p: Any, live: Any, exit_index: int
     ) -> None:
-        accept(self, exit_index, token, noise(self.buffers.rows, exit_index), live)
+        accept(self, buffers, token, noise(buffers.rows, exit_index), live, exit_index)
 
     def confident_instead(self: HostLoop, exit_index: int, p: torch.Tensor) -> torch.Tensor:
         return confident(self, exit_index, torch.rand_like(p))
 
-    Steps._accept = follow_noise_instead  # type: ignore[method-assign]
+    DeviceLoop.accept = accept_noise  # type: ignore[method-assign]
     HostLoop._confident = confident_instead  # type: ignore[method-assign]

@@ -30,7 +30,7 @@ from tests.support.suite_fakes import (
     make_suite,
     snapshot,
 )
-from vllm_adadecode.draft.device_loop import Steps
+from vllm_adadecode.draft.device_loop import DeviceLoop
 from vllm_adadecode.draft.host_loop import HostLoop
 from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.heads.thresholds import ExitThresholds
@@ -160,7 +160,7 @@ def test_drafts_that_are_not_controlled_are_refused(tmp_path: Path) -> None:
 
 def test_controlled_coverage_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostLoop, "_confident", HostLoop._confident)
-    monkeypatch.setattr(Steps, "_accept", Steps._accept)
+    monkeypatch.setattr(DeviceLoop, "accept", DeviceLoop.accept)
     follow_noise()
     torch.manual_seed(0)
     real = ExitThresholds.of((0.5, 1.0, 0.5), (0.5, 0.5, 0.5))
@@ -178,7 +178,7 @@ def test_controlled_coverage_on_the_host(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_controlled_coverage_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise by place is as good as drawn: half of the heads are followed, at each exit."""
     monkeypatch.setattr(HostLoop, "_confident", HostLoop._confident)
-    monkeypatch.setattr(Steps, "_accept", Steps._accept)
+    monkeypatch.setattr(DeviceLoop, "accept", DeviceLoop.accept)
     follow_noise()
     runs = DeviceRuns(StatusPoll())
     runs.thresholds = covering(ExitThresholds.of((0.9, 1.0, 0.9)), 0.5)

@@ -1,7 +1,7 @@
 """The draft loop on the device: the same as the host's, and the same work whatever the data.
 
 On the demo target with its heads, gates and draft vocabulary; tests/unit/test_device_loop.py has
-more without an engine.
+more without an engine. Starts two engines, and uses vanilla.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import pytest
 from vllm import LLM
 
 from tests.support.engines import (
+    DEVICE_LOOP,
     EnginePool,
     EveryStep,
     assert_same,
@@ -18,7 +19,6 @@ from tests.support.engines import (
     greedy,
     poll_with,
     set_draft_loop,
-    speculative,
     stats,
     token_ids,
 )
@@ -26,8 +26,6 @@ from tests.support.op_trace import OpTrace, first_difference, traced
 from vllm_adadecode.draft.buffers import padded_size
 from vllm_adadecode.draft.readback import RoundReadback
 from vllm_adadecode.draft.status_poll import StatusPoll
-
-SPEC: dict[str, Any] = {"num_speculative_tokens": 5}
 
 
 def note_rounds(worker: Any) -> None:
@@ -68,18 +66,13 @@ def rounds_of(
     return outputs, engine.collective_rpc(take)[0], counts
 
 
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_every_round_equals_the_hosts(
-    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch, method: str
+    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens, drafts, depths, exits and counts, round by round, request by request."""
+    """Draft tokens, depths, exits and counts, round by round, of greedy and sampled requests."""
     # Requests end at different times, so that batches of many sizes are padded.
-    params = [
-        greedy(10 + 5 * i, temperature=0.0 if method == "greedy" or i % 3 == 0 else 0.8, seed=i)
-        for i in range(9)
-    ]
-    spec = speculative(**SPEC, draft_sample_method=method, draft_loop="device")
-    engine = engines.get(speculative_config=spec)
+    params = [greedy(10 + 5 * i, temperature=0.8 if i % 3 else 0.0, seed=i) for i in range(9)]
+    engine = engines.get(speculative_config=DEVICE_LOOP)
     found = {}
     for loop in ("host", "device"):
         set_draft_loop(engine, loop)
@@ -90,7 +83,7 @@ def test_every_round_equals_the_hosts(
     assert found["device"][0] == tokens
     assert str(found["device"][1]) == str(windows)
     on_device = dict(found["device"][2])
-    # The first pass of a round runs unasked, also where every request is at its end.
+    # The first pass of a round runs unpolled, also where every request is at its end.
     assert 0 <= on_device["draft_layers"] - counts["draft_layers"] <= 2 * 2
     for name in ("draft_layers", "layers_executed_per_token"):
         on_device[name] = counts[name]
@@ -98,7 +91,7 @@ def test_every_round_equals_the_hosts(
     assert all(e["heads_evaluated"] for e in counts["exits"].values())
     assert any(e["gates_evaluated"] for e in counts["exits"].values())
 
-    # Running everything, and booking it as late as may be, changes nothing but the passes.
+    # Running everything, and recording it as late as may be, changes nothing but the passes.
     engine.collective_rpc(poll_with(EveryStep()))
     monkeypatch.setattr(RoundReadback, "has_arrived", lambda _: False)
     try:
@@ -157,25 +150,22 @@ def trace_rounds(engine: LLM, prompts: list[str], max_tokens: int) -> list[Round
     return rounds
 
 
-TRACED = SPEC | {"draft_sample_method": "probabilistic"}
-
-
 @pytest.fixture(scope="module")
 def always(engines: EnginePool, prompts: list[str]) -> list[Round]:
     """Rounds of 3 and of 2 requests, on the device with all steps."""
-    engine = engines.get(speculative_config=speculative(**TRACED, draft_loop="device"))
+    engine = engines.get(speculative_config=DEVICE_LOOP)
     engine.collective_rpc(poll_with(EveryStep()))
     return [r for n in (3, 2) for r in trace_rounds(engine, prompts[:n], 10)]
 
 
-def test_the_device_is_asked_nothing(engines: EnginePool, always: list[Round]) -> None:
+def test_steps_wait_for_nothing(always: list[Round]) -> None:
     assert len(always) > 6
     assert [r.trace.synchronisations for r in always] == [[]] * len(always)
 
 
-def test_the_host_asks_at_every_head(engines: EnginePool, prompts: list[str]) -> None:
-    """The controls: the host's loop, and a host that polls after each step."""
-    engine = engines.get(speculative_config=speculative(**TRACED, draft_loop="device"))
+def test_the_host_waits_where_it_polls(engines: EnginePool, prompts: list[str]) -> None:
+    """The controls: the host's loop, and polls after each step, by which work depends on data."""
+    engine = engines.get(speculative_config=DEVICE_LOOP)
     set_draft_loop(engine, "host")
     try:
         rounds = trace_rounds(engine, prompts[:2], 8)
@@ -186,6 +176,8 @@ def test_the_host_asks_at_every_head(engines: EnginePool, prompts: list[str]) ->
     rounds = trace_rounds(engine, prompts[:2], 8)
     reads = [s for r in rounds for s in r.trace.synchronisations if s == "tolist"]
     assert len(reads) > 2 * len(rounds)
+    names = {str([name for name, *_ in r.trace.operations]) for r in rounds if r.num_rows == 2}
+    assert len(names) > 1
 
 
 def loop_operations(round_: Round) -> list[tuple[Any, ...]]:
@@ -221,33 +213,15 @@ def test_work_does_not_depend_on_data(always: list[Round]) -> None:
     assert first_difference(two.trace.allocated, four.trace.allocated)
 
 
-def test_polls_make_work_depend_on_data(engines: EnginePool, prompts: list[str]) -> None:
-    """The control: with the host's polls, rounds of one size are not the same work."""
-    engine = engines.get(speculative_config=speculative(**TRACED, draft_loop="device"))
-    engine.collective_rpc(poll_with(StatusPoll()))
-    rounds = trace_rounds(engine, prompts[:2], 8)
-    names = {str([name for name, *_ in r.trace.operations]) for r in rounds if r.num_rows == 2}
-    assert len(names) > 1
-
-
-# --- in other company ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("async_scheduling", [False, True])
 def test_output_is_vanillas_in_crowded_batches(
-    engines: EnginePool,
-    prompts: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    async_scheduling: bool,
+    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunked prefill beside drafting, and more requests than rows; rounds are booked late."""
+    """Chunked prefill beside drafting, and more requests than rows; rounds are recorded late.
+
+    test_overlapped_rounds.py has the same with async scheduling.
+    """
     monkeypatch.setattr(RoundReadback, "has_arrived", lambda _: False)
-    options: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 64}
-    engine = engines.get(
-        speculative_config=speculative(**SPEC, draft_loop="device"),
-        async_scheduling=async_scheduling,
-        **options,
-    )
+    engine = engines.get(speculative_config=DEVICE_LOOP, max_num_seqs=6, max_num_batched_tokens=64)
     params = [greedy(6 + 3 * i) for i in range(9)]
     outputs = generate(engine, prompts[:9], params)
     vanilla = engines.get()

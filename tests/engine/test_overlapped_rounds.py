@@ -21,8 +21,8 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from tests.engine.test_graphs import get_engine as graphs_engine
 from tests.support.engines import (
+    DEVICE_LOOP,
     EnginePool,
     EveryStep,
     assert_same,
@@ -31,10 +31,10 @@ from tests.support.engines import (
     greedy,
     poll_with,
     slow_outputs,
-    speculative,
     stats,
     token_ids,
 )
+from tests.support.graph_engines import get_graph_engine
 from tests.support.op_trace import traced
 from tests.support.recorded_graphs import RecordedGraph
 from vllm_adadecode.draft.readback import RoundReadback
@@ -45,12 +45,6 @@ from vllm_adadecode.spans.shapes import PassShape, PrefillPart
 from vllm_adadecode.verify.overlapped_plan import OverlappedPlan
 from vllm_adadecode.verify.passes import VerificationPasses
 
-SPEC: dict[str, Any] = {
-    "num_speculative_tokens": 5,
-    "draft_loop": "device",
-    # What is sampled greedily is drafted so as well.
-    "draft_sample_method": "probabilistic",
-}
 WIDE: dict[str, Any] = {}
 # Requests wait for seats, and prompts come in chunks beside the others.
 NARROW: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 40}
@@ -58,8 +52,7 @@ NARROW: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 40}
 
 def get_engine(engines: EnginePool, options: dict[str, Any], **spec: Any) -> LLM:
     """One whose rounds overlap."""
-    spec = speculative(**SPEC, **spec)
-    engine = engines.get(speculative_config=spec, async_scheduling=True, **options)
+    engine = engines.get(speculative_config=DEVICE_LOOP | spec, async_scheduling=True, **options)
     stats(engine, reset=True)
     return engine
 
@@ -428,7 +421,7 @@ def test_the_host_waits_for_nothing_but_polls(
 
     With all graphs, recorded, and with copies that have not come when they are looked for.
     """
-    engine = graphs_engine(engines, "device", async_scheduling=True)
+    engine = get_graph_engine(engines, "device", asynchronous=True)
     # The first of a kind makes what all others read.
     params = [greedy(10 + 3 * i) for i in range(12)]
     generate(engine, prompts[:12], params)

@@ -196,10 +196,9 @@ def head_results(rng: torch.Generator, num_rows: int = 9, share: float = 0.6) ->
     kept = {
         "token_out": torch.full((num_rows,), -7),
         "confident": torch.ones(num_rows, dtype=torch.bool),
-        "head_rows": torch.tensor([5, 6, 7]),
+        "heads_evaluated": torch.tensor([5, 6, 7]),
         "head_batches": torch.tensor([1, 2, 3]),
     }
-    accept_above = torch.tensor([0.2, 0.5, 0.9])
     found: Outputs = {}
     for exit_index in (2, 1):
         p = torch.rand(num_rows, generator=rng)
@@ -209,7 +208,7 @@ def head_results(rng: torch.Generator, num_rows: int = 9, share: float = 0.6) ->
             p,
             torch.rand(num_rows, generator=rng) < share,
             exit_index,
-            accept_above=accept_above,
+            thresholds=torch.tensor([0.2, 0.5, 0.9]),
             **kept,
         )
         found |= {f"{name} {exit_index}": value.clone() for name, value in kept.items()}

@@ -139,6 +139,12 @@ def speculative(**options: Any) -> dict[str, Any]:
     return {"method": "adadecode", "cost_aware": False, **options}
 
 
+# With the draft loop on the device. What is sampled greedily is drafted so as well.
+DEVICE_LOOP = speculative(
+    num_speculative_tokens=5, draft_sample_method="probabilistic", draft_loop="device"
+)
+
+
 def set_thresholds(engine: LLM, *thresholds: float) -> None:
     """Change the thresholds of a running engine (one, or one per exit)."""
 

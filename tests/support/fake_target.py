@@ -187,7 +187,7 @@ class FakeFusedHeads:
 def fake_heads(target: FakeTarget, fused: bool, sample: Any, picks_rows: bool) -> Heads:
     """As `make_heads`; ``sample`` in place of `DraftSampler.sample`, None: no sampler."""
     if fused:
-        return FakeFusedHeads(target)
+        return FakeFusedHeads(target)  # type: ignore[return-value]
     sampler: Any = None if sample is None else SimpleNamespace(sample=sample)
     return StoredHeads(target, sampler, picks_rows)  # type: ignore[arg-type]
 

@@ -62,9 +62,12 @@ def test_a_round_begins_drafting_and_ends_resolved() -> None:
 
 
 @pytest.mark.parametrize("state", [None, *RoundState])
-def test_what_the_model_runner_calls_out_of_order_is_refused(state: RoundState | None) -> None:
-    anything: Any = None
-    rounds = DeviceRounds(anything, anything)
+def test_what_the_model_runner_calls_out_of_order_is_refused(
+    monkeypatch: pytest.MonkeyPatch, state: RoundState | None
+) -> None:
+    anything: Any = SimpleNamespace(ledger=None)
+    # With passes, rounds may overlap: the last one is left as it is when the next starts.
+    rounds = DeviceRounds(anything, anything, passes=anything)
     rounds._last = None if state is None else make_round(state)
     if state is not OVERLAPPED:
         with pytest.raises(IllegalTransitionError, match="is not OVERLAPPED"):
@@ -74,6 +77,17 @@ def test_what_the_model_runner_calls_out_of_order_is_refused(state: RoundState |
     if state is not VERIFYING:
         with pytest.raises(IllegalTransitionError, match="is not VERIFYING"):
             rounds.verify(anything)
+    if state in (DRAFTING, OVERLAPPED, VERIFYING):
+        monkeypatch.setattr(rounds, "_allowed", lambda *_: (np.zeros(2), 1, True))
+        numbers = np.array([1, 1])
+        batch: Any = SimpleNamespace(
+            num_reqs=2,
+            num_computed_prefill_tokens_np=numbers,
+            num_scheduled_tokens=numbers,
+            prefill_len_np=numbers,
+        )
+        with pytest.raises(IllegalTransitionError, match=f"while the last is {state.name}"):
+            rounds.propose(batch, anything, anything, anything, anything, 5)
 
 
 # --- which batches ------------------------------------------------------------------------------

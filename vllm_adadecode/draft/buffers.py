@@ -44,7 +44,8 @@ class LoopBuffers:
         hidden, residual: ``[num_rows * window, hidden_size]``, of a pass after the first span.
         token: int64 ``[num_rows]``, prediction of the head that was just evaluated.
         confident: bool ``[num_rows]``, rows that accept it.
-        head_rows, head_batches, span_passes: int64 ``[num_exits]``, of the round; see `ExitCounts`.
+        heads_evaluated, head_batches, span_passes: int64 ``[num_exits]``, of the round, as in
+            `ExitCounts`.
         status: what is left to do.
         accept_above, gate_above: float32 ``[num_exits]``, the numbers of `ExitThresholds`; of no
             meaning at exits without.
@@ -56,7 +57,7 @@ class LoopBuffers:
     residual: torch.Tensor
     token: torch.Tensor
     confident: torch.Tensor
-    head_rows: torch.Tensor
+    heads_evaluated: torch.Tensor
     head_batches: torch.Tensor
     span_passes: torch.Tensor
     status: RoundStatus
@@ -86,7 +87,7 @@ class LoopBuffers:
             residual=residual,
             token=counts.new_zeros(num_rows),
             confident=torch.zeros(num_rows, dtype=torch.bool, device=device),
-            head_rows=counts,
+            heads_evaluated=counts,
             head_batches=torch.zeros_like(counts),
             span_passes=torch.zeros_like(counts),
             status=RoundStatus.empty(num_exits, device),
@@ -104,7 +105,7 @@ class LoopBuffers:
             residual=self.residual[: num_rows * window],
             token=self.token[:num_rows],
             confident=self.confident[:num_rows],
-            head_rows=self.head_rows[:num_exits],
+            heads_evaluated=self.heads_evaluated[:num_exits],
             head_batches=self.head_batches[:num_exits],
             span_passes=self.span_passes[:num_exits],
             status=self.status,

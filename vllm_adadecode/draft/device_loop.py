@@ -86,7 +86,7 @@ class DeviceLoop:
         """
         buffers = self._first(padded_size(len(slots), self.max_num_rows), thresholds, num_exits)
         buffers.rows.load(slots, first_pos, limits, last_sampled)
-        torch._foreach_zero_([buffers.head_rows, buffers.head_batches, buffers.span_passes])
+        torch._foreach_zero_([buffers.heads_evaluated, buffers.head_batches, buffers.span_passes])
         self.spans.begin(slots, len(buffers.rows.slots))
         return DraftRun(Steps(self, buffers, thresholds, heads), max_drafts, graphs)
 
@@ -122,7 +122,7 @@ class DeviceLoop:
             buffers = self.buffers.first(num_rows, 1)
             self.step(buffers, exit_index=None, next_span=0)
             nobody = torch.zeros_like(buffers.confident)
-            _record_head(buffers, torch.zeros_like(buffers.token), nobody.float(), nobody, 0)
+            self.accept(buffers, torch.zeros_like(buffers.token), nobody.float(), nobody, 0)
 
     def step(
         self,
@@ -141,6 +141,30 @@ class DeviceLoop:
             exit_index=exit_index,
             next_span=next_span,
             **answers,
+        )
+
+    def accept(
+        self,
+        buffers: LoopBuffers,
+        # [num_rows] int64
+        token: torch.Tensor,
+        # [num_rows] float32
+        p: torch.Tensor,
+        # [num_rows] bool, rows whose head was evaluated
+        live: torch.Tensor,
+        exit_index: int,
+    ) -> None:
+        """Which predictions are accepted, by their confidences ``p``, into the round's buffers."""
+        record_head_results(
+            token,
+            p,
+            live,
+            exit_index,
+            thresholds=buffers.accept_above,
+            token_out=buffers.token,
+            confident=buffers.confident,
+            heads_evaluated=buffers.heads_evaluated,
+            head_batches=buffers.head_batches,
         )
 
 
@@ -230,13 +254,7 @@ class Steps:
             in_pass=in_pass,
         )
         assert check.live is not None
-        self._accept(exit_index, check.token, check.p, check.live)
-
-    def _accept(
-        self, exit_index: int, token: torch.Tensor, p: torch.Tensor, live: torch.Tensor
-    ) -> None:
-        """Compare the confidences ``p`` with the exit's threshold."""
-        _record_head(self.buffers, token, p, live, exit_index)
+        self.loop.accept(buffers, check.token, check.p, check.live, exit_index)
 
 
 class DraftRun:
@@ -276,27 +294,3 @@ class DraftRun:
             self._steps.run_step(1 + offset, exit_index)
         self._at = offset, exit_index
         self._steps.loop.poll.stepped(self.buffers.status)
-
-
-def _record_head(
-    buffers: LoopBuffers,
-    # [num_rows] int64
-    token: torch.Tensor,
-    # [num_rows] float32
-    p: torch.Tensor,
-    # [num_rows] bool, rows whose head was evaluated
-    live: torch.Tensor,
-    exit_index: int,
-) -> None:
-    """A head's answers, into the round's buffers."""
-    record_head_results(
-        token,
-        p,
-        live,
-        exit_index,
-        accept_above=buffers.accept_above,
-        token_out=buffers.token,
-        confident=buffers.confident,
-        head_rows=buffers.head_rows,
-        head_batches=buffers.head_batches,
-    )

@@ -1,4 +1,4 @@
-"""The draft loop led by the host: the reference that the device's loop is tested against.
+"""The draft loop on the host: the reference that the device's loop is tested against.
 
 Owns the order of passes: span 0 for the newest token of every drafting request, then head by head.
 A request whose head is confident takes its prediction as the next draft token and waits for the
@@ -87,7 +87,7 @@ class HostLoop:
                 evaluated, confident, tokens = self._evaluate(
                     exit_index, rows, offset, hidden, residual
                 )
-            counts.head_rows[exit_index] += int(evaluated.sum())
+            counts.heads_evaluated[exit_index] += int(evaluated.sum())
             counts.head_batches[exit_index] += bool(evaluated.any())
             counts.draft_tokens[exit_index] += int(confident.sum())
             self._extend(result.state, exit_index, rows, offset, confident, tokens)

@@ -76,7 +76,9 @@ class RoundReadback:
             dim=1,
         )
         # In the order of `ExitCounts`.
-        counted = torch.stack([buffers.head_rows, buffers.head_batches, buffers.span_passes], dim=1)
+        counted = torch.stack(
+            [buffers.heads_evaluated, buffers.head_batches, buffers.span_passes], dim=1
+        )
         by_exit = torch.cat([rows.counts, counted], dim=1)
         device = torch.cat([by_row.flatten(), by_exit.flatten()])
         sizes = num_reqs, len(by_exit), rows.tokens.shape[1]

@@ -38,14 +38,14 @@ class ExitCounts:
     Attributes:
         rows: requests that came to the exit, once for every token that they tried to draft.
         draft_tokens: of those, predictions of its head that were accepted.
-        head_rows: of those, with the head evaluated.
+        heads_evaluated: of those, with the head evaluated.
         head_batches: evaluations of the head, each for all rows that needed it.
         span_passes: passes of the exit's span.
     """
 
     rows: np.ndarray
     draft_tokens: np.ndarray
-    head_rows: np.ndarray
+    heads_evaluated: np.ndarray
     head_batches: np.ndarray
     span_passes: np.ndarray
 
@@ -88,7 +88,7 @@ class DraftResult:
             counters.draft_token_layers += num_layers * int((depths > e).sum())
             if not thresholds.uses(e):
                 continue
-            exits[e].heads_evaluated += int(made.head_rows[e])
+            exits[e].heads_evaluated += int(made.heads_evaluated[e])
             exits[e].head_batches += int(made.head_batches[e])
             exits[e].draft_tokens += int(made.draft_tokens[e])
             if thresholds.uses_gate(e):

@@ -174,6 +174,8 @@ class DeviceRounds:
         samples = prefilled >= input_batch.prefill_len_np
         caps, exits, is_even = self._allowed(input_batch, samples, max_drafts)
         last = self._last
+        if last is not None and last.state not in (RoundState.READBACK, RoundState.RESOLVED):
+            raise IllegalTransitionError(f"no round can start while the last is {last.state.name}")
         this = self._last = DraftRound(
             input_batch,
             num_sampled,
@@ -257,7 +259,7 @@ class DeviceRounds:
     # --- the end of a round ----------------------------------------------------------------------
 
     def _end_drafting(self, drop: bool = False, timed: bool = False) -> None:
-        """The last round will be verified as the host knows it: end it, and hand on its drafts.
+        """The last round will be verified as the host knows it: end it, hand on its draft tokens.
 
         Args:
             drop: nobody will verify it: what has been queued of it is enough.
@@ -293,10 +295,10 @@ class DeviceRounds:
 
     def _read_back(self, this: DraftRound) -> None:
         """Queue the copy of what comes of a round that is queued to its end."""
+        this.move_to(RoundState.READBACK)
         buffers = this.run.buffers if this.run is not None else None
         num_reqs = this.input_batch.num_reqs
         this.readback = RoundReadback.start(num_reqs, buffers, this.num_sampled, this.used_exits)
-        this.move_to(RoundState.READBACK)
         self.context.ledger.round_ended(this.input_batch, this.timed)
 
     @torch.inference_mode()

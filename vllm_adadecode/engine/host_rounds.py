@@ -1,4 +1,4 @@
-"""Rounds whose draft loop the host leads: drafted, recorded and known within one call.
+"""Rounds whose draft loop is on the host: drafted, recorded and known within one call.
 
 Owns one call of `propose` with that loop.
 """

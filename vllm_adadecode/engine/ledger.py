@@ -130,7 +130,7 @@ class RoundLedger:
         if self.draft_length is not None:
             statistics, state = self.draft_length.statistics, result.state
             evaluated = np.zeros(statistics.num_exits, dtype=np.int64)
-            evaluated[: len(result.exits.head_rows)] = result.exits.head_rows
+            evaluated[: len(result.exits.heads_evaluated)] = result.exits.heads_evaluated
             statistics.add_round(
                 result.limits, result.used_exits, state.num_drafts, state.exits, evaluated
             )

@@ -1,9 +1,9 @@
-"""The model runner's part: which batches are verified from deferred states, and with what drafts.
+"""The model runner's part: which batches are verified from deferred states, and how.
 
 Owns the mixin over vLLM's Model Runner V2 that (1) forgets windows of requests that left, (2) cuts
-placeholder drafts that async scheduling adds, or, where drafting overlaps with the batch, tells the
+placeholders that async scheduling adds, or, where drafting overlaps with the batch, tells the
 rejection sampler which they are, (3) swaps the target's forward pass for the verification's where a
-batch allows it, (4) tells the scheduler how many drafts there really are, and what was counted.
+batch allows it, (4) tells the scheduler the real draft tokens, and what was counted.
 
 vLLM's CUDA graphs are vanilla's: of all layers, for one token a request, and in pieces for batches
 with prefill. A batch that starts at a depth must not be replayed by them: verification has its own.
@@ -70,8 +70,8 @@ class AdaDecodeRunnerMixin(_Base):
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
-        # Whatever is verified from a depth is ours, so that rounds without drafts are left to vLLM:
-        # one token a request.
+        # Whatever is verified from a depth is ours, so that vLLM is left the steps without draft
+        # tokens: one token a request.
         decode_query_len, self.decode_query_len = self.decode_query_len, 1
         try:
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -180,7 +180,7 @@ class AdaDecodeRunnerMixin(_Base):
         return input_batch
 
     def _cut_placeholders(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
-        """Schedule only drafts that exist, or of an overlapped round those that may.
+        """Schedule only draft tokens that exist, or of an overlapped round those that may.
 
         Async scheduling schedules `num_speculative_tokens` placeholders for every request. Works
         on a copy: with an in-process engine the object is the scheduler's own. The same on every
@@ -242,7 +242,7 @@ class AdaDecodeRunnerMixin(_Base):
             return super().sample(hidden_states, input_batch, grammar_output)
 
     def _cut_grammar(self, grammar_output: GrammarOutput) -> GrammarOutput:
-        """Drop the bitmask rows of placeholder drafts that were not scheduled."""
+        """Drop the bitmask rows of placeholders that were not scheduled."""
         assert self._placeholders is not None
         assert self._scheduled is not None
         keep_rows: list[int] = []

@@ -44,7 +44,7 @@ def run_span(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One span in a forward context of its own; without metadata, no attention and no KV.
 
-    Experts are not asked about padding.
+    Experts leave padding out.
     """
     num_tokens = len(positions)
     with (

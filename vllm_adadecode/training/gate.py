@@ -42,7 +42,6 @@ def train_gates(
     distributions: Distributions,
     rows: ListOf[TokenRow],
     settings: TrainSettings,
-    thresholds: dict[int, float],
     progress: Progress,
 ) -> None:
     """Train the gates of all exits on one pass over the rows (at least `MIN_STEPS` steps).
@@ -53,7 +52,6 @@ def train_gates(
         distributions: the target and its finished heads.
         rows: to train on.
         settings: batch sizes, warm-up and seed of the heads' training.
-        thresholds: confidence threshold by exit layer.
         progress: gets a bar.
 
     Raises:
@@ -72,7 +70,7 @@ def train_gates(
         for micro in micro_batches(batch, settings.micro_batch_tokens):
             hidden, _ = distributions.states(micro)
             for e, h in hidden.items():
-                label = confident(distributions, e, h, thresholds[e]).float()
+                label = confident(distributions, e, h).float()
                 logit = heads[e].gate_logit(h)
                 assert logit is not None
                 loss = functional.binary_cross_entropy_with_logits(logit, label, reduction="sum")
@@ -94,10 +92,9 @@ def confident(
     exit_layer: int,
     # [P, d]
     hidden: torch.Tensor,
-    threshold: float,
 ) -> torch.Tensor:
     """Where a head's largest token probability is above the threshold, bool ``[P]``."""
-    tokens = distributions.num_tokens
+    tokens, threshold = distributions.num_tokens, distributions.thresholds[exit_layer]
     parts = [
         distributions.head(exit_layer, hidden[chunk])[:, :tokens].amax(-1).exp() > threshold
         for chunk in distributions.chunks(len(hidden))
@@ -107,10 +104,7 @@ def confident(
 
 @torch.no_grad()
 def evaluate_gates(
-    distributions: Distributions,
-    rows: ListOf[TokenRow],
-    settings: TrainSettings,
-    thresholds: dict[int, float],
+    distributions: Distributions, rows: ListOf[TokenRow], settings: TrainSettings
 ) -> dict[int, GateReport]:
     """Every gate on rows that it is not trained on."""
     counts = {e: [0, 0, 0] for e in distributions.heads}
@@ -119,7 +113,7 @@ def evaluate_gates(
         hidden, final = distributions.states(micro)
         total += len(final)
         for e, h in hidden.items():
-            label = confident(distributions, e, h, thresholds[e])
+            label = confident(distributions, e, h)
             logit = distributions.heads[e].gate_logit(h)
             assert logit is not None
             passed = logit > 0

@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
+from transformers import AutoConfig
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.files import read_json
 from vllm_adadecode.heads import HeadsConfig, head_tensors, make_heads, save_heads
 from vllm_adadecode.heads.checkpoint import DRAFT_VOCAB, check_output
-from vllm_adadecode.heads.config import CONFIG_NAME
 from vllm_adadecode.heads.target import fetch
 from vllm_adadecode.training.batches import TokenRow, token_rows
 from vllm_adadecode.training.card import CARD_NAME, make_card
@@ -112,18 +111,24 @@ def _train(
     target = load_target(folder, dtype, request.device_map)
     torch.manual_seed(request.training.seed)
     heads = make_heads(config, torch.float32, target.device)
-    distributions = Distributions(target, heads, draft_vocab, precision)
     thresholds = dict(zip(config.exit_layers, config.thresholds, strict=True))
-    args = (distributions, rows, held_rows, request.training, thresholds)
+    distributions = Distributions(target, heads, thresholds, draft_vocab, precision)
+    args = (distributions, rows, held_rows, request.training)
     state = train_heads(*args, run_folder / "state.pt", progress)
-    # What is stored is what is measured.
     stored_dtype = _stored_dtype(folder)
-    _round(distributions, stored_dtype)
+    for head in heads.values():
+        # What is stored is what is measured.
+        head.transform.to(stored_dtype).float()
     if config.gate:
-        train_gates(distributions, rows, request.training, thresholds, progress)
+        train_gates(distributions, rows, request.training, progress)
     results["steps"] = state.step
-    results["held_out"] = _results(distributions, held_rows, request.training, thresholds, state)
-    return _tensors(distributions, stored_dtype), results
+    results["held_out"] = _results(distributions, held_rows, request.training, state)
+    for head in heads.values():
+        head.transform.to(stored_dtype)
+    tensors = head_tensors(heads)
+    if draft_vocab is not None:
+        tensors[DRAFT_VOCAB] = draft_vocab
+    return tensors, results
 
 
 def make_sequences(request: Request, folder: Path, progress: Progress) -> list[Sequence]:
@@ -190,38 +195,18 @@ def _rows(sequences: ListOf[Sequence], data: DataSettings) -> list[TokenRow]:
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of the target's weights as its config.json says; float32 if it does not."""
-    data = read_json(folder / CONFIG_NAME)
-    data = data.get("text_config", data)
-    found = getattr(torch, str(data.get("dtype") or data.get("torch_dtype")), None)
+    found: Any = AutoConfig.from_pretrained(folder).get_text_config().dtype
     return found if found in (torch.bfloat16, torch.float16) else torch.float32
-
-
-def _round(distributions: Distributions, dtype: torch.dtype) -> None:
-    """Give the transforms the values that will be stored, so that those are what is measured."""
-    for head in distributions.heads.values():
-        for parameter in head.transform.parameters():
-            parameter.data = parameter.data.to(dtype).float()
-
-
-def _tensors(distributions: Distributions, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What is stored: transforms in the target's dtype, the small rest in float32."""
-    for head in distributions.heads.values():
-        head.transform.to(dtype)
-    tensors = head_tensors(distributions.heads)
-    if distributions.draft_vocab is not None:
-        tensors[DRAFT_VOCAB] = distributions.draft_vocab
-    return tensors
 
 
 def _results(
     distributions: Distributions,
     rows: ListOf[TokenRow],
     settings: TrainSettings,
-    thresholds: dict[int, float],
     state: RunState,
 ) -> dict[str, Any]:
     """Held-out figures of the finished heads, beside those from before training."""
-    finished = evaluate(distributions, rows, settings, thresholds)
+    finished = evaluate(distributions, rows, settings)
     before = {
         e: {k: v for k, v in entry.items() if k != "train_loss"}
         for e, entry in state.history[0]["exits"].items()
@@ -233,7 +218,7 @@ def _results(
         "before_training": {e: _rounded(entry) for e, entry in before.items()},
     }
     if any(head.gate_weight is not None for head in distributions.heads.values()):
-        gates = evaluate_gates(distributions, rows, settings, thresholds)
+        gates = evaluate_gates(distributions, rows, settings)
         results["gates"] = {str(e): _rounded(vars(gate)) for e, gate in gates.items()}
     return results
 

@@ -77,7 +77,6 @@ def train_heads(
     rows: ListOf[TokenRow],
     held_out: ListOf[TokenRow],
     settings: TrainSettings,
-    thresholds: dict[int, float],
     state_file: Path,
     progress: Progress,
 ) -> RunState:
@@ -90,7 +89,6 @@ def train_heads(
         distributions: the target and its new heads.
         rows: to train on.
         held_out: to evaluate on.
-        thresholds: confidence threshold by exit layer, for reports.
         state_file: of this very run: same settings, data and target.
         progress: gets a bar.
 
@@ -101,7 +99,7 @@ def train_heads(
     parameters = trained_parameters(distributions)
     if not parameters:
         state = RunState(finished=True)
-        _evaluate_and_keep(distributions, held_out, settings, thresholds, state, parameters)
+        _evaluate_and_keep(distributions, held_out, settings, state, parameters)
         return state
     epoch_steps = math.ceil(len(rows) / settings.batch_size)
     steps = max(1, round(settings.epochs * epoch_steps))
@@ -114,7 +112,7 @@ def train_heads(
     if not state.history:
         first = step_rows(rows, settings.batch_size, settings.seed, 0, epoch_steps)
         distributions.start(next(micro_batches(first, settings.micro_batch_tokens)))
-        _evaluate_and_keep(distributions, held_out, settings, thresholds, state, parameters)
+        _evaluate_and_keep(distributions, held_out, settings, state, parameters)
     else:
         progress.console.print(f"training goes on at step {state.step} of {steps}")
     task = progress.add_task("training heads", total=steps, completed=state.step)
@@ -124,7 +122,8 @@ def train_heads(
         for e, loss in losses.items():
             _refuse_nan(loss, e, state.step, settings)
             state.running[e] = state.running.get(e, 0.0) + loss
-        _clip(distributions, settings.max_gradient)
+        for head in distributions.heads.values():
+            torch.nn.utils.clip_grad_norm_(head.parameters(), settings.max_gradient)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate_factor(state.step, steps, settings.warmup)
         optimizer.step()
@@ -132,7 +131,7 @@ def train_heads(
         state.step += 1
         ended = state.step == steps
         if ended or state.step % eval_every == 0:
-            _evaluate_and_keep(distributions, held_out, settings, thresholds, state, parameters)
+            _evaluate_and_keep(distributions, held_out, settings, state, parameters)
             state.finished = ended or state.stale >= settings.patience
         if state.finished or state.step % settings.checkpoint_every == 0:
             save_state(state_file, state, parameters, optimizer)
@@ -181,10 +180,7 @@ def accumulate_gradients(
 
 @torch.no_grad()
 def evaluate(
-    distributions: Distributions,
-    rows: ListOf[TokenRow],
-    settings: TrainSettings,
-    thresholds: dict[int, float],
+    distributions: Distributions, rows: ListOf[TokenRow], settings: TrainSettings
 ) -> dict[int, HeldOut]:
     """Every head on rows that it is not trained on."""
     exits = list(distributions.heads)
@@ -201,7 +197,7 @@ def evaluate(
             for i, e in enumerate(exits):
                 guess = distributions.head(e, hidden[e][chunk])
                 confidence, token = guess[:, :tokens].max(-1)
-                right, covered = token == best, confidence.exp() > thresholds[e]
+                right, covered = token == best, confidence.exp() > distributions.thresholds[e]
                 loss = kl(goal, guess).sum()
                 counts = (right.sum(), covered.sum(), (right & covered).sum())
                 sums[i] += torch.stack([loss, *counts]).double()
@@ -228,12 +224,11 @@ def _evaluate_and_keep(
     distributions: Distributions,
     held_out: ListOf[TokenRow],
     settings: TrainSettings,
-    thresholds: dict[int, float],
     state: RunState,
     parameters: dict[str, torch.nn.Parameter],
 ) -> None:
     """Adds to the history, and keeps the weights of every head that is better than before."""
-    found = evaluate(distributions, held_out, settings, thresholds)
+    found = evaluate(distributions, held_out, settings)
     entry: dict[str, Any] = {"step": state.step, "exits": {}}
     since = state.step - (state.history[-1]["step"] if state.history else 0)
     better = False
@@ -251,11 +246,6 @@ def _evaluate_and_keep(
     state.stale = 0 if better else state.stale + 1
     state.running = {}
     state.history.append(entry)
-
-
-def _clip(distributions: Distributions, longest: float) -> None:
-    for head in distributions.heads.values():
-        torch.nn.utils.clip_grad_norm_(head.parameters(), longest)
 
 
 def _refuse_nan(loss: float, exit_layer: int, step: int, settings: TrainSettings) -> None:

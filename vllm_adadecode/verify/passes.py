@@ -96,7 +96,7 @@ class VerificationPasses:
         self.plans.data.copy_(async_tensor_h2d(data, device=self.plans.data.device))
 
     def load_overlapped(self, plan: OverlappedPlan, num_token_slots: int) -> None:
-        """Plan all passes as the device knows, and put the batch right: drafts, lengths.
+        """Plan all passes as the device knows, and put the batch right: draft tokens, lengths.
 
         Args:
             num_token_slots: tokens of the largest pass, padding among them.
