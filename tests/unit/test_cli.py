@@ -341,7 +341,9 @@ OUTCOMES: list[tuple[str, Callable[[Machine], Any], bool | None, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("check", "change", "ok", "text"), OUTCOMES, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(
+    ("check", "change", "ok", "text"), OUTCOMES, ids=[f"{o[0]}: {o[3][:30]}" for o in OUTCOMES]
+)
 def test_checks(
     machine: Machine, check: str, change: Callable[[Machine], Any], ok: bool | None, text: str
 ) -> None:
