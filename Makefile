@@ -9,17 +9,18 @@ INSTALLED := $(VENV)/.installed-$(ENGINE)
 OVERRIDES := requirements-cpu-overrides.txt
 # More arguments for the commands in benchmarks/ and pytest, e.g. ARGS="-k windows".
 ARGS ?=
-# Processes of `make test`; each file of tests stays in one, which keeps its engines.
+# Processes of `make test`.
 WORKERS ?= 2
 
-.PHONY: help setup demo bench-quick demo-model baselines bench paper kernels test lint
+.PHONY: help setup demo bench-quick demo-model baselines bench paper kernels test test-all lint
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make setup          install everything into $(VENV) (Python 3.11 or 3.12; PYTHON=... names one)"
 	@echo "make demo           serve the demo model with and without AdaDecode and compare"
 	@echo "make bench-quick    compare on a target bound by memory: results/bench-quick.json"
-	@echo "make test           lint, then all tests"
+	@echo "make test           lint, then the tests that CI runs: at most 15 minutes on two cores"
+	@echo "make test-all       lint, then every test, the slow ones among them"
 	@echo "make lint           ruff and mypy"
 	@echo "make demo-model     train the demo model again"
 	@echo "make baselines      train Medusa, EAGLE-3 and draft model drafters for the demo model"
@@ -76,8 +77,14 @@ paper: setup
 kernels: setup
 	$(BIN)/python -m benchmarks.kernels check $(ARGS)
 
+# Each file of tests stays in one process, which keeps its engines.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
+
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: lint
+	$(PYTEST) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

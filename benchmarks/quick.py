@@ -36,9 +36,8 @@ from benchmarks.workload import DEMO_MODEL, Prompt, by_files, dump, load_demo_pr
 from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.files import write_json
+from vllm_adadecode.files import read_json, write_json
 from vllm_adadecode.heads import HeadsConfig
-from vllm_adadecode.heads.files import read_json
 
 # The draft length that pays depends on the machine, and on what else it does: what is counted here
 # must not.

@@ -13,18 +13,19 @@ STOPPED = -1
 
 @dataclass
 class DraftRows:
-    """Windows under construction, by batch row; ``window`` is 1 + most drafts.
+    """Windows under construction, by batch row; ``window`` is 1 + K.
 
     Attributes:
         slots: int64 ``[num_rows]`` request slots; -1: padding.
         first_pos: int64 ``[num_rows]`` position of the last sampled token.
-        limits: int32 ``[num_rows]`` most drafts of each row.
-        tokens: int64 ``[num_rows, window]`` last sampled token, drafts, zeros.
+        limits: int32 ``[num_rows]`` most draft tokens of each row.
+        tokens: int64 ``[num_rows, window]`` last sampled token, draft tokens, zeros.
         num_drafts: int32 ``[num_rows]``.
         depths: int32 ``[num_rows, window]`` spans each token has been through.
-        exits: int32 ``[num_rows, window - 1]`` exit index whose head gave each draft.
+        exits: int32 ``[num_rows, window - 1]`` exit index whose head gave each token.
         next_span: int32 ``[num_rows]`` span that the row waits for; STOPPED.
-        counts: int64 ``[num_exits, 2]`` heads evaluated, and drafts made, by exit; accumulated.
+        counts: int64 ``[num_exits, 2]`` rows that came to each exit, and
+            draft tokens made there; accumulated.
     """
 
     slots: torch.Tensor

@@ -1,6 +1,6 @@
 """Bookkeeping between two passes of the draft loop, on the device, in one launch.
 
-Owns the step from a head's answers to the next pass: windows grow by a draft, are promoted or
+Owns the step from a head's results to the next pass: windows grow by a draft token, go deeper or
 stop; depths follow the pass that just ran; the inputs of the next pass (token ids, positions,
 lengths, KV slots) are laid out; and a few bytes say what there is left to do. The host reads
 nothing, so the passes of a whole round can be queued, or captured, one after the other: a pass
@@ -196,7 +196,7 @@ def draft_step(
     token: torch.Tensor | None = None,
     confident: torch.Tensor | None = None,
 ) -> None:
-    """Book a head's answers and lay out the next pass; all on the device, in place.
+    """Take up a head's results and lay out the next pass; all on the device, in place.
 
     Rows that waited for span ``exit_index`` have been through it and its head. A confident one
     takes the token as its next draft and waits for span 0, or stops at its limit; another waits for
@@ -217,7 +217,7 @@ def draft_step(
     if num_rows == 0:
         return
     if token is None or confident is None:
-        assert exit_index is None, "a head's answers are missing"
+        assert exit_index is None, "a head's results are missing"
         token, confident = rows.first_pos, rows.first_pos.bool()
     block_w = next_power_of_2(window)
     _draft_step_kernel[(1,)](

@@ -47,7 +47,7 @@ def draft_step_reference(
     **options: Any,
 ) -> None:
     if exit_index >= 0:
-        _book(
+        _take_up(
             limits, tokens, num_drafts, depths, exits, waits_for, counts,
             token, confident, exit_index, num_exits,
         )  # fmt: skip
@@ -86,7 +86,7 @@ def draft_step_reference(
     newest[:] = torch.where(runs, ends - 1, -1)
 
 
-def _book(
+def _take_up(
     limits: torch.Tensor,
     tokens: torch.Tensor,
     num_drafts: torch.Tensor,
@@ -99,7 +99,7 @@ def _book(
     exit_index: int,
     num_exits: int,
 ) -> None:
-    """The first half of a step: what a head's answers change."""
+    """The first half of a step: what a head's results change."""
     w = torch.arange(tokens.shape[1], device=tokens.device)
     checked = waits_for == exit_index
     ran = checked[:, None] & (w <= num_drafts[:, None]) & (depths <= exit_index)

@@ -2,8 +2,8 @@
 
 Owns the plan's buffers, which the host fills in where it knows the windows, and the kernel that
 fills them in from a draft loop's rows where only the device does. The batch was then prepared for
-as many drafts as there might be: places that no draft has come to are vacant. They are in no pass,
-and sampling is told of them.
+as many draft tokens as there might be: token slots that none has come to are padding. They are in
+no pass, and sampling is told of them.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from vllm_adadecode.kernels.verification_plan_reference import verification_plan
 # --- kernel --------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["num_reqs", "most_rows", "num_places"])
+@triton.jit(do_not_specialize=["num_reqs", "most_rows", "num_token_slots"])
 def _verification_plan_kernel(  # type: ignore[no-untyped-def]
     # PassPlans
     tokens_ptr,
@@ -43,10 +43,10 @@ def _verification_plan_kernel(  # type: ignore[no-untyped-def]
     # [>= num_reqs] int32
     seq_lens_ptr,
     # [>= num_tokens] bool
-    vacant_ptr,
+    is_padding_ptr,
     num_reqs,
     most_rows,
-    num_places,
+    num_token_slots,
     WINDOW: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -90,18 +90,18 @@ def _verification_plan_kernel(  # type: ignore[no-untyped-def]
             is_scheduled = has_row[:, None] & (w < scheduled[:, None])
             token = tl.load(row_tokens_ptr + tile, mask=pending, other=0)
             tl.store(input_ids_ptr + batch_place, token.to(tl.int32), mask=is_scheduled)
-            tl.store(vacant_ptr + batch_place, w >= length[:, None], mask=is_scheduled)
+            tl.store(is_padding_ptr + batch_place, w >= length[:, None], mask=is_scheduled)
             first_pos = tl.load(row_first_pos_ptr + row, mask=has_row, other=0)
             tl.store(seq_lens_ptr + req, (first_pos + length).to(tl.int32), mask=has_row)
     for start in range(num_reqs, most_rows + 1, BLOCK_T):
         req = start + tl.arange(0, BLOCK_T)
         ends = tl.zeros((BLOCK_T,), dtype=tl.int64) + num_tokens
         tl.store(starts_ptr + req, ends, mask=req <= most_rows)
-    for start in range(num_tokens, num_places, BLOCK_T):
+    for start in range(num_tokens, num_token_slots, BLOCK_T):
         place = start + tl.arange(0, BLOCK_T)
-        tl.store(tokens_ptr + place, -1, mask=place < num_places)
-        tl.store(slots_ptr + place, -1, mask=place < num_places)
-        tl.store(offsets_ptr + place, 0, mask=place < num_places)
+        tl.store(tokens_ptr + place, -1, mask=place < num_token_slots)
+        tl.store(slots_ptr + place, -1, mask=place < num_token_slots)
+        tl.store(offsets_ptr + place, 0, mask=place < num_token_slots)
 
 
 # --- buffers and wrapper -------------------------------------------------------------------------
@@ -159,26 +159,26 @@ def plan_verification(
     row_of: torch.Tensor,
     # [>= num_reqs + 1] int32
     query_start_loc: torch.Tensor,
-    # [>= num_places] int32
+    # [>= num_token_slots] int32
     input_ids: torch.Tensor,
     # [>= num_reqs] int32
     seq_lens: torch.Tensor,
-    # [>= num_places] bool
-    vacant: torch.Tensor,
-    num_places: int,
+    # [>= num_token_slots] bool
+    is_padding: torch.Tensor,
+    num_token_slots: int,
 ) -> None:
     """Plan the verification of a draft loop's windows, and put the batch right; all in place.
 
     Args:
-        plans: written, as far as ``num_places`` tokens.
+        plans: written, as far as ``num_token_slots`` tokens.
         rows: the windows.
         row_of: row of each request of the batch, one of its own; -1 for one that is prefilled: it
             has no token in these passes, and nothing is written for it.
         query_start_loc: scheduled tokens; a window is verified as far as there are.
-        input_ids: of scheduled tokens: drafts are written, 0, a valid id, in vacant places.
+        input_ids: of scheduled tokens: draft tokens are written; 0, a valid id, for padding.
         seq_lens: written: up to each request's last pending token.
-        vacant: of scheduled tokens: written, whether it is a place without a token.
-        num_places: most tokens of a pass, padding among them.
+        is_padding: of scheduled tokens: written, whether it is a slot without a token.
+        num_token_slots: most tokens of a pass, padding among them.
     """
     window = rows.tokens.shape[1]
     block_w = next_power_of_2(window)
@@ -198,10 +198,10 @@ def plan_verification(
         query_start_loc,
         input_ids,
         seq_lens,
-        vacant,
+        is_padding,
         num_reqs,
         plans.starts.shape[1] - 1,
-        num_places,
+        num_token_slots,
         WINDOW=window,
         BLOCK_W=block_w,
         BLOCK_R=min(next_power_of_2(num_reqs), max(16, 2048 // block_w)),

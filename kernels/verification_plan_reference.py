@@ -20,10 +20,10 @@ def verification_plan_reference(
     query_start_loc: torch.Tensor,
     input_ids: torch.Tensor,
     seq_lens: torch.Tensor,
-    vacant: torch.Tensor,
+    is_padding: torch.Tensor,
     num_reqs: int,
     most_rows: int,
-    num_places: int,
+    num_token_slots: int,
     **options: Any,
 ) -> None:
     has_row, row = row_of >= 0, row_of.long().clamp(min=0)
@@ -40,13 +40,13 @@ def verification_plan_reference(
         slots[span, :total] = row_slots[row[req]]
         offsets[span, :total] = offset
         for part, padding in ((tokens, -1), (slots, -1), (offsets, 0)):
-            part[span, total:num_places] = padding
+            part[span, total:num_token_slots] = padding
         starts[span, 0] = 0
         starts[span, 1 : num_reqs + 1] = in_pass.sum(dim=1).cumsum(0)
         starts[span, num_reqs + 1 :] = total
     req, offset = (w < scheduled[:, None]).nonzero(as_tuple=True)
     token = torch.where(pending[req, offset], row_tokens[row[req], offset], 0)
     input_ids[begin[req] + offset] = token.int()
-    vacant[begin[req] + offset] = ~pending[req, offset]
+    is_padding[begin[req] + offset] = ~pending[req, offset]
     ends = (row_first_pos[row] + length).int()
     seq_lens[:num_reqs] = torch.where(has_row, ends, seq_lens[:num_reqs])

@@ -16,15 +16,13 @@ from vllm.logger import init_logger
 from vllm.utils.hashing import safe_hash
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
-from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.constants import METHOD
+from vllm_adadecode.errors import AdaDecodeError, one_line
 from vllm_adadecode.heads import HeadsConfig, check_fits, check_weights, find_heads
-from vllm_adadecode.heads.sections import one_line
 from vllm_adadecode.model.target import check_architectures
 
 # Under vLLM's logger, whose level and format users know.
 logger = init_logger(f"vllm.{__name__}")
-
-METHOD = "adadecode"
 
 # vLLM's own options that mean for this method what they mean for others.
 PASSED_ON = frozenset(

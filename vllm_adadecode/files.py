@@ -1,4 +1,4 @@
-"""Writing files and folders whole or not at all.
+"""Writing files and folders whole or not at all, and reading JSON.
 
 Owns how bytes reach the disk; what is in them is the caller's. Whatever fails or is interrupted
 leaves what was there before, and nothing half-written beside it.
@@ -10,10 +10,32 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
+
+from vllm_adadecode.errors import AdaDecodeError
+
+# Read once: asking for it changes it for a moment, for all threads.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+def read_json(file: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        AdaDecodeError: it can't be read or is no JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdaDecodeError(f"{file} does not exist: give the folder that holds it") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise AdaDecodeError(f"{file} can't be read as JSON ({reason}): copy it again") from None
 
 
 def write_file(path: Path, fill: Callable[[Path], object]) -> Path:
@@ -37,7 +59,7 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> Path:
 
 def write_whole(path: Path, content: bytes) -> Path:
     """`write_file` of bytes."""
-    return write_file(path, lambda temporary: temporary.write_bytes(content))
+    return write_file(path, methodcaller("write_bytes", content))
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -45,9 +67,50 @@ def write_json(path: Path, value: Any) -> Path:
     return write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_temporary(folder: Path, name: str, content: bytes) -> Path:
-    """Write ``content`` beside its future place, flushed to disk; the caller renames it."""
-    return _temporary(folder, name, lambda temporary: temporary.write_bytes(content))
+def write_together(folder: Path, contents: Mapping[str, bytes | None]) -> None:
+    """Write several files of a folder, all or none.
+
+    A folder that is absent or empty appears with all of them in it. In any other each one takes its
+    place, in this order; if that fails, all old ones are put back. Other files stay.
+
+    Args:
+        folder: to write to.
+        contents: by name; None: no such file.
+
+    Raises:
+        OSError: the disk refuses; the folder is then as it was.
+    """
+    new = {name: content for name, content in contents.items() if content is not None}
+    if not folder.is_dir() or not any(folder.iterdir()):
+        with new_folder(folder) as unfinished:
+            for name, content in new.items():
+                write_whole(unfinished / name, content)
+        return
+    temporaries: dict[str, Path] = {}
+    backups = {name: folder / f".{name}.old" for name in contents}
+    try:
+        for name, content in new.items():
+            temporaries[name] = _temporary(folder, name, methodcaller("write_bytes", content))
+        for name, backup in backups.items():
+            backup.unlink(missing_ok=True)
+            if (folder / name).exists():
+                _second_name(folder / name, backup)
+        try:
+            for name in contents:
+                if name in temporaries:
+                    os.replace(temporaries[name], folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+        except BaseException:
+            for name, backup in backups.items():
+                if backup.exists():
+                    os.replace(backup, folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+            raise
+    finally:
+        for leftover in (*temporaries.values(), *backups.values()):
+            leftover.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -63,7 +126,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         # mkdtemp makes folders private; a model is read by servers under other accounts.
-        os.chmod(unfinished, 0o777 & ~_umask())
+        os.chmod(unfinished, 0o777 & ~_UMASK)
         os.rename(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -94,7 +157,7 @@ def _temporary(folder: Path, name: str, fill: Callable[[Path], object]) -> Path:
         fill(temporary)
         os.fsync(handle)
         # mkstemp makes files private; a checkpoint is read by servers under other accounts.
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~_UMASK)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -103,7 +166,9 @@ def _temporary(folder: Path, name: str, fill: Callable[[Path], object]) -> Path:
     return temporary
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def _second_name(file: Path, name: Path) -> None:
+    try:
+        os.link(file, name)
+    except OSError:
+        # Not every file system has hard links.
+        shutil.copy2(file, name)

@@ -204,8 +204,8 @@ def _variants() -> Iterator[tuple[str, Callable[[], object]]]:
             query_start_loc=_meta(MAX_REQS + 1, dtype=int32),
             input_ids=_meta(places, dtype=int32),
             seq_lens=_meta(MAX_REQS, dtype=int32),
-            vacant=_meta(places, dtype=torch.bool),
-            num_places=places,
+            is_padding=_meta(places, dtype=torch.bool),
+            num_token_slots=places,
         ),
     )
 

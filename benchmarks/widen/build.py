@@ -19,11 +19,11 @@ from benchmarks.widen.heads import widen_config, widen_tensors
 from benchmarks.widen.plan import Plan, Shape, make_plan
 from benchmarks.widen.target import Read, wide_tensors, write
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.files import new_folder
+from vllm_adadecode.files import new_folder, read_json
 from vllm_adadecode.heads import HeadsConfig, check_weights, save_heads, target_fingerprint
-from vllm_adadecode.heads.files import WEIGHTS_NAME, read_json
-from vllm_adadecode.heads.fingerprint import INDEX_NAME, tensor_files
-from vllm_adadecode.heads.resolve import SUBFOLDER, is_heads_folder
+from vllm_adadecode.heads.config import WEIGHTS_NAME, is_heads_folder
+from vllm_adadecode.heads.resolve import SUBFOLDER
+from vllm_adadecode.heads.target import INDEX_NAME, tensor_files
 
 COPIED = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),

@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.widen.plan import Plan
 from vllm_adadecode.heads import HeadsConfig
-from vllm_adadecode.heads.tensors import DRAFT_VOCAB, tensor_name
+from vllm_adadecode.heads.checkpoint import DRAFT_VOCAB
+from vllm_adadecode.heads.head import tensor_name
 
 
 def widen_config(plan: Plan, config: HeadsConfig, fingerprint: str | None) -> HeadsConfig:

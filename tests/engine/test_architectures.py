@@ -20,8 +20,17 @@ from tests.support.engines import (
 from tests.support.tiny_models import ARCHITECTURES, NUM_LAYERS, random_prompts, save_tiny_model
 from vllm_adadecode.model.target import SUPPORTED_ARCHITECTURES
 
+# The others differ from these in what a span does not see.
+FAST = ("LlamaForCausalLM", "Qwen3MoeForCausalLM")
 
-@pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in SUPPORTED_ARCHITECTURES
+    ],
+)
 def test_cut_model_equals_uncut(
     engines: EnginePool, tmp_path_factory: pytest.TempPathFactory, architecture: str
 ) -> None:

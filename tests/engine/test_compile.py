@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -10,6 +11,7 @@ from tests.support.engines import EnginePool, assert_same, generate, greedy, spe
 from vllm_adadecode.model.target import make_span
 
 
+@pytest.mark.slow
 def test_compiled_output_equals_vanilla(engines: EnginePool, prompts: list[str]) -> None:
     vanilla = engines.get(enforce_eager=False)
     reference = generate(vanilla, prompts[:16], greedy(), batch=4)

@@ -55,7 +55,9 @@ def v1(model: Path) -> Outputs:
 
 
 # As installed: engine and worker in processes of their own. And in one process, without Triton.
-@pytest.fixture(scope="module", params=["processes", "without-triton"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("processes", marks=pytest.mark.slow), "without-triton"]
+)
 def v2(model: Path, request: pytest.FixtureRequest) -> Outputs:
     if request.param == "processes":
         outputs = _run(model)

@@ -31,7 +31,7 @@ from tests.support.engines import (
     stop,
 )
 from vllm_adadecode.plugin import register
-from vllm_adadecode.verify.forward import make_plan
+from vllm_adadecode.verify.plan import make_plan
 
 EXITS = [2, 4, 6]
 NUM_LAYERS = 8
@@ -121,7 +121,7 @@ def recorded(engine: LLM) -> Iterator[list[Round]]:
                 return propose(*args, **kwargs)
             finally:
                 drafting[0] = False
-                rounds[-1].num_drafts = sum(map(len, runner.speculator.last_drafts))
+                rounds[-1].num_drafts = sum(map(len, runner.speculator.ledger.last_drafts))
 
         def prepare_inputs_noted(*args: Any, **kwargs: Any) -> Any:
             input_batch = prepare_inputs(*args, **kwargs)
@@ -158,11 +158,19 @@ def run_twice(rounds: list[Round]) -> list[str]:
 
 
 MIXED = (0.5, 0.6, 0.4)
+# Thresholds, batch and async scheduling of the cases that are not slow.
+FAST = ((MIXED, 4, False), (MIXED, 4, True), ((1.0, 0.3, 1.0), 4, False), ((0.0,), 1, False))
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("thresholds", [MIXED, (0.9, 0.95, 0.5), (1.0, 0.3, 1.0), (0.0,)], ids=str)
+@pytest.mark.parametrize(
+    ("thresholds", "batch", "asynchronous"),
+    [
+        pytest.param(t, batch, a, marks=() if (t, batch, a) in FAST else pytest.mark.slow)
+        for t in (MIXED, (0.9, 0.95, 0.5), (1.0, 0.3, 1.0), (0.0,))
+        for batch in (1, 4)
+        for a in (False, True)
+    ],
+)
 def test_every_layer_once(
     engines: EnginePool,
     prompts: list[str],

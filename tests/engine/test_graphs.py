@@ -3,129 +3,40 @@
 A recording (recorded_graphs.py) does the same operations with the same numbers on the same memory
 each time, as a CUDA graph does: whatever a step decides in Python, or leaves in memory that the
 next one does not read, shows as other tokens.
+
+Starts three engines, and uses vanilla and that of test_device_loop.py.
 """
 
-import random
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
-from vllm import LLM
-from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
 from tests.support.engines import (
+    DEVICE_LOOP,
     EnginePool,
     assert_same,
     divergences,
     generate,
     greedy,
-    speculative,
     stats,
     token_ids,
 )
-from tests.support.recorded_graphs import RecordedGraph, graphs_are_recorded
-from vllm_adadecode.engine import speculator as proposer
+from tests.support.graph_engines import get_graph_engine, replays
 from vllm_adadecode.verify.graphs import VerificationGraphs, graph_sizes
 from vllm_adadecode.verify.passes import VerificationPasses
 
-SIZES = [1, 2, 4, 8, 16, 32, 48]
-SPEC: dict[str, Any] = {"num_speculative_tokens": 5}
-CROWDED: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 96}
 
-
-def capture(worker: Any) -> None:
-    """As vLLM does at its start where there is a GPU; its own graphs as well."""
-    runner = worker.model_runner
-    speculator = runner.speculator
-    compilation = runner.compilation_config
-    compilation.cudagraph_capture_sizes = SIZES
-    compilation.max_cudagraph_capture_size = SIZES[-1]
-    mode = CUDAGraphMode.FULL_DECODE_ONLY
-    with graphs_are_recorded(), patch.object(proposer, "why_not_captured", lambda *_: None):
-        manager = ModelCudaGraphManager(runner.vllm_config, runner.device, mode, decode_query_len=1)
-        manager.capture(
-            runner.model,
-            runner.model_state,
-            runner.input_buffers,
-            None,
-            runner.block_tables,
-            runner.attn_groups,
-            runner.kv_cache_config,
-        )
-        speculator.init_cudagraph_manager(mode)
-        speculator.capture()
-    runner.cudagraph_manager = manager
-    runner._keep_from_replay(manager)
-    prepare = runner.model_state.prepare_attn
-
-    def prepare_attn(*args: Any, **kwargs: Any) -> Any:
-        # A GPU's builders keep what their graphs read in one place.
-        RecordedGraph.outer_metadata = prepare(*args, **kwargs)
-        return RecordedGraph.outer_metadata
-
-    runner.model_state.prepare_attn = prepare_attn
-
-
-def note_replays(worker: Any) -> None:
-    """From now on, count replays by what was replayed."""
-    runner = worker.model_runner
-    speculator = runner.speculator
-    runner.replays = {"verification": 0, "draft": 0, "all layers": 0}
-    for name, manager in (
-        ("verification", speculator.verification_graphs),
-        ("draft", speculator.draft_graphs),
-        ("all layers", runner.cudagraph_manager),
-    ):
-        if manager is None:
-            continue
-        vars(manager).pop("run_fullgraph", None)
-
-        def counted(desc: Any, name: str = name, run: Any = manager.run_fullgraph) -> Any:
-            runner.replays[name] += 1
-            return run(desc)
-
-        manager.run_fullgraph = counted
-
-
-def replays(engine: LLM) -> dict[str, int]:
-    return engine.collective_rpc(lambda worker: dict(worker.model_runner.replays))[0]
-
-
-def pause_now_and_then(worker: Any) -> None:
-    """Rounds without drafts in between, as adaptive draft length would have them."""
-    speculator = worker.model_runner.speculator
-    rng = random.Random(0)
-
-    def allowed(*args: Any) -> Any:
-        caps, used_exits = type(speculator).allowed(speculator, *args)
-        if rng.random() < 0.4:
-            caps[:] = 0
-        return caps, used_exits
-
-    speculator.allowed = allowed
-
-
-def get_engine(engines: EnginePool, loop: str, **options: Any) -> LLM:
-    """One with captured graphs."""
-    spec = speculative(**SPEC, draft_loop=loop, **options.pop("spec", {}))
-    engine = engines.get(speculative_config=spec, **CROWDED, **options)
-    if not engine.collective_rpc(lambda worker: hasattr(worker.model_runner, "replays"))[0]:
-        engine.collective_rpc(capture)
-        engine.collective_rpc(pause_now_and_then)
-    engine.collective_rpc(note_replays)
-    stats(engine, reset=True)
-    return engine
-
-
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("loop", ["host", "device"])
+@pytest.mark.parametrize(
+    ("loop", "asynchronous"),
+    [("host", False), ("device", False), ("device", True)],
+    ids=["host", "device", "device-async"],
+)
 def test_output_is_vanillas(
-    engines: EnginePool, prompts: list[str], loop: str, async_scheduling: bool
+    engines: EnginePool, prompts: list[str], loop: str, asynchronous: bool
 ) -> None:
     """With chunked prefill beside them, of batches of every size, and rounds without drafts."""
-    engine = get_engine(engines, loop, async_scheduling=async_scheduling)
+    engine = get_graph_engine(engines, loop, asynchronous)
     params = [greedy(8 + 4 * i) for i in range(12)]
     outputs = generate(engine, prompts[:12], params)
     vanilla = engines.get()
@@ -136,7 +47,7 @@ def test_output_is_vanillas(
     assert rounds > 10
     # Each round without a depth or prefill is vLLM's; but one that nobody knew to have no drafts.
     unseen = counts["plain_steps"] - replayed["all layers"]
-    assert unseen in (range(3) if async_scheduling and loop != "host" else [0])
+    assert unseen in (range(3) if asynchronous else [0])
     assert replayed["all layers"] > 4
     assert replayed["draft"] == 0 if loop == "host" else replayed["draft"] >= rounds
     # Each takes the last span, and most take others.
@@ -149,26 +60,24 @@ def test_sampling_is_the_same_as_without_graphs(
 ) -> None:
     """Draws, cached logits and temperatures by request, all the same numbers."""
     params = [greedy(24, temperature=0.8 if i % 3 else 0.0, seed=i) for i in range(8)]
-    spec = {"draft_sample_method": "probabilistic"}
-    engine = get_engine(engines, loop, spec=spec)
-    engine.collective_rpc(lambda worker: vars(worker.model_runner.speculator).pop("allowed", None))
+    engine = get_graph_engine(engines, loop)
+    engine.collective_rpc(
+        lambda worker: vars(worker.model_runner.speculator.ledger).pop("allowed", None)
+    )
     outputs = token_ids(generate(engine, prompts[:8], params))
     assert replays(engine)["verification"] > 30
-    plain = engines.get(speculative_config=speculative(**SPEC, **spec), max_num_seqs=8)
+    plain = engines.get(speculative_config=DEVICE_LOOP)
     assert outputs == token_ids(generate(plain, prompts[:8], params))
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_a_stale_plan_shows(
-    engines: EnginePool,
-    prompts: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    async_scheduling: bool,
+    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
     """The control: replays that read what they were captured with give other tokens."""
-    engine = get_engine(engines, "device", async_scheduling=async_scheduling)
-    # Of open rounds the device makes the plan.
-    name = "load_open" if async_scheduling else "load"
+    engine = get_graph_engine(engines, "device", asynchronous)
+    # Of overlapped rounds the device makes the plan.
+    name = "load_overlapped" if asynchronous else "load"
     load = getattr(VerificationPasses, name)
 
     def one_off(self: VerificationPasses, *args: Any) -> None:
@@ -196,18 +105,20 @@ def test_what_does_not_fit_runs_without_graphs(
         return found
 
     monkeypatch.setattr(VerificationGraphs, "descriptors", noted)
-    engine = get_engine(engines, "device", async_scheduling=False)
+    engine = get_graph_engine(engines, "device")
 
     def fit_less(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        graphs, thresholds = speculator.verification_graphs, speculator.thresholds
+        graphs, thresholds = speculator.verification_graphs, speculator.ledger.thresholds
         speculator.fitting = graphs.sizes, thresholds
         graphs.sizes = graphs.sizes[graphs.sizes <= 4]
-        speculator.thresholds = replace(thresholds, confidence=(None, *thresholds.confidence[1:]))
+        confidence = (None, *thresholds.confidence[1:])
+        speculator.ledger.thresholds = replace(thresholds, confidence=confidence)
 
     def fit_again(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        speculator.verification_graphs.sizes, speculator.thresholds = speculator.fitting
+        graphs, ledger = speculator.verification_graphs, speculator.ledger
+        graphs.sizes, ledger.thresholds = speculator.fitting
 
     engine.collective_rpc(fit_less)
     try:
@@ -223,7 +134,7 @@ def test_what_does_not_fit_runs_without_graphs(
 
 
 def test_a_step_s_graph_serves_several_drafts(engines: EnginePool) -> None:
-    engine = get_engine(engines, "device", async_scheduling=False)
+    engine = get_graph_engine(engines, "device")
 
     def shapes(worker: Any) -> set[tuple[int, int, int]]:
         graphs = worker.model_runner.speculator.draft_graphs.graphs

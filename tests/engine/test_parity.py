@@ -20,7 +20,7 @@ from tests.support.engines import (
     stats,
     token_ids,
 )
-from vllm_adadecode.verify.forward import VerificationPlan
+from vllm_adadecode.verify.plan import VerificationPlan
 
 THREE_EXITS = speculative(num_speculative_tokens=5, exit_layers=[2, 4, 6])
 
@@ -37,7 +37,11 @@ def reference(engines: EnginePool, prompts: list[str]) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("threshold", "batch"),
-    [(t, b) for t in (0.0, 0.5, 0.9) for b in (1, 4, 16)] + [(1.0, 4)],
+    [(0.0, 16), (0.5, 4), (0.9, 1), (1.0, 4)]
+    + [
+        pytest.param(threshold, batch, marks=pytest.mark.slow)
+        for threshold, batch in [(0.0, 1), (0.0, 4), (0.5, 1), (0.5, 16), (0.9, 4), (0.9, 16)]
+    ],
 )
 def test_thresholds_and_batch_sizes(
     engines: EnginePool,
@@ -57,8 +61,15 @@ def test_thresholds_and_batch_sizes(
     assert drafted == 0 if threshold == 1.0 else drafted > 100
 
 
-@pytest.mark.parametrize("exit_layers", [[4], [2, 4, 6]], ids=lambda layers: f"exits={len(layers)}")
-@pytest.mark.parametrize("num_speculative_tokens", [1, 8])
+@pytest.mark.parametrize(
+    ("num_speculative_tokens", "exit_layers"),
+    [
+        (8, [2, 4, 6]),
+        pytest.param(1, [2, 4, 6], marks=pytest.mark.slow),
+        pytest.param(8, [4], marks=pytest.mark.slow),
+        pytest.param(1, [4], marks=pytest.mark.slow),
+    ],
+)
 def test_windows_and_exits(
     engines: EnginePool,
     vanilla: LLM,
@@ -127,17 +138,17 @@ def test_negative_control_shifted_states_beside_prefill(
     """Deferred states read one token off, in mixed batches alone."""
 
     def shift(worker: Any) -> None:
-        scorer = worker.model_runner.scorer
+        verification = worker.model_runner.verification
 
         def forward(plan: VerificationPlan, *args: Any) -> Any:
             if plan.is_mixed:
                 plan = replace(plan, offsets=(plan.offsets - 1).clip(min=0))
-            return type(scorer).forward(scorer, plan, *args)
+            return type(verification).forward(verification, plan, *args)
 
-        scorer.forward = forward
+        verification.forward = forward
 
     def restore(worker: Any) -> None:
-        del worker.model_runner.scorer.forward
+        del worker.model_runner.verification.forward
 
     mixed, params = long_and_short(prompts)
     reference = generate(vanilla, mixed, params)
@@ -189,7 +200,7 @@ def test_preemption(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> No
     assert stats(engine)["mixed_steps"] > 2
 
 
-@pytest.mark.parametrize("max_num_batched_tokens", [64, 2048])
+@pytest.mark.parametrize("max_num_batched_tokens", [64, pytest.param(2048, marks=pytest.mark.slow)])
 def test_async_scheduling(
     engines: EnginePool, vanilla: LLM, prompts: list[str], max_num_batched_tokens: int
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.support.engines import EnginePool, assert_same, generate, greedy, speculative, stats
-from tests.unit.test_host_loop import draft
+from tests.support.fake_target import draft
 from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength, Choice, RoundCosts
 from vllm_adadecode.adaptive.profile import _costs, all_alike
 from vllm_adadecode.heads.thresholds import ExitThresholds
@@ -61,20 +61,20 @@ def test_costs_are_differences_of_rounds() -> None:
 
 def _budget(worker: Any) -> dict[str, Any]:
     speculator = worker.model_runner.speculator
-    windows, config = speculator.windows, speculator.speculative_config
+    ledger, config = speculator.ledger, speculator.speculative_config
     thresholds = config.confidence_threshold, config.gate_threshold
     return {
-        "costs": speculator.draft_length.costs,
-        "statistics": speculator.draft_length.statistics,
-        "windows": len(windows._windows),
-        "thresholds": (speculator.thresholds, ExitThresholds.of(*thresholds)),
+        "costs": ledger.draft_length.costs,
+        "statistics": ledger.draft_length.statistics,
+        "windows": len(ledger.windows._windows),
+        "thresholds": (ledger.thresholds, ExitThresholds.of(*thresholds)),
         "requests": len(worker.model_runner.req_states.req_id_to_index),
     }
 
 
 def _make_drafts_dear(worker: Any) -> None:
     """Drafts that cost a hundred rounds each."""
-    draft_length = worker.model_runner.speculator.draft_length
+    draft_length = worker.model_runner.speculator.ledger.draft_length
     costs = draft_length.costs
     exits = len(costs.extended[0])
     dear = tuple((100 * seconds,) * exits for seconds in costs.plain)

@@ -73,6 +73,7 @@ def unquantised_layers(worker: Any) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints(engines: EnginePool, prompts: list[str], tmp_path: Path, kind: str) -> None:
     vanilla, engine = pair(engines, save_quantised(tmp_path / kind, kind))
@@ -117,6 +118,7 @@ def check_control(vanilla: LLM, engine: LLM, prompts: list[str]) -> None:
     assert len([d for d in found if d.gap > 2 * BFLOAT16_TIE]) > NUM_PROMPTS // 3
 
 
+@pytest.mark.slow
 def test_fp8_cache(engines: EnginePool, prompts: list[str]) -> None:
     def cache_bytes(worker: Any) -> set[int]:
         modules = worker.model_runner.model.modules()

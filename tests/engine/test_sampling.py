@@ -159,8 +159,8 @@ ALL, SOME = (0.0, 0.0, 0.0), (0.3, 0.25, 0.1)
     ("draft_sample_method", "thresholds", "options", "process"),
     [
         ("greedy", SOME, *SETTINGS[0]),
-        ("greedy", ALL, *SETTINGS[1]),
-        ("probabilistic", ALL, *SETTINGS[0]),
+        pytest.param("greedy", ALL, *SETTINGS[1], marks=pytest.mark.slow),
+        pytest.param("probabilistic", ALL, *SETTINGS[0], marks=pytest.mark.slow),
         ("probabilistic", SOME, *SETTINGS[1]),
     ],
     ids=["greedy-some-plain", "greedy-all-top_k_top_p", "all-plain", "some-top_k_top_p"],
@@ -188,7 +188,7 @@ def test_tokens_follow_the_target(
 
 @pytest.mark.parametrize(
     ("draft_sample_method", "options", "process"),
-    [("greedy", *SETTINGS[1]), ("probabilistic", *SETTINGS[0])],
+    [pytest.param("greedy", *SETTINGS[1], marks=pytest.mark.slow), ("probabilistic", *SETTINGS[0])],
     ids=["greedy-top_k_top_p", "probabilistic-plain"],
 )
 def test_tokens_of_open_rounds_follow_the_target(
@@ -213,7 +213,7 @@ def test_tokens_of_open_rounds_follow_the_target(
     )
 
     def allow_large_batches(worker: Any) -> None:
-        worker.model_runner.speculator.device_rounds.most_places = 10 * NUM_REQUESTS
+        worker.model_runner.speculator.device_rounds.most_token_slots = 10 * NUM_REQUESTS
 
     engine.collective_rpc(allow_large_batches)
     counts = check_distribution(engine, exact, (0.3, 0.3, 0.25), options, process)
@@ -222,7 +222,9 @@ def test_tokens_of_open_rounds_follow_the_target(
     assert counts["draft_tokens"] < 3.5 * counts["verification_steps"]
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["logits", "kernels"])
+@pytest.mark.parametrize(
+    "kernels", [pytest.param(False, marks=pytest.mark.slow), True], ids=["logits", "kernels"]
+)
 def test_a_draft_vocabulary_is_exact_too(
     engines: EnginePool, model_path: Path, exact: Any, tmp_path: Path, kernels: bool
 ) -> None:
@@ -230,8 +232,7 @@ def test_a_draft_vocabulary_is_exact_too(
 
     The other tokens have proposal probability 0. They must come as often as ever, from the
     resampling after a rejection and from the verifications themselves. With kernels (their
-    references)
-    as on a GPU: gate, head and draw in one, which write these tokens' logits alone.
+    references) as on a GPU: gate, head and draw in one, which write these tokens' logits alone.
     """
     ids = torch.tensor([1, 4, 5, 9, 12, 15])
     torch.manual_seed(0)

@@ -176,7 +176,11 @@ def reference(vanilla: LLM, requests_: list[Request]) -> list[RequestOutput]:
 
 @pytest.mark.parametrize(
     ("loop", "asynchronous"),
-    [("host", False), ("host", True), ("device", True)],
+    [
+        pytest.param("host", False, marks=pytest.mark.slow),
+        pytest.param("host", True, marks=pytest.mark.slow),
+        ("device", True),
+    ],
     ids=["sync", "async", "device-async"],
 )
 def test_each_request_as_its_vanilla_reference(
@@ -212,7 +216,7 @@ def test_each_request_as_its_vanilla_reference(
         assert 1 <= len(tokens) <= (requests_[i].params.max_tokens or 0)
 
     # Whoever left took its window along; the runner hears of the last ones with the next step.
-    windows = engine.collective_rpc(lambda worker: worker.model_runner.speculator.windows)[0]
+    windows = engine.collective_rpc(lambda worker: worker.model_runner.speculator.ledger.windows)[0]
     assert len(windows._windows) <= 8
 
     # The schedule was as hard as it was meant to be.
@@ -234,6 +238,7 @@ def test_each_request_as_its_vanilla_reference(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["host", "device"])
 def test_drafts_by_batch_size(
     engines: EnginePool,
@@ -261,7 +266,7 @@ def test_drafts_by_batch_size(
 
 @pytest.mark.parametrize(
     ("draft_sample_method", "loop"),
-    [("greedy", "host"), ("probabilistic", "device")],
+    [("greedy", "host"), pytest.param("probabilistic", "device", marks=pytest.mark.slow)],
     ids=["greedy", "probabilistic-device-async"],
 )
 def test_seeded_sampling_in_another_schedule(

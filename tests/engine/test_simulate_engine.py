@@ -53,7 +53,7 @@ def test_counts_are_the_engine_s(
         thresholds = ExitThresholds.of(setting.thresholds, setting.gate_thresholds)
 
         def change(worker: object, thresholds: ExitThresholds = thresholds) -> None:
-            worker.model_runner.speculator.thresholds = thresholds  # type: ignore[attr-defined]
+            worker.model_runner.speculator.ledger.thresholds = thresholds  # type: ignore[attr-defined]
 
         engine.collective_rpc(change)
         harness.stats(engine, reset=True)

@@ -52,23 +52,23 @@ def reference(prompts: list[str]) -> list[RequestOutput]:
 
 def note_rounds(worker: Any) -> None:
     """Have a rank keep every window that it drafts, and what it lets each round draft."""
-    speculator = worker.model_runner.speculator
-    windows_of, allowed = speculator.windows_of, speculator.allowed
-    speculator.noted = []
+    ledger = worker.model_runner.speculator.ledger
+    windows_of, allowed = ledger.windows_of, ledger.allowed
+    ledger.noted = []
 
     def noted_windows(*args: Any) -> Any:
         windows = windows_of(*args)
-        speculator.noted.append(
+        ledger.noted.append(
             [(r, w.depths.tolist(), w.exits.tolist(), w.limit) for r, w in windows.items()]
         )
         return windows
 
     def noted_allowed(*args: Any) -> Any:
         caps, exits = allowed(*args)
-        speculator.noted.append((caps.tolist(), exits.tolist()))
+        ledger.noted.append((caps.tolist(), exits.tolist()))
         return caps, exits
 
-    speculator.windows_of, speculator.allowed = noted_windows, noted_allowed
+    ledger.windows_of, ledger.allowed = noted_windows, noted_allowed
 
 
 def see_copies_at_different_times(worker: Any) -> None:
@@ -84,8 +84,8 @@ def see_copies_at_different_times(worker: Any) -> None:
         return next(looks) % 3 == rank
 
     patch.object(RoundReadback, "has_arrived", has_arrived).start()
-    speculator = worker.model_runner.speculator
-    if (draft_length := speculator.draft_length) is not None:
+    ledger = worker.model_runner.speculator.ledger
+    if (draft_length := ledger.draft_length) is not None:
         ended = draft_length.round_ended
 
         def late(*args: Any) -> None:
@@ -98,9 +98,9 @@ def see_copies_at_different_times(worker: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "of_the_demo"),
     [
-        ({}, False),
+        pytest.param({}, False, marks=pytest.mark.slow),
         # With a draft vocabulary, whose copy of the LM head is spread over the ranks.
-        ({"draft_sample_method": "probabilistic"}, True),
+        pytest.param({"draft_sample_method": "probabilistic"}, True, marks=pytest.mark.slow),
         ({"draft_loop": "device", "cost_aware": True}, True),
     ],
     ids=["own-lm-head", "copy", "device"],
@@ -128,7 +128,7 @@ def test_ranks_decide_alike(
         sampled = SamplingParams(temperature=0.8, max_tokens=16, ignore_eos=True)
         generate(engine, prompts[:6], sampled)
         counts = engine.collective_rpc("adadecode_stats")
-        noted = engine.collective_rpc(lambda worker: worker.model_runner.speculator.noted)
+        noted = engine.collective_rpc(lambda worker: worker.model_runner.speculator.ledger.noted)
     finally:
         stop(engine)
     # One rank breaks a tie like two do, or not.

@@ -86,7 +86,7 @@ def pending(engine: LLM) -> int:
     """Requests with deferred states."""
 
     def count(worker: Any) -> int:
-        return len(worker.model_runner.speculator.windows._windows)
+        return len(worker.model_runner.speculator.ledger.windows._windows)
 
     return int(engine.collective_rpc(count)[0])
 
@@ -175,7 +175,15 @@ def test_weights_from_a_trainer(engines: EnginePool, prompts: list[str], tmp_pat
     assert_same(engines.get(first), generate(engine, spoken, greedy()), before)
 
 
-@pytest.mark.parametrize("what", ["sleep 0", "sleep 1", "sleep 2", "reload"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param("sleep 0", marks=pytest.mark.slow),
+        pytest.param("sleep 1", marks=pytest.mark.slow),
+        "sleep 2",
+        pytest.param("reload", marks=pytest.mark.slow),
+    ],
+)
 def test_requests_that_wait(engines: EnginePool, prompts: list[str], what: str) -> None:
     """Requests are kept over a pause, or over a reload of the same weights, and go on right."""
     spoken = prompts[:NUM_PROMPTS]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 
+from vllm_adadecode.engine import warmup
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.kernels import tuning, warmup
+from vllm_adadecode.kernels import tuning
 
 TUNED = {
     "BLOCK_V": 256,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.v1.engine import core
@@ -140,6 +139,12 @@ def speculative(**options: Any) -> dict[str, Any]:
     return {"method": "adadecode", "cost_aware": False, **options}
 
 
+# With the draft loop on the device. What is sampled greedily is drafted so as well.
+DEVICE_LOOP = speculative(
+    num_speculative_tokens=5, draft_sample_method="probabilistic", draft_loop="device"
+)
+
+
 def set_thresholds(engine: LLM, *thresholds: float) -> None:
     """Change the thresholds of a running engine (one, or one per exit)."""
 
@@ -149,18 +154,15 @@ def set_thresholds(engine: LLM, *thresholds: float) -> None:
         speculator = worker.model_runner.speculator
         values = thresholds * (len(speculator.model.exit_layers) // len(thresholds))
         gates = speculator.speculative_config.gate_threshold
-        speculator.thresholds = ExitThresholds.of(values, gates)
+        speculator.ledger.thresholds = ExitThresholds.of(values, gates)
 
     engine.collective_rpc(change)
 
 
 class EveryStep(StatusPoll):
-    """Reads nothing: every step runs, as does every head, needed or not."""
+    """Reads nothing: every step runs, needed or not."""
 
     def waits(self, span: int) -> bool:
-        return True
-
-    def any(self, rows: torch.Tensor) -> bool:
         return True
 
 
@@ -180,7 +182,7 @@ def set_draft_loop(engine: LLM, loop: str) -> None:
 
     def change(worker: Any) -> None:
         speculator = worker.model_runner.speculator
-        speculator.settle()
+        speculator.resolve()
         rounds = vars(speculator).setdefault("device_rounds_kept", speculator.device_rounds)
         speculator.device_rounds = rounds if loop == "device" else None
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_adadecode.heads import HeadsConfig, head_tensors, save_heads
 from vllm_adadecode.heads import make_heads as new_heads
-from vllm_adadecode.heads.tensors import DRAFT_VOCAB
+from vllm_adadecode.heads.checkpoint import DRAFT_VOCAB
 
 DEMO_MODEL = Path(__file__).parents[2] / "benchmarks" / "demo" / "model"
 HIDDEN, VOCAB, LAYERS = 64, 128, 4

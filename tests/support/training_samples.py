@@ -61,7 +61,7 @@ def distributions(
         changes["draft_vocab_size"] = len(draft_vocab)
     torch.manual_seed(0)
     heads = make_heads(heads_config(**changes), torch.float32, "cpu")
-    return Distributions(target, heads, draft_vocab, "fp32")
+    return Distributions(target, heads, dict.fromkeys(heads, 0.5), draft_vocab, "fp32")
 
 
 def silent() -> Progress:

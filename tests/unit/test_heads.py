@@ -158,8 +158,9 @@ def test_wrong_file(tmp_path: Path, content: str | None, message: str) -> None:
 )
 def test_config_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = HeadsConfig(**heads_fields(**changes))
-    file = config.save(tmp_path / "new" / "heads")
-    assert HeadsConfig.load(file.parent) == HeadsConfig.load(file) == config
+    file = tmp_path / "config.json"
+    file.write_text(config.to_json())
+    assert HeadsConfig.load(tmp_path) == HeadsConfig.load(file) == config
     # With a model_type vLLM would not take the folder for speculators.
     assert "model_type" not in json.loads(file.read_text())
 
@@ -459,7 +460,7 @@ def test_failed_write_leaves_the_old_heads(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="disk full"):
         make_heads(tmp_path / "new")
     assert snapshot(folder) == before
-    assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()
 
 
 def test_saving_again(tmp_path: Path) -> None:

@@ -1,235 +1,26 @@
-"""The host's side of a round without an engine: draft loop, windows, thresholds, counters.
-
-The draft loop runs on hand-made confidences, with a target and a span runner that note what they
-are asked and check that every state they are handed is the right one.
-"""
+"""The host's side of a round without an engine: draft loop, windows, thresholds, counters."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_adadecode.draft.host_loop import DraftState, HostLoop
+from tests.support.fake_target import (
+    EXIT_LAYERS,
+    MAX_SLOTS,
+    SPANS,
+    VOCAB,
+    Confidence,
+    FakeTarget,
+    SpanCall,
+    at,
+    draft,
+    head_token,
+)
 from vllm_adadecode.draft.windows import PendingWindow, PendingWindows
 from vllm_adadecode.heads.thresholds import ExitThresholds
-from vllm_adadecode.kernels.confidence import top1_confidence
-from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.metrics.counters import Counters
-from vllm_adadecode.model.fused_head import HeadCheck
-
-VOCAB = 2000
-MAX_SLOTS = 8
-EXIT_LAYERS = (2, 3, 7)
-NUM_LAYERS = 10
-SPANS = ((0, 2), (2, 3), (3, 7), (7, 10))
-
-HALF = ExitThresholds.of((0.5, 0.5, 0.5))
-
-# Confidence of the head at (slot, window offset, exit).
-Confidence = Callable[[int, int, int], float]
-
-
-def head_token(slot: int, offset: int, exit_index: int) -> int:
-    """The token that the head predicts after this offset: different for each head check."""
-    return 1 + slot * 100 + offset * 10 + exit_index
-
-
-@dataclass
-class SpanCall:
-    """One pass of a span: the tokens' slots and window offsets."""
-
-    span: int
-    tokens: list[tuple[int, int]]
-
-
-@dataclass
-class FakeTarget:
-    """Stands for `StagedTarget` and `RaggedSpans`; a state is (token, slot, offset, depth).
-
-    The residual is the state's negative, so that a swap is seen as well.
-    """
-
-    confidence: Confidence
-    # Position of the last sampled token, by slot.
-    first_pos: dict[int, int]
-    calls: list[SpanCall] = field(default_factory=list)
-    checks: list[tuple[int, list[tuple[int, int]]]] = field(default_factory=list)
-    gate: Confidence = lambda *_: 1.0
-    gates_evaluated: list[tuple[int, list[tuple[int, int]]]] = field(default_factory=list)
-    exit_layers: tuple[int, ...] = EXIT_LAYERS
-    spans: tuple[tuple[int, int], ...] = SPANS
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        assert input_ids.dtype == torch.int32
-        state = torch.zeros(len(input_ids), 4)
-        state[:, 0] = input_ids
-        return state
-
-    def run(
-        self,
-        span: int,
-        slots: np.ndarray,
-        num_tokens: np.ndarray,
-        seq_lens_upper: np.ndarray,
-        positions: torch.Tensor,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert (num_tokens >= 1).all()
-        by_token = np.repeat(slots, num_tokens)
-        offsets = [
-            int(p) - self.first_pos[int(s)] for p, s in zip(positions, by_token, strict=True)
-        ]
-        tokens = [(int(s), o) for s, o in zip(by_token, offsets, strict=True)]
-        # A bound of the length may be too high, never too low.
-        ends = np.cumsum(num_tokens) - 1
-        assert (seq_lens_upper > positions.numpy()[ends]).all()
-        assert (hidden[:, 3] == span).all(), "a token went into a span it is not before"
-        if span == 0:
-            assert residual is None
-        else:
-            assert residual is not None
-            assert torch.equal(residual, -hidden)
-            assert [(int(s), int(o)) for s, o in hidden[:, 1:3]] == tokens, "another token's state"
-        out = hidden.clone()
-        out[:, 1] = torch.from_numpy(by_token)
-        out[:, 2] = torch.tensor([offset for _, offset in tokens])
-        out[:, 3] = span + 1
-        # Spans work in place.
-        hidden.fill_(float("nan"))
-        self.calls.append(SpanCall(span, tokens))
-        return out, -out
-
-    def head_logits(
-        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        assert torch.equal(residual, -hidden)
-        assert (hidden[:, 3] == exit_index + 1).all(), "a head read a state of another depth"
-        logits = torch.empty(len(hidden), VOCAB)
-        rows = [(int(s), int(o)) for s, o in hidden[:, 1:3]]
-        self.checks.append((exit_index, rows))
-        for row, (slot, offset) in enumerate(rows):
-            p = self.confidence(slot, offset, exit_index)
-            logits[row] = np.log((1 - p) / (VOCAB - 1))
-            logits[row, head_token(slot, offset, exit_index)] = np.log(p)
-        return logits, None
-
-    def head_top1(
-        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return top1_confidence(*self.head_logits(exit_index, hidden, residual))
-
-    def gate_probability(
-        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> torch.Tensor:
-        assert torch.equal(residual, -hidden)
-        assert (hidden[:, 3] == exit_index + 1).all(), "a gate read a state of another depth"
-        rows = [(int(s), int(o)) for s, o in hidden[:, 1:3]]
-        self.gates_evaluated.append((exit_index, rows))
-        return torch.tensor([self.gate(slot, offset, exit_index) for slot, offset in rows])
-
-    # Stands for `HeadProjection` as well: all tokens.
-    @property
-    def projection(self) -> "FakeTarget":
-        return self
-
-    def over_all_tokens(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits
-
-
-@dataclass
-class FakeFusedHeads:
-    """Stands for `FusedHeads`: everything stays on the device, and rows held back say nonsense."""
-
-    target: FakeTarget
-
-    def check(
-        self,
-        exit_index: int,
-        hidden: torch.Tensor,
-        residual: torch.Tensor,
-        *,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        draft: int | torch.Tensor,
-        gate_threshold: float | None,
-    ) -> HeadCheck:
-        assert hidden[:, 1].tolist() == slots.tolist()
-        assert (hidden[:, 2] == draft).all()
-        assert positions.tolist() == [self.target.first_pos[int(s)] + draft for s in slots]
-        live = None
-        passed = torch.ones(len(hidden), dtype=torch.bool)
-        if gate_threshold is not None:
-            live = self.target.gate_probability(exit_index, hidden, residual) > gate_threshold
-            passed = live
-        # Nothing that may follow a row that its head was not evaluated for.
-        token, p = torch.full((len(hidden),), VOCAB), torch.ones(len(hidden))
-        if passed.any():
-            token[passed], p[passed] = self.target.head_top1(
-                exit_index, hidden[passed], residual[passed]
-            )
-        return HeadCheck(token, p, live)
-
-
-@dataclass
-class Run:
-    """A draft loop that has run."""
-
-    state: DraftState
-    target: FakeTarget
-    counters: Counters
-    deferred: DeferredStates
-
-
-def draft(
-    confidence: Confidence,
-    limits: list[int],
-    *,
-    slots: list[int] | None = None,
-    thresholds: ExitThresholds = HALF,
-    max_drafts: int = 5,
-    sample: Any = None,
-    gate: Confidence = lambda *_: 1.0,
-    fused: bool = False,
-    used_exits: list[int] | None = None,
-) -> Run:
-    """Run one draft loop for ``len(limits)`` requests."""
-    slots = slots or list(range(len(limits)))
-    first_pos = {slot: 7 + 13 * slot for slot in slots}
-    target = FakeTarget(confidence, first_pos, gate=gate)
-    counters = Counters.create(NUM_LAYERS, EXIT_LAYERS)
-    deferred = DeferredStates(MAX_SLOTS, max_drafts + 1, 4, torch.float32, torch.device("cpu"))
-    loop = HostLoop(
-        staged=target,  # type: ignore[arg-type]
-        spans=target,  # type: ignore[arg-type]
-        deferred=deferred,
-        thresholds=thresholds,
-        counters=counters,
-        sampler=None if sample is None else SimpleNamespace(sample=sample),  # type: ignore[arg-type]
-        fused=FakeFusedHeads(target) if fused else None,  # type: ignore[arg-type]
-    )
-    positions = torch.tensor([first_pos[s] for s in slots])
-    state = loop.run(
-        slots=np.array(slots, dtype=np.int32),
-        first_pos=positions,
-        last_sampled=torch.tensor([1000 + s for s in slots]),
-        limits=np.array(limits),
-        used_exits=np.array(used_exits or [len(EXIT_LAYERS)] * len(limits)),
-        max_drafts=max_drafts,
-        seq_lens_upper=positions.numpy(),
-    )
-    return Run(state, target, counters, deferred)
-
-
-def at(*confident: tuple[int, int, int]) -> Confidence:
-    """Confident at these (slot, offset, exit) alone."""
-    return lambda *where: 0.9 if where in confident else 0.1
-
 
 # --- by hand -----------------------------------------------------------------------------------
 

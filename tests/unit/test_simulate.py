@@ -14,7 +14,7 @@ TWO = Setting((0.75, 0.75), max_drafts=2)
 
 
 def totals(counts: Counts) -> tuple[int, ...]:
-    """tokens, layer passes, head checks, verifications, drafts, accepted"""
+    """generated tokens, layers, heads, verification steps, draft tokens, accepted"""
     return (
         counts.generated_tokens,
         counts.layers_executed,
@@ -77,11 +77,8 @@ class TestCounts:
         assert (counts.layers_executed, counts.generated_tokens) == (4 + 2 + 8, 3)
         # All gates closed: every round asks both gates and ends, but for the last token's.
         counts = simulate([trace], Setting((0.5, 0.5), 5, gate_thresholds=(0.95, 0.95)))
-        assert (counts.heads_evaluated, counts.gates_evaluated, counts.layers_executed) == (
-            0,
-            4,
-            24,
-        )
+        evaluated = (counts.heads_evaluated, counts.gates_evaluated)
+        assert (*evaluated, counts.layers_executed) == (0, 4, 24)
 
     def test_gate_threshold_zero_asks_no_gate(self) -> None:
         # A gate can round to 0.
@@ -99,7 +96,7 @@ def plain_rules(trace: Trace, setting: Setting) -> list[int]:
     ends, start, emitted = len(trace.generated), 0, 0
     spans = [b - a for a, b in zip((0, *trace.exit_layers), (*trace.exit_layers, 8), strict=True)]
     num_used = max((i + 1 for i, use in enumerate(setting.used) if use), default=0)
-    passes = heads_evaluated = gates_evaluated = verifications = drafts = kept = 0
+    passes = heads_evaluated = gates_evaluated = steps = drafts = kept = 0
     while start < ends:
         depths, right = [0], []
         limit = min(setting.max_drafts, ends - start - 1) if num_used else 0
@@ -125,10 +122,10 @@ def plain_rules(trace: Trace, setting: Setting) -> list[int]:
                 break
         passes += sum(n for span, n in enumerate(spans) if min(depths) <= span)
         accepted = right.index(False) if False in right else len(right)
-        verifications, drafts, kept = verifications + 1, drafts + len(right), kept + accepted
+        steps, drafts, kept = steps + 1, drafts + len(right), kept + accepted
         emitted += accepted + 1
         start += accepted + 1
-    return [emitted, passes, heads_evaluated, verifications, drafts, kept, gates_evaluated]
+    return [emitted, passes, heads_evaluated, steps, drafts, kept, gates_evaluated]
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.support.training_samples import data_file, random_sequences, tiny_target
@@ -103,9 +102,10 @@ def test_a_run(
     assert made["data"]["sequences"] == {"random": 40}
     assert made["data"]["digest"].startswith("sha256:")
     held_out = made["held_out"]
-    assert set(held_out) == {
-        "sequences", "positions", "exits", "before_training", "gates"
-    }  # fmt: skip
+    assert set(held_out) == {"sequences", "positions", "exits", "before_training"}
+    measured = {"loss", "agreement", "coverage", "precision"}
+    assert {frozenset(e) for e in held_out["before_training"].values()} == {frozenset(measured)}
+    assert set(held_out["exits"]["3"]) == measured | {"gate_passed", "gate_recall"}
     assert held_out["sequences"] < 20
     assert main(["info", str(output)]) == 0
     assert not list((tmp_path / "cache" / "runs").iterdir())
@@ -289,11 +289,8 @@ def test_no_space_left(
 
 
 def steps_done(cache: Path) -> int:
-    for state in cache.glob("runs/*/state.safetensors"):
-        with safe_open(state, framework="pt") as stored:
-            step: int = json.loads(stored.metadata()["run"])["step"]
-            return step
-    return 0
+    states = [torch.load(file, weights_only=True) for file in cache.glob("runs/*/state.pt")]
+    return states[0]["run"]["step"] if states else 0
 
 
 def test_kill_minus_nine(arguments: list[str], tmp_path: Path) -> None:
@@ -327,7 +324,7 @@ def test_another_run_does_not_go_on_from_this_one(
         raise OSError(errno.EIO, "broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "publish", refuse)
+        patch.setattr(training_run, "save_heads", refuse)
         assert train(arguments, tmp_path / "heads") == 1
     assert "broken" in capsys.readouterr().err
     runs = set((tmp_path / "cache" / "runs").iterdir())

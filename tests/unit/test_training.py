@@ -21,12 +21,16 @@ from vllm_adadecode.heads import HeadsConfig, head_tensors, make_heads
 from vllm_adadecode.training import trainer
 from vllm_adadecode.training.batches import TokenRow, token_rows
 from vllm_adadecode.training.distributions import Distributions
-from vllm_adadecode.training.gate import confident, evaluate_gates, train_gates
 from vllm_adadecode.training.state import RunState
 from vllm_adadecode.training.target_model import FrozenTarget, load_target
-from vllm_adadecode.training.trainer import TrainSettings, evaluate, rate_factor, train_heads
+from vllm_adadecode.training.trainer import (
+    TrainSettings,
+    evaluate,
+    rate_factor,
+    train_gates,
+    train_heads,
+)
 
-THRESHOLDS = {1: 0.5, 3: 0.5}
 SETTINGS = TrainSettings(learning_rate=5e-3, epochs=4, batch_size=8, eval_every=4)
 
 
@@ -52,7 +56,7 @@ def train(
     state_file: Path,
     settings: TrainSettings = SETTINGS,
 ) -> RunState:
-    return train_heads(parts, rows, held_out, settings, THRESHOLDS, state_file, silent())
+    return train_heads(parts, rows, held_out, settings, state_file, silent())
 
 
 def weights(parts: Distributions) -> dict[str, torch.Tensor]:
@@ -88,7 +92,7 @@ def test_heads_get_better_on_held_out_rows(
         assert last[e]["loss"] < first[e]["loss"] * (1 if kind["transform"] == "identity" else 0.98)
         assert last[e]["train_loss"] < first[e]["loss"]
     # The weights kept are the best ones, exit by exit.
-    found = evaluate(parts, held_out, SETTINGS, THRESHOLDS)
+    found = evaluate(parts, held_out, SETTINGS)
     for e, result in found.items():
         best = min(entry["exits"][str(e)]["loss"] for entry in state.history)
         assert result.loss == pytest.approx(best, rel=1e-6)
@@ -96,9 +100,9 @@ def test_heads_get_better_on_held_out_rows(
 
 
 def test_every_variant_starts_at_the_logit_lens(target: FrozenTarget, rows: list[TokenRow]) -> None:
-    lens = evaluate(distributions(target, transform="identity"), rows, SETTINGS, THRESHOLDS)
+    lens = evaluate(distributions(target, transform="identity"), rows, SETTINGS)
     for kind in KINDS[:3]:
-        found = evaluate(distributions(target, **kind), rows, SETTINGS, THRESHOLDS)
+        found = evaluate(distributions(target, **kind), rows, SETTINGS)
         for e in lens:
             assert found[e].loss == pytest.approx(lens[e].loss, rel=1e-4)
 
@@ -118,9 +122,9 @@ def test_trained_heads_beat_the_logit_lens_of_a_real_model(tmp_path: Path) -> No
         speculators_config={"verifier": {"name_or_path": ".."}},
     )
     heads = make_heads(config, torch.float32, "cpu")
-    parts = Distributions(demo, heads, None, "fp32")
+    parts = Distributions(demo, heads, {2: 0.75, 4: 0.75}, None, "fp32")
     settings = TrainSettings(epochs=4, batch_size=4, patience=99)
-    args = (pieces[:20], pieces[20:], settings, {2: 0.75, 4: 0.75}, tmp_path / "state", silent())
+    args = (pieces[:20], pieces[20:], settings, tmp_path / "state", silent())
     state = train_heads(parts, *args)
     for e in (2, 4):
         assert state.best[e] < 0.99 * state.history[0]["exits"][str(e)]["loss"]
@@ -271,25 +275,26 @@ def test_gates(
     trained = weights(parts)
     # About half of the positions are confident: there is something to tell apart.
     hidden, _ = parts.states(next(trainer.micro_batches(rows, 10_000)))
-    thresholds = {
+    parts.thresholds = {
         e: float(parts.head(e, h).detach().amax(-1).exp().quantile(0.6)) for e, h in hidden.items()
     }
-    before = evaluate_gates(parts, rows, settings, thresholds)
-    assert all(gate.passed == 0.0 for gate in before.values())
-    train_gates(parts, rows, settings, thresholds, silent())
+    before = evaluate(parts, rows, settings)
+    assert all(found.gate_passed == 0.0 for found in before.values())
+    train_gates(parts, rows, settings, silent())
     after = weights(parts)
     assert_same(
         {k: v for k, v in after.items() if "gate" not in k},
         {k: v for k, v in trained.items() if "gate" not in k},
     )
-    reports = evaluate_gates(parts, rows, settings, thresholds)
-    for e, gate in reports.items():
-        assert gate.confident == pytest.approx(0.4, abs=0.05)
+    for e, found in evaluate(parts, rows, settings).items():
+        assert found.coverage == pytest.approx(0.4, abs=0.05)
         # Better than chance: of the confident ones it passes more than of all.
-        assert gate.recall > 1.2 * gate.passed > 0.0
-        labels = confident(parts, e, hidden[e], thresholds[e])
-        assert float(labels.float().mean()) == pytest.approx(gate.confident)
+        assert (found.gate_recall or 0.0) > 1.2 * (found.gate_passed or 0.0) > 0.0
+        logit = parts.heads[e].gate_logit(hidden[e])
+        assert logit is not None
+        assert float((logit > 0).float().mean()) == pytest.approx(found.gate_passed)
     again = distributions(target, gate=True)
     train(again, rows, held_out, tmp_path / "state", settings)
-    train_gates(again, rows, settings, thresholds, silent())
+    again.thresholds = parts.thresholds
+    train_gates(again, rows, settings, silent())
     assert_same(weights(again), after)

@@ -137,7 +137,8 @@ def test_the_loss_is_the_one_of_the_whole_model(target: FrozenTarget, rows: list
             sums[e] += float((final * (final / guess).log()).sum())
             right[e] += int((guess.argmax(-1) == final.argmax(-1)).sum())
     assert found == pytest.approx({e: value / total for e, value in sums.items()}, rel=1e-4)
-    held_out = evaluate(parts, rows, TrainSettings(), {1: 0.0, 3: 1.0})
+    parts.thresholds = {1: 0.0, 3: 1.0}
+    held_out = evaluate(parts, rows, TrainSettings())
     assert {e: r.loss for e, r in held_out.items()} == pytest.approx(found, rel=1e-4)
     assert {e: r.agreement for e, r in held_out.items()} == {e: n / total for e, n in right.items()}
     assert (held_out[1].coverage, held_out[1].precision) == (1.0, held_out[1].agreement)

@@ -9,7 +9,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_adadecode.draft.windows import PendingWindow
-from vllm_adadecode.verify.forward import make_plan
+from vllm_adadecode.verify.plan import make_plan
 
 
 def batch(num_tokens: dict[str, int], prefilling: str = "") -> InputBatch:

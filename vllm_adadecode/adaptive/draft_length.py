@@ -1,13 +1,13 @@
-"""How many drafts a round may make and how deep they may go: what gives most tokens a second.
+"""Adaptive draft length: how many draft tokens a round may have, and from which exits.
 
-Owns what a batch's next drafts are expected to bring and to cost, and the choice between them; 0
-drafts if none pays. The more requests draft in step, the more likely one of them is not confident
-and takes a round through all exits: large batches pay with the first exits only, where a single
-request pays with all.
+Owns the choice of what gives most tokens a second: what a batch's next draft tokens are expected to
+bring and to cost; 0 of them if none pays. The more requests draft in step, the more likely one of
+them is not confident and takes a round through all exits: large batches pay with the first exits
+only, where a single request pays with all.
 
-Costs are measured at start (profile.py) and set right by the rounds that follow (step_times.py);
-what drafts bring is counted as they are verified (acceptance.py). All of it is the same on all
-tensor-parallel ranks, so the choice is.
+Latencies are measured at start (profile.py) and corrected by the rounds that follow
+(step_times.py); what draft tokens bring is counted as they are verified (acceptance.py). All of it
+is the same on all tensor-parallel ranks, so the choice is.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import numpy as np
 from vllm_adadecode.adaptive.acceptance import AcceptanceStatistics
 from vllm_adadecode.adaptive.step_times import Factors, RoundClock, StepTimes
 
-# Once in so many rounds of a batch size, a few do something else, to see what that takes and brings
-# by now: none where there were drafts, more where there were some, and where there were none, all
-# that there may be. Less often where they would cost more than this share of the rounds.
+# Once in so many rounds of a batch size, a few probe another choice, to see what that takes and
+# brings by now: no draft tokens where there were some, more of them, and where there were none, as
+# many as may be. Less often where probes would cost more than this share of the rounds.
 PROBE_EVERY = 256
 PROBE_ROUNDS = 3
 PROBE_SHARE = 0.01
 FIRST_PROBE = 32
 # Drafting must promise so much more than decoding without: less than that is not measured.
 MARGIN = 1.02
-# What promises so nearly as much as the best is as good, and more drafts and exits tell more.
+# What promises so nearly as much as the best is as good, and more draft tokens and exits tell more.
 NEAR = 0.99
-# Windows that speak for a draft being as likely as others, against those that it had itself.
+# Windows that speak for a draft token being as likely as others, against its own.
 PRIOR = 4.0
 # Rounds for which a choice holds.
 REUSE = 16
@@ -45,9 +45,10 @@ class RoundCosts:
     Attributes:
         batch_sizes: increasing, from 1.
         plain: ``[sizes]`` a round without drafting.
-        failed: ``[sizes]`` what an attempt adds that no head follows; with gates, none is asked.
-        extended: ``[sizes][exits]`` what a draft adds that is made at this exit; with gates, only
-            its head is asked.
+        failed: ``[sizes]`` what an attempt adds at which no head is confident; with gates, none is
+            evaluated.
+        extended: ``[sizes][exits]`` what a draft token adds that is made at this exit; with gates,
+            only its head is evaluated.
         check: ``[sizes]`` what a head adds that a gate lets pass in vain; 0 without gates.
     """
 
@@ -66,7 +67,7 @@ class RoundCosts:
 
 
 class Choice(NamedTuple):
-    """Most drafts of each request in a round, and the exits that may give them, from the first."""
+    """Most draft tokens of each request in a round, and the exits that may give them."""
 
     drafts: int
     exits: int
@@ -113,7 +114,7 @@ class _Probes:
 
 
 class AdaptiveDraftLength:
-    """Chooses the most drafts of each round, and the exits that it may use.
+    """Chooses the most draft tokens of each round, and the exits that it may use.
 
     Args:
         costs: of this target on this machine.
@@ -151,7 +152,7 @@ class AdaptiveDraftLength:
         choice = probes.instead(plan)
         self._now = num_reqs, choice, float(plan.seconds[choice.exits - 1, choice.drafts])
         if before == 0 < probes.left and plan.choice.drafts == 0:
-            # Without drafts nothing is learned but from these few rounds.
+            # Without draft tokens nothing is learned but from these few rounds.
             self.statistics.make_room()
         return choice
 
@@ -189,12 +190,12 @@ class AdaptiveDraftLength:
     def best(self, num_reqs: int) -> Choice:
         """What gives most tokens a second; all that there may be while nothing is known about it.
 
-        Without drafts it names all exits.
+        Without draft tokens it names all exits.
         """
         return self._best(self.rates(num_reqs))
 
     def rates(self, num_reqs: int) -> np.ndarray:
-        """Expected tokens a second by exits and most drafts, ``[exits, 1 + K]``."""
+        """Expected tokens a second by exits and most draft tokens, ``[exits, 1 + K]``."""
         return self._rates(*self.expected(num_reqs), self.share(self.times.factors(num_reqs)))
 
     @property
@@ -215,8 +216,8 @@ class AdaptiveDraftLength:
         return np.asarray(tokens / seconds)
 
     def expected(self, num_reqs: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of a round and its seconds, as costs say, by exits and most drafts,
-        ``[exits, 1 + K]`` each."""
+        """Tokens of a round, and its seconds as measured at start, ``[exits, 1 + K]`` each, by
+        exits and most draft tokens."""
         found = self.statistics
         alive, kept = (_shares(found.windows, of) for of in (found.drafted, found.accepted))
         tokens = num_reqs * kept.cumsum(axis=1)
@@ -227,12 +228,12 @@ class AdaptiveDraftLength:
         return tokens, seconds
 
     def _try_seconds(self, exits: int, rows: np.ndarray) -> np.ndarray:
-        """Of one more draft tried from the newest token of ``rows`` requests, in expectation.
+        """Of one more draft token tried from the newest token of ``rows`` requests, in expectation.
 
         They go in step: a span runs if one of them needs it, and costs what so many rows cost.
         """
         costs, chances = self.costs, self.statistics.chances()[:exits]
-        asked_in_vain = self.statistics.asked_in_vain()
+        evaluated_in_vain = self.statistics.evaluated_in_vain()
         happens, rows = np.minimum(rows, 1.0), np.maximum(rows, 1.0)
         all_fail = np.prod(1.0 - chances) ** rows
         seconds = all_fail * costs.at(costs.failed, rows) * (exits / self.most.exits)
@@ -245,20 +246,20 @@ class AdaptiveDraftLength:
             # Where all fail, the spans are verification's, only earlier.
             spans = costs.at(step, np.maximum(rows * reached, 1.0))
             seconds += np.maximum(some - all_fail, 0.0) * spans
-            in_vain += reached * float(asked_in_vain[exit_index])
+            in_vain += reached * float(evaluated_in_vain[exit_index])
             before, reached = column, reached * (1.0 - float(chance))
         return np.asarray(happens * (seconds + in_vain * costs.at(costs.check, rows)))
 
 
 def _best_of(rates: np.ndarray) -> Choice:
-    """The most exits, and then drafts, of all that are as good as the best."""
+    """The most exits, and then draft tokens, of all that are as good as the best."""
     last = np.flatnonzero(rates >= NEAR * rates.max())[-1]
     exits, drafts = np.unravel_index(last, rates.shape)
     return Choice(int(drafts), 1 + int(exits))
 
 
 def _shares(windows: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Share of windows that reach each number of drafts, ``[exits, 1 + K]``.
+    """Share of windows that reach each number of draft tokens, ``[exits, 1 + K]``.
 
     A chain of chances from each draft to the next. One that was seldom reached is taken to be like
     the others: a few windows that happened to end early must not rule out all that is behind.

@@ -168,7 +168,8 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
     """
     runner = worker.model_runner
     speculator = runner.speculator
-    real: ExitThresholds = speculator.thresholds
+    ledger = speculator.ledger
+    real: ExitThresholds = ledger.thresholds
     exits = real.num_used_exits
     rounds = WARM_ROUNDS + TIMED_ROUNDS
     settings = [NO_DRAFTS, all_alike(real), *(all_alike(real, e) for e in range(exits))]
@@ -183,7 +184,7 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
         try:
             timed = [_timed(worker, size, thresholds, rounds) for thresholds in settings]
         finally:
-            speculator.thresholds = real
+            ledger.thresholds = real
         table.append((size, timed))
         spent = time.perf_counter() - begun
         if rank_0(spent) > ENOUGH_SECONDS:
@@ -200,7 +201,7 @@ def _timed(worker: Any, size: int, thresholds: ExitThresholds, rounds: int) -> f
     """Seconds of a round with these thresholds.
 
     The quickest: whatever else a machine does while a server starts only ever adds."""
-    worker.model_runner.speculator.thresholds = thresholds
+    worker.model_runner.speculator.ledger.thresholds = thresholds
     requests = Requests(worker, size, rounds)
     try:
         return min([requests.round() for _ in range(rounds)][WARM_ROUNDS:])

@@ -1,8 +1,8 @@
 """How long rounds take while serving, against what was expected of them.
 
 Owns the correction of costs that were measured at start, when the machine may have been busy,
-prompts were short and nothing was scheduled. Kept for rounds with and without drafts apart, and for
-batches of about the same size: it is their relation that decides whether drafting pays.
+prompts were short and nothing was scheduled. Kept for rounds with and without draft tokens apart,
+and for batches of about the same size: it is their relation that decides whether drafting pays.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Sums:
 
 @dataclass
 class StepTimes:
-    """Seconds of rounds by batch size, to powers of two, with and without drafts."""
+    """Seconds of rounds by batch size, to powers of two, with and without draft tokens."""
 
     _sums: dict[tuple[int, bool], _Sums] = field(default_factory=dict)
 

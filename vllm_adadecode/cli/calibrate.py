@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_adadecode.evaluation.calibrate import calibrate, paper_setting
     from vllm_adadecode.evaluation.costs import choose_costs
     from vllm_adadecode.evaluation.publish import publish, with_setting
-    from vllm_adadecode.training.output import check_output
+    from vllm_adadecode.heads.checkpoint import check_output
     from vllm_adadecode.training.provenance import provenance
 
     check_output(args.output, args.overwrite)

@@ -1,15 +1,17 @@
 """A check and its outcome, as every sub-command reports it.
 
-Owns how checks are printed; what is checked is each sub-command's.
+Owns how checks are printed; what is checked is each sub-command's. rich is imported when something
+is printed, not when a sub-command is.
 """
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,6 @@ class Check:
     ok: bool | None
     detail: str
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 _MARKS = {True: ("ok", "green"), False: ("not ok", "bold red"), None: ("-", "dim")}
 
@@ -40,21 +39,23 @@ def all_ok(checks: Iterable[Check]) -> bool:
 
 def print_pairs(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
     """A two-column list."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in pairs:
-        grid.add_row(Text(name, style="bold"), Text(value))
-    console.print(grid)
+    _print_rows(console, ([(name, "bold"), (value, "")] for name, value in pairs), columns=2)
 
 
 def print_checks(console: Console, checks: Iterable[Check]) -> None:
     """One line per check."""
+    rows = ([(c.name, "bold"), _MARKS[c.ok], (c.detail, "")] for c in checks)
+    _print_rows(console, rows, columns=3)
+
+
+def _print_rows(console: Console, rows: Iterable[list[tuple[str, str]]], *, columns: int) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True)
-    grid.add_column(no_wrap=True)
+    for _ in range(columns - 1):
+        grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
-    for check in checks:
-        mark, style = _MARKS[check.ok]
-        grid.add_row(Text(check.name, style="bold"), Text(mark, style=style), Text(check.detail))
+    for row in rows:
+        grid.add_row(*(Text(text, style=style) for text, style in row))
     console.print(grid)

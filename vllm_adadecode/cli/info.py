@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_adadecode.cli.checks import Check, all_ok, print_checks, print_pairs
 from vllm_adadecode.errors import AdaDecodeError
 
 if TYPE_CHECKING:
-    from vllm_adadecode.cli.checks import Check
     from vllm_adadecode.heads import HeadsConfig
     from vllm_adadecode.heads.target import TargetInfo
 
@@ -63,8 +63,6 @@ class Report:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vllm_adadecode.cli.checks import all_ok
-
     report = make_report(args.model, args.target)
     if args.json:
         print(json.dumps(_as_json(report), indent=2))
@@ -84,7 +82,7 @@ def make_report(model: str, target: str | None = None) -> Report:
         AdaDecodeError: neither heads nor a model are there, or the heads' config is not valid.
     """
     from vllm_adadecode.heads import HeadsConfig, find_heads
-    from vllm_adadecode.heads.resolve import is_heads_folder
+    from vllm_adadecode.heads.config import is_heads_folder
     from vllm_adadecode.heads.target import fetch_config, read_target
 
     folder = fetch_config(model)
@@ -125,7 +123,6 @@ def _target_of(
 
 
 def _checks(report: Report, problem: str | None) -> list[Check]:
-    from vllm_adadecode.cli.checks import Check
     from vllm_adadecode.heads import find_mismatches, target_fingerprint
     from vllm_adadecode.model.target import check_architectures
 
@@ -139,15 +136,14 @@ def _checks(report: Report, problem: str | None) -> list[Check]:
     except AdaDecodeError as error:
         checks.append(Check("architecture", False, str(error)))
     fingerprint = target_fingerprint(target.folder) if config.target.fingerprint else None
+    shape = {
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "num_hidden_layers": target.num_hidden_layers,
+    }
     mismatches = {
-        mismatch.what: mismatch
-        for mismatch in find_mismatches(
-            config,
-            hidden_size=target.hidden_size,
-            vocab_size=target.vocab_size,
-            num_hidden_layers=target.num_hidden_layers,
-            fingerprint=fingerprint,
-        )
+        mismatch.what: f"heads {mismatch.heads}, target {mismatch.target}"
+        for mismatch in find_mismatches(config, **shape, fingerprint=fingerprint)
     }
     found = {
         "hidden size": str(target.hidden_size),
@@ -156,27 +152,24 @@ def _checks(report: Report, problem: str | None) -> list[Check]:
         "exit layer": f"{_numbers(config.exit_layers)} of {target.num_hidden_layers}",
     }
     for name, value in found.items():
-        mismatch = next((m for what, m in mismatches.items() if what.startswith(name)), None)
-        detail = f"heads {mismatch.heads}, target {mismatch.target}" if mismatch else value
-        checks.append(Check(name, mismatch is None, detail))
-    if mismatch := mismatches.get("fingerprint"):
-        detail = f"heads {mismatch.heads}, target {mismatch.target}: trained on another model"
-        checks.append(Check("fingerprint", False, detail))
+        mismatch = next((text for what, text in mismatches.items() if what.startswith(name)), None)
+        checks.append(Check(name, mismatch is None, mismatch or value))
+    if different := mismatches.get("fingerprint"):
+        outcome: tuple[bool | None, str] = (False, f"{different}: trained on another model")
     elif config.target.fingerprint is None:
-        checks.append(Check("fingerprint", None, "the heads have none"))
+        outcome = (None, "the heads have none")
     elif fingerprint is None:
-        checks.append(Check("fingerprint", None, "the target's weights are not here to compare"))
+        outcome = (None, "the target's weights are not here to compare")
     else:
-        checks.append(Check("fingerprint", True, fingerprint.removeprefix("sha256:")[:12]))
-    return checks
+        outcome = (True, fingerprint.removeprefix("sha256:")[:12])
+    return [*checks, Check("fingerprint", *outcome)]
 
 
 def _check_weights(report: Report) -> Check:
     import torch
 
-    from vllm_adadecode.cli.checks import Check
     from vllm_adadecode.heads import load_draft_vocab, load_heads
-    from vllm_adadecode.heads.tensors import tensor_shapes
+    from vllm_adadecode.heads.checkpoint import tensor_shapes
 
     try:
         load_heads(report.heads, report.config, torch.float32, "cpu")
@@ -191,47 +184,40 @@ def _check_weights(report: Report) -> Check:
 
 
 def _as_json(report: Report) -> dict[str, Any]:
-    from vllm_adadecode.cli.checks import all_ok
-
     config = report.config
+    same = ("num_speculative_tokens", "transform", "rank", "norm", "gate", "draft_vocab_size")
     return {
         "heads": str(report.heads) if report.heads else None,
         "training_free": report.heads is None,
         "target": report.target.name if report.target else None,
         "exit_layers": list(config.exit_layers),
         "confidence_threshold": list(config.thresholds),
-        "num_speculative_tokens": config.num_speculative_tokens,
-        "transform": config.transform,
-        "rank": config.rank,
-        "norm": config.norm,
-        "gate": config.gate,
         "gate_threshold": list(config.gate_thresholds) if config.gate_thresholds else None,
-        "draft_vocab_size": config.draft_vocab_size,
-        "lm_head_quantization": config.lm_head_quantization,
+        **{name: getattr(config, name) for name in (*same, "lm_head_quantization")},
         "num_parameters": config.num_parameters,
         "share_of_target": report.share,
         "provenance": config.provenance,
         "fits": all_ok(report.checks),
-        "checks": [check.to_json() for check in report.checks],
+        "checks": [asdict(check) for check in report.checks],
     }
 
 
 def _print(report: Report) -> None:
     from rich.console import Console
 
-    from vllm_adadecode.cli.checks import all_ok, print_checks, print_pairs
-
     config, console = report.config, Console(highlight=False)
+    size, quantized = config.draft_vocab_size, config.lm_head_quantization
+    vocabulary = f"{size:,} of {config.target.vocab_size:,} tokens" if size else ""
     pairs = [
         ("heads", str(report.heads) if report.heads else "none: training-free logit lens"),
         ("target", report.target.name if report.target else "unknown"),
         ("exit layers", f"{_numbers(config.exit_layers)} of {config.target.num_hidden_layers}"),
-        ("thresholds", _thresholds(config.thresholds)),
-        ("gate", f"above {_thresholds(config.gate_thresholds)}" if config.gate_thresholds else ""),
-        ("K", f"{config.num_speculative_tokens} early predictions at most"),
+        ("confidence threshold", _thresholds(config.thresholds)),
+        ("gate threshold", _thresholds(config.gate_thresholds or ())),
+        ("draft tokens", f"at most {config.num_speculative_tokens} in a step"),
         ("transform", _transform(config)),
-        ("draft vocabulary", _draft_vocab(config)),
-        ("LM head copy", _lm_head(config)),
+        ("draft vocabulary", vocabulary),
+        ("LM head copy", f"{quantized}, a scale per row" if quantized else ""),
         ("parameters", _parameters(report)),
     ]
     # A line for what these heads have.
@@ -239,7 +225,7 @@ def _print(report: Report) -> None:
     if config.provenance:
         pairs.append(("provenance", ""))
         # Settings and results are a page of JSON, which the model card has as tables.
-        told = {k: _plain(v) for k, v in config.provenance.items()}
+        told = {k: v if isinstance(v, str) else json.dumps(v) for k, v in config.provenance.items()}
         pairs += [(f"  {k}", v) for k, v in told.items() if len(v) <= LONGEST]
         if left_out := [k for k, v in told.items() if len(v) > LONGEST]:
             pairs.append(("  more", f"{', '.join(left_out)}: in README.md, or with --json"))
@@ -256,17 +242,7 @@ def _numbers(values: Any) -> str:
 
 
 def _thresholds(values: tuple[float, ...]) -> str:
-    distinct = dict.fromkeys(values)
-    return f"{next(iter(distinct)):g}" if len(distinct) == 1 else _numbers(values)
-
-
-def _draft_vocab(config: HeadsConfig) -> str:
-    size, whole = config.draft_vocab_size, config.target.vocab_size
-    return f"{size:,} of {whole:,} tokens" if size else ""
-
-
-def _lm_head(config: HeadsConfig) -> str:
-    return f"{config.lm_head_quantization}, a scale per row" if config.lm_head_quantization else ""
+    return f"{values[0]:g}" if len(set(values)) == 1 else _numbers(values)
 
 
 def _transform(config: HeadsConfig) -> str:
@@ -282,7 +258,3 @@ def _parameters(report: Report) -> str:
     count = report.config.num_parameters
     share = report.share if count else None
     return f"{count:,}" + (f" ({share:.2%} of the target's)" if share is not None else "")
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

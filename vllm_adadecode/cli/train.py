@@ -9,8 +9,9 @@ import argparse
 import errno
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_adadecode.cli import train_options
 from vllm_adadecode.cli.arguments import Help
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from vllm_adadecode.heads import HeadsConfig
     from vllm_adadecode.training.request import Request
 
+T = TypeVar("T")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -75,6 +77,8 @@ def make_request(args: argparse.Namespace) -> Request:
     from vllm_adadecode.training.trainer import TrainSettings
 
     _check_numbers(args)
+    rank = args.rank or (64 if args.transform == "low_rank" else None)
+    exits = tuple(args.exit_layers) if args.exit_layers else None
     return Request(
         target=args.target,
         output=args.output.expanduser(),
@@ -83,49 +87,17 @@ def make_request(args: argparse.Namespace) -> Request:
         cache=args.cache.expanduser(),
         device_map=args.device_map,
         precision=args.precision,
-        data=DataSettings(
-            specs=tuple(args.data),
-            generate=args.generate,
-            held_out=args.held_out,
-            max_length=args.max_length,
-            max_prompt_tokens=args.max_prompt_tokens,
-            max_records=args.max_records,
-            outputs_only=args.outputs_only,
-            field=args.field,
-            chat=args.chat,
-            skip_malformed=args.skip_malformed,
-        ),
-        heads=HeadSettings(
-            exit_layers=tuple(args.exit_layers) if args.exit_layers else None,
-            transform=args.transform,
-            rank=args.rank or (64 if args.transform == "low_rank" else None),
-            norm=args.norm,
-            confidence_threshold=args.confidence_threshold,
-            num_speculative_tokens=args.num_speculative_tokens,
-            gate=args.gate,
-            draft_vocab_size=args.draft_vocab,
-            lm_head_quantization=args.lm_head_quantization,
-        ),
-        generation=GenerationSettings(
-            max_tokens=args.max_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-            ignore_eos=args.ignore_eos,
-            engine=args.engine_args,
-        ),
-        training=TrainSettings(
-            loss_temperature=args.loss_temperature,
-            learning_rate=args.learning_rate,
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            micro_batch_tokens=args.micro_batch_tokens,
-            eval_every=args.eval_every,
-            patience=args.patience,
-            checkpoint_every=args.checkpoint_every,
-            seed=args.seed,
-        ),
+        data=_named(DataSettings, args, specs=tuple(args.data)),
+        heads=_named(HeadSettings, args, exit_layers=exits, rank=rank),
+        generation=_named(GenerationSettings, args),
+        training=_named(TrainSettings, args),
     )
+
+
+def _named(kind: type[T], args: argparse.Namespace, **given: Any) -> T:
+    """A data class of the options with the names of its fields, and what is given."""
+    names = {field.name for field in fields(kind)} & vars(args).keys()  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in names} | given)
 
 
 def default_cache() -> Path:

@@ -61,6 +61,7 @@ def add_generation(group: Any) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="go on behind the end of text")
     group.add_argument(
         "--engine-args",
+        dest="engine",
         type=json_object,
         default={},
         metavar="JSON",
@@ -93,14 +94,22 @@ def add_heads(group: Any) -> None:
         "--confidence-threshold",
         type=float,
         default=0.75,
-        help="draft where a head is surer than that",
+        help="draft where a head's confidence is above it",
     )
     group.add_argument(
-        "--num-speculative-tokens", type=positive, default=5, metavar="K", help="drafts at most"
+        "--num-speculative-tokens",
+        type=positive,
+        default=5,
+        metavar="K",
+        help="draft tokens at most",
     )
-    group.add_argument("--gate", action="store_true", help="foresee where a head is confident")
+    group.add_argument("--gate", action="store_true", help="predict where a head is confident")
     group.add_argument(
-        "--draft-vocab", type=positive, metavar="N", help="predict the N most frequent tokens only"
+        "--draft-vocab",
+        dest="draft_vocab_size",
+        type=positive,
+        metavar="N",
+        help="predict the N most frequent tokens only",
     )
     group.add_argument(
         "--lm-head-quantization", choices=("int8",), help="of the heads' copy of the LM head"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_adadecode.constants import METHOD
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -15,7 +17,7 @@ def unsupported_features(vllm_config: VllmConfig) -> list[str]:
     """Features of a configuration whose kernels have no CPU replacement, worded for the log."""
     unsupported = []
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method != "adadecode":
+    if speculative is not None and speculative.method != METHOD:
         unsupported.append(f"speculative method '{speculative.method}'")
     elif speculative is not None and speculative.enable_adaptive_verification:
         unsupported.append("adaptive verification")

@@ -42,11 +42,10 @@ class LoopBuffers:
         rows: the windows.
         inputs: of the pass that runs.
         hidden, residual: ``[num_rows * window, hidden_size]``, of a pass after the first span.
-        token: int64 ``[num_rows]``, what the head said that was just asked.
-        confident: bool ``[num_rows]``, rows that follow it.
-        checked: int64 ``[num_exits]``, heads asked, by rows; of the round.
-        asked: int64 ``[num_exits]``, head passes, each of all rows that had their head asked.
-        passes: int64 ``[num_exits]``, passes of each span; of the round.
+        token: int64 ``[num_rows]``, prediction of the head that was just evaluated.
+        confident: bool ``[num_rows]``, rows that accept it.
+        heads_evaluated, head_batches, span_passes: int64 ``[num_exits]``, of the round, as in
+            `ExitCounts`.
         status: what is left to do.
         accept_above, gate_above: float32 ``[num_exits]``, the numbers of `ExitThresholds`; of no
             meaning at exits without.
@@ -58,9 +57,9 @@ class LoopBuffers:
     residual: torch.Tensor
     token: torch.Tensor
     confident: torch.Tensor
-    checked: torch.Tensor
-    asked: torch.Tensor
-    passes: torch.Tensor
+    heads_evaluated: torch.Tensor
+    head_batches: torch.Tensor
+    span_passes: torch.Tensor
     status: RoundStatus
     accept_above: torch.Tensor
     gate_above: torch.Tensor
@@ -88,9 +87,9 @@ class LoopBuffers:
             residual=residual,
             token=counts.new_zeros(num_rows),
             confident=torch.zeros(num_rows, dtype=torch.bool, device=device),
-            checked=counts,
-            asked=torch.zeros_like(counts),
-            passes=torch.zeros_like(counts),
+            heads_evaluated=counts,
+            head_batches=torch.zeros_like(counts),
+            span_passes=torch.zeros_like(counts),
             status=RoundStatus.empty(num_exits, device),
             accept_above=torch.zeros_like(counts, dtype=torch.float32),
             gate_above=torch.zeros_like(counts, dtype=torch.float32),
@@ -106,9 +105,9 @@ class LoopBuffers:
             residual=self.residual[: num_rows * window],
             token=self.token[:num_rows],
             confident=self.confident[:num_rows],
-            checked=self.checked[:num_exits],
-            asked=self.asked[:num_exits],
-            passes=self.passes[:num_exits],
+            heads_evaluated=self.heads_evaluated[:num_exits],
+            head_batches=self.head_batches[:num_exits],
+            span_passes=self.span_passes[:num_exits],
             status=self.status,
             accept_above=self.accept_above[:num_exits],
             gate_above=self.gate_above[:num_exits],

@@ -7,9 +7,9 @@ pool, counted by its memory profiling, before the first request.
 Which draft a step tries is on the device, so that one graph serves several: a window that is
 shorter than the step was captured for is padded.
 
-All that a step reads or leaves is in buffers that are made before (buffers.py, deferred
-states, KV cache). Thresholds are among them, so that they are no constants of a graph; which exits
-and gates are used is one, and with others a round runs without graphs.
+All that a step reads or leaves is in buffers that are made before (buffers.py, deferred states, KV
+cache). Thresholds are among them, so that they are no constants of a graph; which exits and gates
+are used is one, and with others a round runs without graphs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.math_utils import next_power_of_2
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
+from vllm_adadecode.draft.buffers import padded_size
 from vllm_adadecode.draft.device_loop import DeviceLoop, Steps
+from vllm_adadecode.draft.heads import Heads
 from vllm_adadecode.heads.thresholds import ExitThresholds
 
 # Larger batches draft without graphs, if at all: there the passes, not their launches, take time.
@@ -52,7 +53,7 @@ class DraftGraphs(CudaGraphManager):
         loop: whose they are.
         thresholds: with the exits and gates that are captured.
         max_drafts: K.
-        make_steps: the steps of a round on these buffers, which poll nothing.
+        heads: of the steps; must leave all that is read on the device.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class DraftGraphs(CudaGraphManager):
         loop: DeviceLoop,
         thresholds: ExitThresholds,
         max_drafts: int,
-        make_steps: Callable[[LoopBuffers], Steps],
+        heads: Heads,
     ) -> None:
-        self.loop, self.thresholds, self.make_steps = loop, thresholds, make_steps
+        self.loop, self.thresholds, self.heads = loop, thresholds, heads
         self.max_drafts = max_drafts
         self.shape = used_heads(thresholds)
         super().__init__(
@@ -108,8 +109,9 @@ class DraftGraphs(CudaGraphManager):
         ) -> Callable[[CUDAGraphMode], None]:
             assert isinstance(desc, StepDescriptor)
             assert desc.num_reqs is not None
-            steps = self.make_steps(self.loop.idle(desc.num_reqs, self.thresholds))
-            return lambda _: steps.run(desc.row_tokens, desc.exit_index)
+            buffers = self.loop.idle(desc.num_reqs, self.thresholds)
+            steps = Steps(self.loop, buffers, self.thresholds, self.heads)
+            return lambda _: steps.run_step(desc.row_tokens, desc.exit_index)
 
         self.capture(create_forward, "Capturing drafting")
 

@@ -12,12 +12,12 @@ import numpy as np
 
 @dataclass
 class PendingWindow:
-    """One request's pending tokens: the last sampled token, then its drafts.
+    """One request's pending tokens: the last sampled token, then its draft tokens.
 
     Attributes:
         depths: ``[1 + num_drafts]`` spans each token has been through, never increasing.
-        exits: ``[num_drafts]`` index of the exit whose head gave each draft.
-        limit: most drafts there might have been.
+        exits: ``[num_drafts]`` index of the exit whose head gave each draft token.
+        limit: most draft tokens there might have been.
         used_exits: exits that might have given them.
     """
 

@@ -1,17 +1,18 @@
-"""The model runner's part: which batches are verified from deferred states, and with what drafts.
+"""The model runner's part: which batches are verified from deferred states, and how.
 
 Owns the mixin over vLLM's Model Runner V2 that (1) forgets windows of requests that left, (2) cuts
-placeholder drafts that async scheduling adds, or, of a round that is still open, tells the
-rejection sampler which they are, (3) swaps the target's forward pass for the scorer's where a batch
-allows it, (4) tells the scheduler how many drafts there really are, and what was counted.
+placeholders that async scheduling adds, or, where drafting overlaps with the batch, tells the
+rejection sampler which they are, (3) swaps the target's forward pass for the verification's where a
+batch allows it, (4) tells the scheduler the real draft tokens, and what was counted.
 
 vLLM's CUDA graphs are vanilla's: of all layers, for one token a request, and in pieces for batches
-with prefill. A batch that starts at a depth must not be replayed by them: the scorer has its own.
+with prefill. A batch that starts at a depth must not be replayed by them: verification has its own.
 """
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -25,8 +26,14 @@ from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.speculator import AdaDecodeSpeculator
 from vllm_adadecode.metrics.draft_ids import attach_drafts
 from vllm_adadecode.metrics.prometheus import UnsentCounts, attach_counts
-from vllm_adadecode.verify.forward import VerificationForward, VerificationPlan, make_plan
-from vllm_adadecode.verify.overlapped_plan import OpenPlan
+from vllm_adadecode.verify.forward import VerificationForward
+from vllm_adadecode.verify.overlapped_plan import OverlappedPlan
+from vllm_adadecode.verify.plan import VerificationPlan, count_step, make_plan
+from vllm_adadecode.vllm_patches.runtime import (
+    CUDAGRAPH_DISPATCH,
+    MODEL_FORWARD,
+    PREPARE_ATTENTION,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
@@ -42,29 +49,29 @@ class AdaDecodeRunnerMixin(_Base):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        self._plan: VerificationPlan | OpenPlan | None = None
+        self._plan: VerificationPlan | OverlappedPlan | None = None
         self._starts_at_depth = False
-        # Of a batch that verifies an open round.
-        self._open: DeviceRounds | None = None
+        # Whether the batch verifies a round before the host knows its draft tokens.
+        self._overlapped = False
         self.speculator.workspace_lane = self._draft_workspace_lane
         self._placeholders: SchedulerOutput | None = None
         self._scheduled: SchedulerOutput | None = None
-        self._unsent = UnsentCounts(self.speculator.counters)
+        self._unsent = UnsentCounts(self.speculator.ledger.counters)
         # vLLM calls the model it loaded. Batches that start at a depth run as spans from now on;
         # all others, prefill among them, are vanilla's: the same compiled code, the same graphs.
-        self._all_layers = self.model.forward
-        self.model.forward = self._forward
+        self._all_layers = MODEL_FORWARD.apply_to(self.model, self._forward)
         # Here, for this is once: KV caches are initialised twice where vLLM profiles graphs.
-        self._prepare_all_attention = self.model_state.prepare_attn
-        self.model_state.prepare_attn = self._prepare_attention
+        self._prepare_all_attention = PREPARE_ATTENTION.apply_to(
+            self.model_state, self._prepare_attention
+        )
         with self.jit_warmup_registry.activate():
             self.speculator.register_warmup()
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
-        # Whatever is verified from a depth is ours, so that rounds without drafts are left to vLLM:
-        # one token a request.
+        # Whatever is verified from a depth is ours, so that vLLM is left the steps without draft
+        # tokens: one token a request.
         decode_query_len, self.decode_query_len = self.decode_query_len, 1
         try:
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -73,13 +80,8 @@ class AdaDecodeRunnerMixin(_Base):
         assert self.cudagraph_manager is not None
         self._keep_from_replay(self.cudagraph_manager)
         speculator = self.speculator
-        self.scorer = VerificationForward(
-            speculator.model,
-            speculator.spans,
-            speculator.deferred,
-            speculator.counters,
-            graphs=lambda: speculator.verification_graphs,
-            passes=speculator.verification_passes,
+        self.verification = VerificationForward(
+            speculator.model, speculator.spans, speculator.deferred, speculator.verification_passes
         )
 
     def _keep_from_replay(self, manager: CudaGraphManager) -> None:
@@ -93,11 +95,16 @@ class AdaDecodeRunnerMixin(_Base):
                 return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
             return dispatch(num_reqs, num_tokens, *args, **kwargs)
 
-        manager.dispatch = dispatch_unless_deferred
+        CUDAGRAPH_DISPATCH.apply_to(manager, dispatch_unless_deferred)
 
     def _prepare_attention(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        # The passes over an open round prepare their own, each of its tokens.
-        return {} if self._open is not None else self._prepare_all_attention(*args, **kwargs)
+        # The passes over an overlapped round prepare their own, each of its tokens.
+        return {} if self._overlapped else self._prepare_all_attention(*args, **kwargs)
+
+    @property
+    def _rounds(self) -> DeviceRounds:
+        assert self.speculator.device_rounds is not None
+        return self.speculator.device_rounds
 
     def _forward(
         self,
@@ -106,38 +113,35 @@ class AdaDecodeRunnerMixin(_Base):
         intermediate_tensors: None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        graphs = self.speculator.verification_graphs
+        if isinstance(self._plan, OverlappedPlan):
+            return self._rounds.verify(self._forward_overlapped)
         if self._plan is not None:
             assert input_ids is not None
-            if isinstance(self._plan, OpenPlan):
-                assert self._open is not None
-                return self._forward_open(self._open, self._plan)
             with record_function_or_nullcontext("adadecode: verification"):
-                return self.scorer.forward(self._plan, input_ids, positions)
+                return self.verification.forward(self._plan, input_ids, positions, graphs)
         with record_function_or_nullcontext("adadecode: all layers"):
             return self._all_layers(input_ids, positions, intermediate_tensors, inputs_embeds)
 
-    def _forward_open(self, rounds: DeviceRounds, plan: OpenPlan) -> torch.Tensor:
-        rounds.finish_open()
+    def _forward_overlapped(self, plan: OverlappedPlan) -> torch.Tensor:
         with record_function_or_nullcontext("adadecode: verification"):
-            hidden = self.scorer.forward_open(plan)
-        rounds.end_open()
-        return hidden
+            graphs = self.speculator.verification_graphs
+            return self.verification.forward_overlapped(plan, graphs)
 
     @torch.inference_mode()
     def execute_model(
         self, scheduler_output: SchedulerOutput, *args: Any, dummy_run: bool = False, **kwargs: Any
     ) -> Any:
-        self._open = None
+        self._overlapped = False
         if not dummy_run:
-            rounds = self.speculator.device_rounds
-            is_open = rounds is not None and rounds.verify_open(scheduler_output)
-            self._open = rounds if is_open else None
-            windows = self.speculator.windows
+            rounds, ledger = self.speculator.device_rounds, self.speculator.ledger
+            self._overlapped = rounds is not None and rounds.overlap(scheduler_output)
+            windows = ledger.windows
             windows.drop(scheduler_output.finished_req_ids)
             windows.drop(scheduler_output.preempted_req_ids)
             windows.drop({req.req_id for req in scheduler_output.scheduled_new_reqs})
-            self.speculator.seeded -= scheduler_output.finished_req_ids
-            self.speculator.seeded |= {
+            ledger.seeded -= scheduler_output.finished_req_ids
+            ledger.seeded |= {
                 req.req_id
                 for req in scheduler_output.scheduled_new_reqs
                 if (params := req.sampling_params) is not None
@@ -145,7 +149,7 @@ class AdaDecodeRunnerMixin(_Base):
                 and params.temperature > 0.0
             }
             scheduler_output = self._cut_placeholders(scheduler_output)
-            self._starts_at_depth = is_open or windows.any_deferred(
+            self._starts_at_depth = self._overlapped or windows.any_deferred(
                 scheduler_output.num_scheduled_tokens
             )
         try:
@@ -157,43 +161,35 @@ class AdaDecodeRunnerMixin(_Base):
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
     ) -> InputBatch:
         input_batch = super().prepare_inputs(scheduler_output, *args, **kwargs)
-        if self._open is not None:
+        if self._overlapped:
             # What it runs is counted when that is known.
-            self._plan = self._open.plan_open(input_batch)
+            self._plan = self._rounds.plan(input_batch)
             return input_batch
+        ledger = self.speculator.ledger
         windows = {
             req_id: window
             for req_id in input_batch.req_ids
-            if (window := self.speculator.windows.take(req_id)) is not None
+            if (window := ledger.windows.take(req_id)) is not None
         }
-        self.speculator.in_verification = windows
+        ledger.in_verification = windows
         self._plan = make_plan(input_batch, windows)
         assert self._plan is None or self._starts_at_depth, "vLLM may replay a graph of all layers"
-        counters = self.speculator.counters
-        if self._plan is not None:
-            counters.deferred_tokens += int((self._plan.depths > 0).sum())
-        if input_batch.has_prefill:
-            counters.prefill_steps += 1
-            counters.mixed_steps += self._plan is not None
-        elif self._plan is not None:
-            counters.deferred_steps += 1
-        else:
-            counters.plain_steps += 1
-            counters.verification_layers += counters.num_layers
-            counters.verify_token_layers += counters.num_layers * input_batch.num_tokens
+        depths = np.zeros(input_batch.num_tokens) if self._plan is None else self._plan.depths
+        prefilled = np.repeat(input_batch.is_prefilling_np, input_batch.num_scheduled_tokens)
+        count_step(ledger.counters, ledger.spans, depths[~prefilled], int(prefilled.sum()))
         return input_batch
 
     def _cut_placeholders(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
-        """Schedule only drafts that exist, or of an open round those that may.
+        """Schedule only draft tokens that exist, or of an overlapped round those that may.
 
         Async scheduling schedules `num_speculative_tokens` placeholders for every request. Works
         on a copy: with an in-process engine the object is the scheduler's own. The same on every
         tensor-parallel rank, because all ranks draft the same tokens.
         """
         self._placeholders = self._scheduled = None
-        most = self.speculator.windows.num_drafts
-        if self._open is not None:
-            most = self._open.most_drafts
+        most = self.speculator.ledger.windows.num_drafts
+        if self._overlapped:
+            most = self._rounds.most_drafts
         num_tokens = dict(scheduler_output.num_scheduled_tokens)
         drafts: dict[str, list[int]] = {}
         cut = 0
@@ -221,7 +217,7 @@ class AdaDecodeRunnerMixin(_Base):
         output = super().sample_tokens(grammar_output)
         if output is not None:
             # A round that the device has not ended is counted with the next.
-            self.speculator.settle(wait=False)
+            self.speculator.resolve(wait=False)
             # Of the ranks, only the first one's output, and so its counts, reach the scheduler.
             attach_counts(output.model_runner_output, self._unsent.take())
             if not self.vllm_config.scheduler_config.async_scheduling:
@@ -234,18 +230,19 @@ class AdaDecodeRunnerMixin(_Base):
         input_batch: InputBatch,
         grammar_output: GrammarOutput | None,
     ) -> Any:
-        if self._open is not None:
+        if self._overlapped:
             assert self.speculator.verification_passes is not None
             ids = input_batch.input_ids
-            vacant = self.speculator.verification_passes.vacant[: len(ids)]
+            is_padding = self.speculator.verification_passes.is_padding[: len(ids)]
             # As of placeholders that vLLM knows of: the sampler ends a window there. Only in its
             # copy, since vLLM's buffer may be embedded as padding of the next batch.
-            input_batch = dataclasses.replace(input_batch, input_ids=ids.masked_fill(vacant, -1))
+            ids = ids.masked_fill(is_padding, -1)
+            input_batch = dataclasses.replace(input_batch, input_ids=ids)
         with record_function_or_nullcontext("adadecode: LM head and rejection sampling"):
             return super().sample(hidden_states, input_batch, grammar_output)
 
     def _cut_grammar(self, grammar_output: GrammarOutput) -> GrammarOutput:
-        """Drop the bitmask rows of placeholder drafts that were not scheduled."""
+        """Drop the bitmask rows of placeholders that were not scheduled."""
         assert self._placeholders is not None
         assert self._scheduled is not None
         keep_rows: list[int] = []
@@ -265,32 +262,32 @@ class AdaDecodeRunnerMixin(_Base):
         # Each of these keeps the weights, or captured graphs.
         speculator = self.speculator
         speculator.verification_graphs = speculator.draft_graphs = None
-        speculator.verification_passes = None
-        for name in ("scorer", "_all_layers", "_prepare_all_attention"):
+        speculator.verification_passes = speculator.device_rounds = None
+        for name in ("verification", "_all_layers", "_prepare_all_attention"):
             self.__dict__.pop(name, None)
         super().shutdown()
 
     def start_counting(self) -> None:
         """From nothing: what has run until now was nobody's request."""
-        self.speculator.settle(everything=True)
-        counters = self.speculator.counters
+        self.speculator.resolve(everything=True)
+        counters = self.speculator.ledger.counters
         vars(counters).update(vars(counters - counters))
         self._unsent = UnsentCounts(counters)
 
     def take_draft_token_ids(self) -> DraftTokenIds:
-        speculator = self.speculator
-        speculator.settle()
+        self.speculator.resolve()
+        ledger = self.speculator.ledger
         # The scheduler may edit the lists.
-        return DraftTokenIds(speculator.last_req_ids, [list(ids) for ids in speculator.last_drafts])
+        return DraftTokenIds(ledger.last_req_ids, [list(ids) for ids in ledger.last_drafts])
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         # Not with the new weights.
-        self.speculator.settle(everything=True)
+        self.speculator.resolve(everything=True)
         super().reload_weights(*args, **kwargs)
         self.weights_changed()
 
     def weights_changed(self) -> None:
         """Forget what came from old weights: deferred states, the copy of the LM head."""
-        self.speculator.settle(everything=True)
-        self.speculator.windows.clear()
+        self.speculator.resolve(everything=True)
+        self.speculator.ledger.windows.clear()
         self.speculator.reload_heads()

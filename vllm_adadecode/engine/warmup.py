@@ -1,85 +1,124 @@
 """What runs before the first request: every shape and kernel of a round, changing nothing.
 
 Owns the draft model's part of vLLM's profiling run, which measures memory and has spans compiled,
-and the launches by which vLLM's warm-up has kernels compiled.
+the launches by which vLLM's warm-up has kernels compiled, and their entry in its registry.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from vllm.model_executor.warmup.jit_warmup import VllmJitKernel
+from vllm.triton_utils import HAS_TRITON
+from vllm.v1.worker.gpu.input_batch import InputBuffers
 
-from vllm_adadecode.kernels.confidence import top1_confidence
+from vllm_adadecode.draft.device_loop import DeviceLoop
+from vllm_adadecode.draft.heads import Heads
+from vllm_adadecode.engine.context import DraftContext
+from vllm_adadecode.kernels.tuning import ROW_BUCKETS
+from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.spans.ragged import run_span
-
-if TYPE_CHECKING:
-    from vllm_adadecode.engine.speculator import AdaDecodeSpeculator
+from vllm_adadecode.verify.passes import VerificationPasses
 
 
 def run_everything(
-    speculator: "AdaDecodeSpeculator", num_reqs: int, is_profile: bool = False
+    context: DraftContext, buffers: InputBuffers, num_reqs: int, num_tokens: int
 ) -> None:
-    """Every span on every window, and every head on every request.
+    """Every span on so many tokens, and every head on every request.
 
-    Args:
-        is_profile: memory is measured, but on a CPU: spans run on as many tokens as they may ever,
-            prompts beside windows.
+    vLLM compiles a span for all sizes, with the first that it sees, which must not be 1.
     """
-    model, used = speculator.model, speculator.thresholds.num_used_exits
+    target, thresholds = context.target, context.ledger.thresholds
+    used = thresholds.num_used_exits
     if used == 0:
         return
-    # vLLM compiles a span for all sizes, with the first that it sees, which must not be 1.
-    num_tokens = speculator.max_num_tokens
-    if not is_profile or speculator.device.type == "cpu":
-        num_tokens = min(num_tokens, num_reqs * (1 + speculator.num_speculative_steps))
-    tokens = speculator.input_buffers.input_ids[:num_tokens].zero_()
-    positions = speculator.input_buffers.positions[:num_tokens].zero_()
-    hidden, residual = model.embed(tokens), None
-    for span in range(len(model.spans)):
-        hidden, residual = run_span(
-            speculator.vllm_config, model, span, positions, hidden, residual
-        )
+    heads = context.device_heads()
+    tokens = buffers.input_ids[:num_tokens].zero_()
+    positions = buffers.positions[:num_tokens].zero_()
+    hidden, residual = target.embed(tokens), None
+    for span in range(len(target.spans)):
+        hidden, residual = run_span(context.vllm_config, target, span, positions, hidden, residual)
         if span < used:
-            _check_head(speculator, span, hidden[:num_reqs], residual[:num_reqs])
+            states = hidden[:num_reqs], residual[:num_reqs]
+            _evaluate(heads, span, *states, thresholds.gate[span])
     assert residual is not None
-    model.finish(hidden, residual)
-
-
-def _check_head(
-    speculator: "AdaDecodeSpeculator",
-    exit_index: int,
-    # [num_reqs, hidden_size]
-    hidden: torch.Tensor,
-    # [num_reqs, hidden_size]
-    residual: torch.Tensor,
-) -> None:
-    model, gate_threshold = speculator.model, speculator.thresholds.gate[exit_index]
-    sampler, fused = speculator.heads(speculator.temperature, speculator.seeds)
-    if fused is not None:
-        fused.warm_up(exit_index, hidden, residual, gate_threshold)
-        return
-    if gate_threshold is not None:
-        model.gate_probability(exit_index, hidden, residual)
-    if sampler is None:
-        model.head_top1(exit_index, hidden, residual)
-    else:
-        logits, other = model.head_logits(exit_index, hidden, residual)
-        top1_confidence(logits, other)
-        model.projection.over_all_tokens(logits)
+    target.finish(hidden, residual)
 
 
 @torch.inference_mode()
-def launch_kernels(speculator: "AdaDecodeSpeculator", num_rows: int) -> None:
+def launch_kernels(
+    context: DraftContext,
+    num_rows: int,
+    loop: DeviceLoop | None,
+    passes: VerificationPasses | None,
+) -> None:
     """Every kernel of ours that a round with that many rows launches."""
-    shape = (num_rows, speculator.hidden_size)
-    zeros = torch.zeros(shape, dtype=speculator.dtype, device=speculator.device)
-    _, fused = speculator.heads(speculator.temperature, speculator.seeds)
-    if fused is not None:
-        for exit_index in range(speculator.thresholds.num_used_exits):
-            fused.warm_up(exit_index, zeros, zeros, speculator.thresholds.gate[exit_index])
-    padding = torch.full((num_rows,), -1, dtype=torch.int64, device=speculator.device)
-    speculator.deferred.store(padding, padding, zeros, zeros)
-    speculator.deferred.gather(padding, padding)
-    if speculator.device_rounds is not None:
-        speculator.device_rounds.loop.rehearse()
-    if speculator.verification_passes is not None:
-        speculator.verification_passes.rehearse()
+    deferred, thresholds = context.deferred, context.ledger.thresholds
+    zeros = deferred.hidden.new_zeros(num_rows, deferred.hidden.shape[2])
+    heads = context.device_heads()
+    if isinstance(heads, FusedHeads):
+        for exit_index in range(thresholds.num_used_exits):
+            _evaluate(heads, exit_index, zeros, zeros, thresholds.gate[exit_index])
+    padding = torch.full((num_rows,), -1, dtype=torch.int64, device=zeros.device)
+    deferred.store(padding, padding, zeros, zeros)
+    deferred.gather(padding, padding)
+    if loop is not None:
+        loop.warm_up()
+    if passes is not None:
+        passes.warm_up()
+
+
+def _evaluate(
+    heads: Heads,
+    exit_index: int,
+    # [num_rows, hidden_size]
+    hidden: torch.Tensor,
+    # [num_rows, hidden_size]
+    residual: torch.Tensor,
+    gate_threshold: float | None,
+) -> None:
+    """Gate and head for rows that belong to no request; no logits are cached."""
+    padding = torch.full((len(hidden),), -1, dtype=torch.int64, device=hidden.device)
+    heads.check(
+        exit_index,
+        hidden,
+        residual,
+        slots=padding,
+        positions=torch.zeros_like(padding),
+        draft=0,
+        gate_threshold=gate_threshold,
+    )
+
+
+class KernelWarmup(VllmJitKernel[int]):
+    """Kernels of the draft loop, as one entry of vLLM's registry.
+
+    A key is a number of rows: compiled in are the width of the head's row tile and the number of
+    rows to order behind a gate, a power of two; nothing else depends on the batch.
+
+    Args:
+        run: launches all kernels on that many rows, with the real weights and no lasting effect.
+    """
+
+    CompileKey = int
+
+    def __init__(self, run: Callable[[int], Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def get_warmup_keys(self, *, max_num_rows: int) -> list[int]:
+        """A number of rows for each kernel that up to ``max_num_rows`` rows need."""
+        powers = [2**i for i in range(ROW_BUCKETS[0].bit_length() - 1, max_num_rows.bit_length())]
+        return sorted({min(rows, max_num_rows) for rows in (*ROW_BUCKETS, *powers, max_num_rows)})
+
+    def compile(self, compile_key: int) -> None:
+        self.run(compile_key)
+
+
+def register_warmup(run: Callable[[int], Any], max_num_rows: int) -> None:
+    """Have ``run`` called at start, inside an active `JitWarmupRegistry`.
+
+    Without Triton there is nothing to compile.
+    """
+    if HAS_TRITON:
+        KernelWarmup(run).register_warmup(max_num_rows=max_num_rows)

@@ -5,7 +5,6 @@ Owns the worker classes that the configuration names (``worker_cls``), and the R
 
 from copy import deepcopy
 from typing import Any
-from unittest.mock import patch
 
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker
@@ -13,15 +12,17 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength
 from vllm_adadecode.adaptive.profile import measure_round_costs, rank_0
 from vllm_adadecode.engine.model_runner import AdaDecodeRunnerMixin
+from vllm_adadecode.engine.speculator import AdaDecodeSpeculator
 from vllm_adadecode.metrics.counters import Counters
-from vllm_adadecode.plugin import register
-from vllm_adadecode.vllm_patches.config_and_cli import apply_worker_patches, check_not_refused
+from vllm_adadecode.vllm_patches.config_and_cli import check_not_refused
+from vllm_adadecode.vllm_patches.runtime import CPU_RUNNER, SPECULATOR
+from vllm_adadecode.vllm_patches.table import apply_on_load
 
 # vLLM only logs a plugin that fails to load, and a vLLM that has moved makes it refuse the method;
 # a worker that is ours must not start in either case.
-register()
+apply_on_load()
 check_not_refused()
-apply_worker_patches()
+SPECULATOR.apply(AdaDecodeSpeculator)
 
 
 def _with_mixin(runner_class: type) -> type:
@@ -35,8 +36,8 @@ class _AdaDecodeWorkerMixin(Worker):
 
     def adadecode_stats(self, reset: bool = False) -> dict[str, Any]:
         """Counts and ratios since start or the last reset (see `counters.Counters.snapshot`)."""
-        self.model_runner.speculator.settle(everything=True)
-        counters = self.model_runner.speculator.counters
+        self.model_runner.speculator.resolve(everything=True)
+        counters = self.model_runner.speculator.ledger.counters
         stats = counters if self._at_reset is None else counters - self._at_reset
         if reset:
             self._at_reset = deepcopy(counters)
@@ -44,17 +45,14 @@ class _AdaDecodeWorkerMixin(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        speculator = self.model_runner.speculator
-        if self.vllm_config.speculative_config.cost_aware and speculator.thresholds.num_used_exits:
+        ledger = self.model_runner.speculator.ledger
+        if self.vllm_config.speculative_config.cost_aware and ledger.thresholds.num_used_exits:
             costs = measure_round_costs(self)
-            speculator.windows.clear()
+            ledger.windows.clear()
             self.model_runner.start_counting()
             if costs is not None:
-                speculator.draft_length = AdaptiveDraftLength(
-                    costs,
-                    speculator.num_speculative_steps,
-                    speculator.thresholds.num_used_exits,
-                    rank_0,
+                ledger.draft_length = AdaptiveDraftLength(
+                    costs, ledger.max_drafts, ledger.thresholds.num_used_exits, rank_0
                 )
             # As at the end of vLLM's own warm-up: what ran until here must not be seen in samples.
             set_random_seed(
@@ -64,8 +62,8 @@ class _AdaDecodeWorkerMixin(Worker):
 
     def sleep(self, level: int = 1) -> None:
         # The KV cache, and with level 2 the weights, that the deferred states belong to go away.
-        self.model_runner.speculator.settle(everything=True)
-        self.model_runner.speculator.windows.clear()
+        self.model_runner.speculator.resolve(everything=True)
+        self.model_runner.speculator.ledger.windows.clear()
         super().sleep(level)
 
     def finish_weight_update(self) -> None:
@@ -85,15 +83,13 @@ class AdaDecodeGPUWorker(_AdaDecodeWorkerMixin):
 
 def make_cpu_worker() -> type:
     """vLLM's CPU worker with the AdaDecode runner (its import only works on a CPU platform)."""
-    from vllm.v1.worker.cpu import model_runner
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     class AdaDecodeCPUWorker(_AdaDecodeWorkerMixin, CPUWorker):
         def init_device(self) -> None:
-            # CPUWorker.init_device names the class itself instead of `_make_model_runner`.
-            runner_class = _with_mixin(model_runner.CPUModelRunner)
-            with patch.object(model_runner, "CPUModelRunner", runner_class):
-                super().init_device()
+            super().init_device()
+            # Nothing that the mixin has is called while a runner is made.
+            CPU_RUNNER.apply_to(self.model_runner, _with_mixin(type(self.model_runner)))
 
     return AdaDecodeCPUWorker
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 
 from vllm_adadecode.errors import AdaDecodeError
@@ -98,8 +99,8 @@ def calibrate(
         costs: of this target.
         current: the heads' setting so far; None: the paper's.
         has_gate: whether the heads have gates whose thresholds can be chosen.
-        least_acceptance: smallest share of drafts that must be kept on every set. What costs most
-            at batch 1 is passes, which wasted drafts hardly add to; in large batches they do.
+        least_acceptance: smallest draft acceptance rate, on every set. What costs most at batch 1
+            is layers run, which rejected draft tokens hardly add to; in large batches they do.
         most_drafts: largest K; None: any that is tried. K tokens of every request are reserved.
         advance: called after every setting that was tried.
 
@@ -123,49 +124,32 @@ def calibrate(
     checking = {name: Measurer(traces[1::2], costs) for name, traces in sets.items()}
     first = next(iter(sets.values()))[0]
     num_exits = len(first.exit_layers)
-    floor = Floor(least_acceptance)
-    search = _Search(list(choosing.values()), num_exits, has_gate, floor, most_drafts, advance)
-    check = Floor(least_acceptance - ACCEPTANCE_SLACK)
-    others = list(checking.values())
-    setting = next((s for s in search.ranked() if check.score(others, s) > 1.0), None)
+    search = _Search(
+        list(choosing.values()), num_exits, has_gate, least_acceptance, most_drafts, advance
+    )
+    check = partial(score, list(checking.values()), least_acceptance - ACCEPTANCE_SLACK)
+    setting = next((s for s in search.ranked() if check(s) > 1.0), None)
     pays = setting is not None
     setting = setting or Setting.off(num_exits)
     paper = paper_setting(first.exit_layers, first.num_layers)
     predictions = {
-        name: Prediction(
-            m.measure(setting),
-            m.measure(paper),
-            m.measure(current) if current else m.measure(paper),
-        )
+        name: Prediction(m.measure(setting), m.measure(paper), m.measure(current or paper))
         for name, m in checking.items()
     }
     return Calibration(setting, pays, costs, predictions, len(search.scores))
 
 
-@dataclass(frozen=True)
-class Floor:
-    """What a setting is worth, and what it must not fall below on any set.
-
-    Attributes:
-        acceptance: least share of drafts that is kept; a speed-up of 1.0 is always asked for.
-    """
-
-    acceptance: float
-
-    def score(self, measurers: Sequence[Measurer], setting: Setting) -> float:
-        """Speed-up over all sets, the harmonic mean: that of a server that decodes as many tokens
-        of each. Below 1.0, and less the further off, where one set falls below the floor."""
-        counts = [m.counts(setting) for m in measurers]
-        speedups = [m.costs.speedup(c) for m, c in zip(measurers, counts, strict=True)]
-        together = len(speedups) / sum(1.0 / s for s in speedups)
-        kept = min(
-            (c.draft_acceptance_rate for c in counts if c.draft_acceptance_rate is not None),
-            default=1.0,
-        )
-        missing = max(0.0, self.acceptance - kept)
-        if missing or min(speedups) < 1.0:
-            return min(1.0, *speedups) - missing - UNDER
-        return together
+def score(measurers: Sequence[Measurer], least_acceptance: float, setting: Setting) -> float:
+    """Speed-up over all sets, the harmonic mean: that of a server that decodes as many tokens of
+    each. Below 1.0, and less the further off, where one set is slower than plain decoding or has a
+    draft acceptance rate below ``least_acceptance``."""
+    counts = [m.counts(setting) for m in measurers]
+    speedups = [m.costs.speedup(c) for m, c in zip(measurers, counts, strict=True)]
+    rates = [c.draft_acceptance_rate for c in counts]
+    missing = max(0.0, least_acceptance - min((r for r in rates if r is not None), default=1.0))
+    if missing or min(speedups) < 1.0:
+        return min(1.0, *speedups) - missing - UNDER
+    return len(speedups) / sum(1.0 / s for s in speedups)
 
 
 class _Search:
@@ -176,13 +160,13 @@ class _Search:
         measurers: Sequence[Measurer],
         num_exits: int,
         has_gate: bool,
-        floor: Floor,
+        least_acceptance: float,
         most_drafts: int | None,
         advance: Callable[[], None],
     ) -> None:
-        self.measurers, self.num_exits, self.has_gate = measurers, num_exits, has_gate
-        self.floor, self.advance = floor, advance
+        self.num_exits, self.has_gate, self.advance = num_exits, has_gate, advance
         self.coarse, self.fine = (_up_to(most_drafts, k) for k in (COARSE_DRAFTS, FINE_DRAFTS))
+        self.score = partial(score, measurers, least_acceptance)
         self.scores: dict[Setting, float] = {}
 
     def ranked(self) -> list[Setting]:
@@ -197,7 +181,7 @@ class _Search:
 
     def _score(self, setting: Setting) -> float:
         if setting not in self.scores:
-            self.scores[setting] = self.floor.score(self.measurers, setting)
+            self.scores[setting] = self.score(setting)
             self.advance()
         return self.scores[setting]
 
@@ -219,34 +203,28 @@ class _Search:
         return list(found.values())[:STARTS]
 
     def _climb(self, setting: Setting) -> None:
+        """One value at a time, for as long as one of them gains."""
+        exits = range(self.num_exits)
+        moves: list[tuple[str, int]] = [("max_drafts", 0), *(("thresholds", e) for e in exits)]
+        moves += [("gate_thresholds", e) for e in exits if self.has_gate]
         while True:
             before = self._score(setting)
-            for moves in self._moves():
-                best = max(moves(setting), key=self._score, default=setting)
+            for name, e in moves:
+                best = max(self._others(setting, name, e), key=self._score, default=setting)
                 if self._score(best) > self._score(setting) + LEAST_GAIN:
                     setting = best
             if self._score(setting) <= before:
                 return
 
-    def _moves(self) -> list[Callable[[Setting], list[Setting]]]:
-        def drafts(s: Setting) -> list[Setting]:
+    def _others(self, s: Setting, name: str, e: int) -> list[Setting]:
+        """The setting with every value in turn of one of its fields, for exit number ``e``."""
+        if name == "max_drafts":
             return [replace(s, max_drafts=k) for k in self.fine]
-
-        def threshold(e: int) -> Callable[[Setting], list[Setting]]:
-            return lambda s: [
-                replace(s, thresholds=_put(s.thresholds, e, t)) for t in FINE_THRESHOLDS
-            ]
-
-        def gate(e: int) -> Callable[[Setting], list[Setting]]:
-            return lambda s: [
-                replace(s, gate_thresholds=_put(s.gate_thresholds, e, g))
-                for g in FINE_GATES
-                if s.gate_thresholds and s.used[e]
-            ]
-
-        exits = range(self.num_exits)
-        gates = [gate(e) for e in exits] if self.has_gate else []
-        return [drafts, *(threshold(e) for e in exits), *gates]
+        if name == "thresholds":
+            return [replace(s, thresholds=_put(s.thresholds, e, t)) for t in FINE_THRESHOLDS]
+        if s.gate_thresholds is None or not s.used[e]:
+            return []
+        return [replace(s, gate_thresholds=_put(s.gate_thresholds, e, g)) for g in FINE_GATES]
 
 
 def _up_to(most: int | None, drafts: tuple[int, ...]) -> tuple[int, ...]:
@@ -262,6 +240,5 @@ def _subsets(num_exits: int) -> Iterable[tuple[int, ...]]:
     return (subset for size in sizes for subset in combinations(range(num_exits), size))
 
 
-def _put(values: tuple[float, ...] | None, index: int, value: float) -> tuple[float, ...]:
-    assert values is not None
+def _put(values: tuple[float, ...], index: int, value: float) -> tuple[float, ...]:
     return (*values[:index], value, *values[index + 1 :])

@@ -19,10 +19,11 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.errors import AdaDecodeError, one_line
 from vllm_adadecode.evaluation.simulate import Counts
 from vllm_adadecode.evaluation.trace import HeadReadout
-from vllm_adadecode.heads.config import HeadsConfig, one_line, read_json
+from vllm_adadecode.files import read_json
+from vllm_adadecode.heads.config import HeadsConfig
 from vllm_adadecode.training.target_model import FrozenTarget
 
 CONTEXT = 128  # tokens in the cache while layers are timed
@@ -72,7 +73,7 @@ class Costs(BaseModel):
         )
 
     def speedup(self, counts: Counts) -> float:
-        """Ideal speed-up over vanilla decoding, heads, gates and verifications counted.
+        """Ideal speed-up over vanilla decoding, heads, gates and verification_steps counted.
 
         1.0 where there is nothing to count, and where nothing is drafted: then no head runs and
         verification is the vanilla step.
@@ -80,15 +81,6 @@ class Costs(BaseModel):
         if not counts.generated_tokens or not counts.heads_evaluated + counts.gates_evaluated:
             return 1.0
         return counts.generated_tokens * self.vanilla_token / self.total(counts)
-
-
-def speedup_in_passes(counts: Counts) -> float:
-    """Ideal speed-up if layers were all that costs; 1.0 without tokens."""
-    return (
-        counts.generated_tokens * counts.num_layers / counts.layers_executed
-        if counts.generated_tokens
-        else 1.0
-    )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The numbers of a report: what each head is worth, and all of them together under a setting.
 
-Owns their definitions. A head *agrees* where its token is the final layer's; a draft is *accepted*
-where its token is the one that was generated, which for a target's own greedy text is the same.
+Owns their definitions. A head *agrees* where its token is the final layer's; a draft token is
+*accepted* where it is the one that was generated, which for a target's own greedy text is the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.evaluation.costs import Costs, speedup_in_passes
+from vllm_adadecode.evaluation.costs import Costs
 from vllm_adadecode.evaluation.simulate import Counts, Setting, Simulator
 from vllm_adadecode.evaluation.trace import Trace
 
@@ -31,15 +31,15 @@ class ExitMetrics:
         layer: its exit layer.
         threshold: of the setting; 1: turned off.
         agreement: share of positions where its token is the final layer's.
-        coverage: share of positions where it would be followed: gate open, confidence above the
-            threshold.
+        coverage: share of positions where its token would be drafted: gate open, confidence above
+            the threshold.
         precision: agreement among those; None where there are none.
         calibration_error: expected difference of confidence and agreement, in 15 bins of equal
             width.
-        heads_evaluated_per_token: evaluations in the simulated rounds, an emitted token.
-        gates_evaluated_per_token: the same of its gate.
-        draft_tokens: made in the simulated rounds.
-        draft_acceptance_rate: share of them that was kept; None without drafts.
+        heads_evaluated_per_token, gates_evaluated_per_token: evaluations in the simulated decode
+            steps, per generated token.
+        draft_tokens: made in the simulated decode steps.
+        draft_acceptance_rate: share of them that was accepted; None without any.
     """
 
     layer: int
@@ -59,18 +59,18 @@ class Metrics:
     """Heads on one set of traces under a setting; simulated at batch 1, greedy.
 
     Attributes:
-        sequences, tokens: how much there was; tokens from the prefill do not count.
+        sequences, generated_tokens: how much there was; tokens from the prefill do not count.
         own_text: share of positions where the text is the target's greedy choice.
-        ideal_speedup: the layers that vanilla executes over ours.
-        ideal_speedup_with_head_cost: the same with heads, gates, LM head and verifications, in the
-            units of `Costs`.
-        draft_acceptance_rate: share of drafts that was kept; None without drafts.
-        mean_acceptance_length: emitted in a round, 1 in vanilla decoding.
-        layers_executed_per_token: in whole models, 1 in vanilla decoding.
+        ideal_speedup: layers that vanilla decoding executes over ours.
+        ideal_speedup_with_head_cost: the same with heads, gates, LM head and verification steps, in
+            the units of `Costs`.
+        draft_acceptance_rate: share of draft tokens that was accepted; None without any.
+        mean_acceptance_length: tokens generated per verification step, 1 in vanilla decoding.
+        layers_executed_per_token: as a fraction of all layers, 1 in vanilla decoding.
     """
 
     sequences: int
-    tokens: int
+    generated_tokens: int
     own_text: float
     ideal_speedup: float
     ideal_speedup_with_head_cost: float
@@ -83,9 +83,7 @@ class Metrics:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; exits by layer, as in `adadecode_stats`."""
-        values = asdict(self)
-        values["exits"] = {str(e.layer): asdict(e) for e in self.exits}
-        return values
+        return asdict(self) | {"exits": {str(e.layer): asdict(e) for e in self.exits}}
 
 
 class Measurer:
@@ -97,17 +95,17 @@ class Measurer:
     """
 
     def __init__(self, traces: Sequence[Trace], costs: Costs | None = None) -> None:
-        self.traces = list(traces)
-        self.simulator = Simulator(self.traces)
-        costs = costs or Costs(num_layers=self.simulator.num_layers, head=0.0, lm_head=0.0)
-        self.costs = costs
-        if costs.num_layers != self.simulator.num_layers:
+        self.simulator = Simulator(traces)
+        num_layers, self.sequences = self.simulator.num_layers, len(traces)
+        self.costs = costs or Costs(num_layers=num_layers, head=0.0, lm_head=0.0)
+        if self.costs.num_layers != num_layers:
             raise AdaDecodeError(
-                f"costs are of {costs.num_layers} layers, the target has "
-                f"{self.simulator.num_layers}: give costs of this target"
+                f"costs are of {self.costs.num_layers} layers, the target has {num_layers}: give "
+                "costs of this target"
             )
-        self.confidence, self.gate, agrees, self.own = _concatenate(self.traces)
-        self.agrees = agrees
+        # [E, total positions], [total positions]
+        self.agrees = np.concatenate([t.token == t.final for t in traces], axis=1)
+        self.own = np.concatenate([t.generated == t.final for t in traces])
         if not self.own.size:
             raise AdaDecodeError("no output tokens to measure: generate at least two a sequence")
 
@@ -116,38 +114,37 @@ class Measurer:
 
     def measure(self, setting: Setting) -> Metrics:
         counts = self.counts(setting)
-        exits = tuple(
-            self._exit(i, layer, setting, counts)
-            for i, layer in enumerate(self.simulator.exit_layers)
-        )
         tokens = counts.generated_tokens
         return Metrics(
-            sequences=len(self.traces),
-            tokens=tokens,
+            sequences=self.sequences,
+            generated_tokens=tokens,
             own_text=float(self.own.mean()),
-            ideal_speedup=speedup_in_passes(counts),
+            ideal_speedup=tokens * counts.num_layers / counts.layers_executed,
             ideal_speedup_with_head_cost=self.costs.speedup(counts),
             draft_acceptance_rate=counts.draft_acceptance_rate,
-            mean_acceptance_length=tokens / counts.verification_steps,
-            layers_executed_per_token=counts.layers_executed / (tokens * counts.num_layers),
+            mean_acceptance_length=counts.mean_acceptance_length,
+            layers_executed_per_token=counts.layers_executed_per_token,
             heads_evaluated_per_token=counts.heads_evaluated / tokens,
             gates_evaluated_per_token=counts.gates_evaluated / tokens,
-            exits=exits,
+            exits=tuple(
+                self._exit(i, layer, setting, counts)
+                for i, layer in enumerate(self.simulator.exit_layers)
+            ),
         )
 
     def _exit(self, index: int, layer: int, setting: Setting, counts: Counts) -> ExitMetrics:
         threshold, found = setting.thresholds[index], counts.exits[index]
-        followed = self.confidence[index] > np.float32(threshold)
+        confidence, agrees = self.simulator.confidence[index], self.agrees[index]
+        drafted = confidence > np.float32(threshold)
         if setting.gated[index] and setting.gate_thresholds:
-            followed &= self.gate[index] > np.float32(setting.gate_thresholds[index])
-        agrees = self.agrees[index]
+            drafted &= self.simulator.gate[index] > np.float32(setting.gate_thresholds[index])
         return ExitMetrics(
             layer=layer,
             threshold=threshold,
             agreement=float(agrees.mean()),
-            coverage=float(followed.mean()),
-            precision=float(agrees[followed].mean()) if followed.any() else None,
-            calibration_error=expected_calibration_error(self.confidence[index], agrees),
+            coverage=float(drafted.mean()),
+            precision=float(agrees[drafted].mean()) if drafted.any() else None,
+            calibration_error=expected_calibration_error(confidence, agrees),
             heads_evaluated_per_token=found.heads_evaluated / counts.generated_tokens,
             gates_evaluated_per_token=found.gates_evaluated / counts.generated_tokens,
             draft_tokens=found.draft_tokens,
@@ -163,9 +160,12 @@ def measure(traces: Sequence[Trace], setting: Setting, costs: Costs | None = Non
 
 
 def expected_calibration_error(
-    confidence: NDArray[np.float32], agrees: NDArray[np.bool_], bins: int = BINS
+    # [P] each
+    confidence: NDArray[np.float32],
+    agrees: NDArray[np.bool_],
+    bins: int = BINS,
 ) -> float:
-    """Mean over positions ``[P]`` of |confidence - agreement| of their bin; 0.0 without positions.
+    """Mean over positions of |confidence - agreement| of their bin; 0.0 without positions.
 
     Bins are of equal width over [0, 1]; a NaN counts as 0.
     """
@@ -176,15 +176,3 @@ def expected_calibration_error(
     # Sums over a bin: the count, which a mean divides by, is what it weighs by.
     gaps = np.bincount(which, weights=known - agrees, minlength=bins)
     return float(np.abs(gaps).sum() / len(known))
-
-
-def _concatenate(
-    traces: Sequence[Trace],
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Confidence, gate, agreement ``[E, P]`` and own text ``[P]`` of all traces."""
-    return (
-        np.concatenate([t.confidence for t in traces], axis=1),
-        np.concatenate([t.gate for t in traces], axis=1),
-        np.concatenate([t.token == t.final for t in traces], axis=1),
-        np.concatenate([t.generated == t.final for t in traces]),
-    )

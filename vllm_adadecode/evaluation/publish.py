@@ -13,10 +13,9 @@ from typing import Any
 from safetensors.torch import load_file
 
 from vllm_adadecode.evaluation.simulate import Setting
-from vllm_adadecode.files import new_folder, write_whole
 from vllm_adadecode.heads import HeadsConfig, save_heads
-from vllm_adadecode.heads.files import WEIGHTS_NAME
-from vllm_adadecode.heads.resolve import is_heads_folder, is_relative
+from vllm_adadecode.heads.config import WEIGHTS_NAME
+from vllm_adadecode.heads.resolve import is_relative
 
 RESULT_NAME = "calibration.json"
 CARD_NAME = "README.md"
@@ -52,23 +51,11 @@ def publish(source: Path, config: HeadsConfig, output: Path, result: Mapping[str
     weights = source / WEIGHTS_NAME
     tensors = load_file(weights) if weights.is_file() else {}
     card = source / CARD_NAME
-    contents = {RESULT_NAME: json.dumps(result, indent=2) + "\n"}
+    beside = {RESULT_NAME: (json.dumps(result, indent=2) + "\n").encode()}
     if card.is_file():
         before = card.read_text(encoding="utf-8").partition("\n## Calibrated\n")[0].rstrip()
-        contents[CARD_NAME] = before + "\n" + card_section(result)
-    if is_heads_folder(output):
-        _fill(output, config, tensors, contents)
-        return
-    with new_folder(output) as unfinished:
-        _fill(unfinished, config, tensors, contents)
-
-
-def _fill(
-    folder: Path, config: HeadsConfig, tensors: Mapping[str, Any], contents: Mapping[str, str]
-) -> None:
-    save_heads(folder, config, tensors)
-    for name, text in contents.items():
-        write_whole(folder / name, text.encode())
+        beside[CARD_NAME] = (before + "\n" + card_section(result)).encode()
+    save_heads(output, config, tensors, beside)
 
 
 def card_section(result: Mapping[str, Any]) -> str:

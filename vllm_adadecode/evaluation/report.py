@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vllm_adadecode.evaluation.calibrate import Calibration
 from vllm_adadecode.evaluation.costs import Costs
-from vllm_adadecode.evaluation.metrics import OWN_TEXT, ExitMetrics, Metrics
+from vllm_adadecode.evaluation.metrics import OWN_TEXT, Metrics
 from vllm_adadecode.evaluation.simulate import Setting
 
 
@@ -30,74 +30,55 @@ def setting_json(setting: Setting, exit_layers: Sequence[int]) -> dict[str, Any]
 
 def sets_table(sets: Mapping[str, Metrics], title: str) -> Table:
     """One column a set: all heads together, under one setting."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for name in sets:
-        table.add_column(name, justify="right")
+    found = list(sets.values())
+    table = _table(title, "", sets)
     rows: dict[str, list[str]] = {
-        "sequences": [f"{m.sequences:,}" for m in sets.values()],
-        "tokens": [f"{m.tokens:,}" for m in sets.values()],
-        "ideal speed-up in layers executed": [f"{m.ideal_speedup:.2f}" for m in sets.values()],
-        "ideal speed-up, heads counted": [
-            f"{m.ideal_speedup_with_head_cost:.2f}" for m in sets.values()
-        ],
-        "mean acceptance length": [f"{m.mean_acceptance_length:.2f}" for m in sets.values()],
-        "draft acceptance rate": [_share(m.draft_acceptance_rate) for m in sets.values()],
-        "heads evaluated per token": [f"{m.heads_evaluated_per_token:.2f}" for m in sets.values()],
+        "sequences": [f"{m.sequences:,}" for m in found],
+        "generated tokens": [f"{m.generated_tokens:,}" for m in found],
+        "ideal speed-up, layers alone": [f"{m.ideal_speedup:.2f}" for m in found],
+        "ideal speed-up, heads counted": [f"{m.ideal_speedup_with_head_cost:.2f}" for m in found],
+        "mean acceptance length": [f"{m.mean_acceptance_length:.2f}" for m in found],
+        "draft acceptance rate": [_share(m.draft_acceptance_rate) for m in found],
+        "layers executed per token": [f"{m.layers_executed_per_token:.3f}" for m in found],
+        "heads evaluated per token": [f"{m.heads_evaluated_per_token:.2f}" for m in found],
     }
-    if any(m.gates_evaluated_per_token for m in sets.values()):
-        rows["gates evaluated per token"] = [
-            f"{m.gates_evaluated_per_token:.2f}" for m in sets.values()
-        ]
-    if any(m.own_text < OWN_TEXT for m in sets.values()):
-        rows["text is the target's own"] = [_share(m.own_text) for m in sets.values()]
+    if any(m.gates_evaluated_per_token for m in found):
+        rows["gates evaluated per token"] = [f"{m.gates_evaluated_per_token:.2f}" for m in found]
+    if any(m.own_text < OWN_TEXT for m in found):
+        rows["text is the target's own"] = [_share(m.own_text) for m in found]
     for name, values in rows.items():
         table.add_row(name, *values)
     return table
 
 
 def exits_table(sets: Mapping[str, Metrics]) -> Table:
-    """One row per set and exit layer, see `ExitMetrics`; checks are an emitted token."""
-    table = Table(title="Heads, each by itself", title_justify="left")
-    table.add_column("set")
-    for column in (
-        "exit",
-        "from",
-        "agrees",
-        "covers",
-        "precise",
-        "ECE",
-        "checks",
-        "draft tokens",
-        "acceptance rate",
-    ):
-        table.add_column(column, justify="right")
+    """One row per set and exit layer, see `ExitMetrics`."""
+    columns = ("exit", "threshold", "agreement", "coverage", "precision", "ECE")
+    counted = ("evaluated per token", "draft tokens", "acceptance rate")
+    table = _table("Heads, each by itself", "set", (*columns, *counted))
     for name, metrics in sets.items():
         for i, e in enumerate(metrics.exits):
-            table.add_row(name if i == 0 else "", *_exit_cells(e))
+            table.add_row(
+                name if i == 0 else "",
+                str(e.layer),
+                "off" if e.threshold >= 1.0 else f"{e.threshold:g}",
+                f"{e.agreement:.2f}",
+                f"{e.coverage:.2f}",
+                "-" if e.precision is None else f"{e.precision:.2f}",
+                f"{e.calibration_error:.3f}",
+                f"{e.heads_evaluated_per_token:.2f}",
+                f"{e.draft_tokens:,}",
+                _share(e.draft_acceptance_rate),
+            )
         table.add_section()
     return table
-
-
-def _exit_cells(e: ExitMetrics) -> list[str]:
-    return [
-        str(e.layer),
-        "off" if e.threshold >= 1.0 else f"{e.threshold:g}",
-        f"{e.agreement:.2f}",
-        f"{e.coverage:.2f}",
-        "-" if e.precision is None else f"{e.precision:.2f}",
-        f"{e.calibration_error:.3f}",
-        f"{e.heads_evaluated_per_token:.2f}",
-        f"{e.draft_tokens:,}",
-        _share(e.draft_acceptance_rate),
-    ]
 
 
 def costs_line(costs: Costs) -> str:
     """Costs in words."""
     gate = f", a gate {costs.gate:.3f}" if costs.gate else ""
     return (
-        f"costs in passes of one of {costs.num_layers} layers: a head {costs.head:.2f}{gate}, the "
+        f"costs in units of one of {costs.num_layers} layers: a head {costs.head:.2f}{gate}, the "
         f"LM head {costs.lm_head:.2f} ({costs.source})"
     )
 
@@ -119,16 +100,9 @@ def setting_line(setting: Setting, exit_layers: Sequence[int]) -> str:
 
 def calibration_table(found: Calibration) -> Table:
     """Predictions: the choice beside the paper's setting and the heads' own so far."""
-    table = Table(title="Ideal speed-up, heads counted", title_justify="left")
-    table.add_column("set")
-    columns = ("calibrated", "paper", "before")
-    for column in (
-        *columns,
-        "in layers executed",
-        "mean acceptance length",
-        "draft acceptance rate",
-    ):
-        table.add_column(column, justify="right")
+    more = ("layers alone", "mean acceptance length", "draft acceptance rate")
+    columns = ("calibrated", "paper", "before", *more)
+    table = _table("Ideal speed-up, heads counted", "set", columns)
     for name, p in found.predictions.items():
         table.add_row(
             name,
@@ -144,16 +118,13 @@ def calibration_json(
     found: Calibration, paper: Setting, current: Setting, exit_layers: Sequence[int]
 ) -> dict[str, Any]:
     """What is written beside calibrated heads."""
+    settings = {"calibrated": found.setting, "paper": paper, "before": current}
     return {
         "pays": found.pays,
         "setting": setting_json(found.setting, exit_layers),
         "costs": found.costs.model_dump(),
         "settings_tried": found.settings_tried,
-        "settings": {
-            "calibrated": setting_json(found.setting, exit_layers),
-            "paper": setting_json(paper, exit_layers),
-            "before": setting_json(current, exit_layers),
-        },
+        "settings": {name: setting_json(s, exit_layers) for name, s in settings.items()},
         "predictions": {
             name: {
                 "calibrated": p.calibrated.as_dict(),
@@ -163,6 +134,15 @@ def calibration_json(
             for name, p in found.predictions.items()
         },
     }
+
+
+def _table(title: str, first: str, columns: Sequence[str] | Mapping[str, Any]) -> Table:
+    """A table with numbers in all columns but the first."""
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
 
 
 def _share(value: float | None) -> str:

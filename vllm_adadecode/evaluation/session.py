@@ -17,7 +17,8 @@ from vllm_adadecode.evaluation.data import DataSet
 from vllm_adadecode.evaluation.simulate import Setting
 from vllm_adadecode.evaluation.trace import HeadReadout, Trace, make_trace
 from vllm_adadecode.heads import HeadsConfig, check_fits, find_heads
-from vllm_adadecode.heads.resolve import is_heads_folder, resolve_verifier
+from vllm_adadecode.heads.config import is_heads_folder
+from vllm_adadecode.heads.resolve import resolve_verifier
 from vllm_adadecode.training.target_model import FrozenTarget, load_target
 
 DTYPES = {

@@ -1,14 +1,14 @@
 """Counts what the engine would do on known generations, without running it (batch 1, greedy).
 
-Owns the replay of rounds (host_loop.py, verify/forward.py) on traces. A round ends as in the
-engine: after K drafts, at the end of the request, or where no head is confident; what drafts had
-deferred rides along with the window's last token, so a round costs the exit layer of each draft
-plus all layers once.
+Owns the replay of decode steps (draft/host_loop.py, verify/forward.py) on traces. A draft phase
+ends as in the engine: after K draft tokens, at the end of the request, or where no head is
+confident; what draft tokens had deferred is filled in with the last one, so a step executes the
+exit layer's depth for each draft token and all layers once.
 
-Behind a wrong draft the engine goes on drafting on a text that no trace has: until the round ends,
-what it does there is read off the true text. Emitted tokens, verifications and accepted drafts do
-not depend on it; layers executed and evaluations do, a little (tests/engine/test_simulate_engine.py
-compares).
+Behind a wrong draft token the engine goes on drafting on a text that no trace has: until the step
+ends, what it does there is read off the true text. Generated tokens, verification steps and
+accepted tokens do not depend on it; layers executed and evaluations do, a little
+(tests/engine/test_simulate_engine.py compares).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.evaluation.trace import Trace
-from vllm_adadecode.heads.thresholds import ExitThresholds
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class Setting:
 
     Attributes:
         thresholds: gamma per exit layer of the traces, in [0, 1]; 1 turns an exit off.
-        max_drafts: K, most drafts of a round.
+        max_drafts: K, most draft tokens of a step.
         gate_thresholds: per exit layer, in [0, 1]: its head is evaluated where gate > threshold; 0
-            evaluates it always, without asking the gate; 1 turns the exit off. None: no gates.
+            evaluates it always, without the gate; 1 turns the exit off. None: no gates.
     """
 
     thresholds: tuple[float, ...]
@@ -51,15 +50,15 @@ class Setting:
 
     @property
     def used(self) -> tuple[bool, ...]:
-        """Per exit, whether its predictions can be accepted."""
-        exits = ExitThresholds.of(self.thresholds, self.gate_thresholds)
-        return tuple(c is not None for c in exits.confidence)
+        """Per exit, whether its head can draft: a probability is never above 1."""
+        gates = self.gate_thresholds or (0.0,) * len(self.thresholds)
+        return tuple(t < 1.0 and g < 1.0 for t, g in zip(self.thresholds, gates, strict=True))
 
     @property
     def gated(self) -> tuple[bool, ...]:
         """Per exit, whether its gate is evaluated before its head."""
-        exits = ExitThresholds.of(self.thresholds, self.gate_thresholds)
-        return tuple(g is not None for g in exits.gate)
+        gates = self.gate_thresholds or (0.0,) * len(self.thresholds)
+        return tuple(use and g > 0.0 for use, g in zip(self.used, gates, strict=True))
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class ExitCounts:
 
 @dataclass(frozen=True)
 class Counts:
-    """Totals over rounds. Layers executed: each once, on however many tokens."""
+    """Totals over decode steps. A layer executed is one layer run once, on however many tokens."""
 
     num_layers: int
     generated_tokens: int
@@ -103,25 +102,22 @@ class Counts:
 
     @property
     def draft_acceptance_rate(self) -> float | None:
-        """Share of drafts that verification kept; None without drafts."""
+        """Share of draft tokens that verification accepted; None without any."""
         return self.accepted_tokens / self.draft_tokens if self.draft_tokens else None
 
     @property
-    def mean_acceptance_length(self) -> float | None:
-        return self.generated_tokens / self.verification_steps if self.verification_steps else None
+    def mean_acceptance_length(self) -> float:
+        """Tokens generated per verification step: 1 in plain decoding."""
+        return self.generated_tokens / self.verification_steps
 
     @property
-    def layers_executed_per_token(self) -> float | None:
-        """In whole models: 1 is plain decoding."""
-        return (
-            self.layers_executed / (self.generated_tokens * self.num_layers)
-            if self.generated_tokens
-            else None
-        )
+    def layers_executed_per_token(self) -> float:
+        """As a fraction of all layers: 1 in plain decoding."""
+        return self.layers_executed / (self.generated_tokens * self.num_layers)
 
 
 class Simulator:
-    """Replays rounds on a set of traces; made once, run for as many settings as wanted.
+    """Replays decode steps on a set of traces; made once, run for as many settings as wanted.
 
     Args:
         traces: of one target with the same exit layers.
@@ -142,17 +138,17 @@ class Simulator:
             )
         self.exit_layers, self.num_layers = first.exit_layers, first.num_layers
         lengths = np.array([t.num_positions for t in traces])
-        self._ends = np.cumsum(lengths)
+        ends = np.cumsum(lengths)
         # End of the trace that each position belongs to, and the first position of each trace.
-        self._end = np.repeat(self._ends, lengths)
-        self._starts = (self._ends - lengths)[lengths > 0]
+        self._end = np.repeat(ends, lengths)
+        self._starts = (ends - lengths)[lengths > 0]
         # [E, total positions]
-        self._confidence = np.concatenate([t.confidence for t in traces], axis=1)
-        self._gate = np.concatenate([t.gate for t in traces], axis=1)
+        self.confidence = np.concatenate([t.confidence for t in traces], axis=1)
+        self.gate = np.concatenate([t.gate for t in traces], axis=1)
         self._correct = np.concatenate([t.correct for t in traces], axis=1)
 
     def run(self, setting: Setting) -> Counts:
-        """All rounds of all traces under ``setting``.
+        """All decode steps of all traces under ``setting``.
 
         Raises:
             AdaDecodeError: the setting has other exits than the traces, or a value out of range.
@@ -165,15 +161,15 @@ class Simulator:
             return Counts(self.num_layers, tokens, tokens * self.num_layers, tokens, none)
         plan = _Attempts(self, setting, used)
         starts, drafts, accepted, attempts = self._rounds(plan, setting.max_drafts)
-        # How many rounds have tried, drafted and kept at each position.
+        # How many steps have tried, drafted and accepted at each position.
         total = len(self._end)
         tried, drafted, kept = (
             _coverage(starts, starts + lengths, total) for lengths in (attempts, drafts, accepted)
         )
         draft_layers = plan.layers.astype(np.float64) @ drafted
         per_exit = (
-            _weighted(plan.asked_gates, tried),
-            _weighted(plan.asked_heads, tried),
+            _weighted(plan.gates, tried),
+            _weighted(plan.heads, tried),
             _weighted(plan.chosen, drafted),
             _weighted(plan.chosen, kept),
         )
@@ -189,9 +185,9 @@ class Simulator:
     def _rounds(
         self, plan: _Attempts, max_drafts: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """First position, drafts, accepted drafts and tries to draft, of every round."""
+        """First position, draft tokens, accepted ones and tries to draft, of every step."""
         positions = np.arange(len(self._end))
-        # A draft is followed by at least the token sampled after it (proposer._draft_limits).
+        # A draft token is followed by at least the token sampled after it.
         limit = np.minimum(max_drafts, self._end - positions - 1)
         drafts = np.minimum(limit, _run_lengths(plan.drafts_here, self._end))
         accepted = np.minimum(drafts, _run_lengths(plan.right_here, self._end))
@@ -204,7 +200,7 @@ class Simulator:
         # In order, for the sake of the memory that is read from here on.
         starts = np.sort(np.concatenate(found)) if found else positions[:0]
         drafts, accepted = drafts[starts], accepted[starts]
-        # Below its limit, a round has ended with a try that gave nothing.
+        # Below its limit, a draft phase has ended with a try that gave nothing.
         return starts, drafts, accepted, drafts + (drafts < limit[starts])
 
     def _check(self, setting: Setting) -> None:
@@ -225,9 +221,9 @@ class _Attempts:
     """What trying to draft would do at each position.
 
     Attributes:
-        drafts_here, right_here: bool ``[P]``, whether some head is followed, and rightly so.
-        layers: int64 ``[P]``, layers that the draft takes; meaningless without one.
-        asked_gates, asked_heads, chosen: bool ``[E, P]``.
+        drafts_here, right_here: bool ``[P]``, whether some head drafts, and rightly so.
+        layers: int64 ``[P]``, layers that the draft token takes; meaningless without one.
+        gates, heads, chosen: bool ``[E, P]``, what is evaluated, and the head that drafts.
     """
 
     def __init__(self, sim: Simulator, setting: Setting, used: NDArray[np.bool_]) -> None:
@@ -237,9 +233,9 @@ class _Attempts:
         # Float32 as in the engine; a NaN is never above a threshold.
         thresholds = np.array(setting.thresholds, dtype=np.float32)[:, None]
         is_open = used[:, None] & (
-            ~gated[:, None] | (sim._gate > gate_thresholds.astype(np.float32)[:, None])
+            ~gated[:, None] | (sim.gate > gate_thresholds.astype(np.float32)[:, None])
         )
-        confident = is_open & (sim._confidence > thresholds)
+        confident = is_open & (sim.confidence > thresholds)
         self.drafts_here: NDArray[np.bool_] = np.asarray(confident.any(axis=0))
         last_used = int(np.flatnonzero(used)[-1])
         first = np.where(self.drafts_here, confident.argmax(axis=0), last_used)
@@ -247,8 +243,8 @@ class _Attempts:
         chosen = (np.arange(num_exits)[:, None] == first) & self.drafts_here
         self.right_here: NDArray[np.bool_] = np.asarray((chosen & sim._correct).any(axis=0))
         self.layers = np.array(sim.exit_layers)[first]
-        self.asked_gates = reached & gated[:, None]
-        self.asked_heads = reached & is_open
+        self.gates = reached & gated[:, None]
+        self.heads = reached & is_open
         self.chosen = chosen
 
 

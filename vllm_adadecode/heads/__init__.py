@@ -12,10 +12,9 @@ from vllm_adadecode.heads.checkpoint import (
     save_heads,
 )
 from vllm_adadecode.heads.config import HeadsConfig
-from vllm_adadecode.heads.fingerprint import target_fingerprint
-from vllm_adadecode.heads.head import EarlyHead, head_tensors, make_heads
+from vllm_adadecode.heads.head import EarlyHead, Transform, head_tensors, make_heads
 from vllm_adadecode.heads.resolve import check_fits, find_heads, find_mismatches
-from vllm_adadecode.heads.transform import Transform
+from vllm_adadecode.heads.target import target_fingerprint
 
 __all__ = [
     "EarlyHead",

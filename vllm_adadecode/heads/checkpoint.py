@@ -1,13 +1,15 @@
 """Saving and loading the weights of heads: safetensors only, checked, whole or not at all.
 
-Owns the weights file; the fields of config.json are `config.py`'s. Every way in which a file can
-be wrong ends in one line that says which file, what is wrong with it and what to do.
+Owns the weights file, its tensors and where it may be written; the fields of config.json are
+`config.py`'s. Every way in which a file can be wrong ends in one line that says which file, what
+is wrong with it and what to do.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +18,74 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.config import ALGORITHM, HeadsConfig
-from vllm_adadecode.heads.files import CONFIG_NAME, WEIGHTS_NAME, replace_together
-from vllm_adadecode.heads.head import EarlyHead, make_heads
-from vllm_adadecode.heads.tensors import (
-    DRAFT_VOCAB,
-    check_names,
-    check_shape,
-    check_tensor,
-    tensor_name,
-    tensor_shapes,
-)
+from vllm_adadecode.files import write_together
+from vllm_adadecode.heads.config import CONFIG_NAME, WEIGHTS_NAME, HeadsConfig, is_heads_folder
+from vllm_adadecode.heads.head import EarlyHead, make_heads, tensor_name
+
+# int64 [draft_vocab_size]: ids of the target's tokens, strictly increasing; shared by all exits.
+DRAFT_VOCAB = "draft_vocab"
+
+
+def tensor_shapes(config: HeadsConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the checkpoint holds."""
+    d, r = config.target.hidden_size, config.rank or 0
+    transforms: dict[str, dict[str, tuple[int, ...]]] = {
+        "identity": {},
+        "full": {"weight": (d, d)},
+        "low_rank": {"down": (r, d), "up": (d, r)},
+    }
+    per_exit = dict(transforms[config.transform])
+    if config.gate:
+        per_exit |= {"gate_weight": (d,), "gate_bias": (1,)}
+    if config.draft_vocab_size is not None:
+        per_exit |= {"other_weight": (d,), "other_bias": (1,)}
+    shapes = {
+        tensor_name(exit_layer, parameter): shape
+        for exit_layer in config.exit_layers
+        for parameter, shape in per_exit.items()
+    }
+    if config.draft_vocab_size is not None:
+        shapes[DRAFT_VOCAB] = (config.draft_vocab_size,)
+    return shapes
+
+
+# --- saving ------------------------------------------------------------------------------------
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse a place that heads must not take, before anything is computed.
+
+    Raises:
+        AdaDecodeError: it is a file, holds something that is not heads, holds heads and
+            ``overwrite`` is off, or can't be written to.
+    """
+    if output.exists() and not output.is_dir():
+        raise AdaDecodeError(f"output {output} is a file: give a folder that does not exist yet")
+    if output.is_dir() and any(output.iterdir()):
+        if not is_heads_folder(output):
+            raise AdaDecodeError(
+                f"output {output} holds something else than heads: give a folder that does not "
+                "exist yet"
+            )
+        if not overwrite:
+            raise AdaDecodeError(
+                f"output {output} holds heads already: give another folder, or --overwrite"
+            )
+    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise AdaDecodeError(f"output {output} can't be written: no permission in {existing}")
 
 
 def save_heads(
-    directory: str | Path, config: HeadsConfig, tensors: Mapping[str, torch.Tensor]
+    directory: str | Path,
+    config: HeadsConfig,
+    tensors: Mapping[str, torch.Tensor],
+    beside: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a heads checkpoint: ``config.json`` and, if the heads have any, the weights.
 
-    Both files are complete on disk before either takes its place; if anything fails, what was in
-    the folder stays. Other files in the folder are not touched.
+    All files are complete on disk before one takes its place; if anything fails, what was in the
+    folder stays. Other files in the folder are not touched.
 
     Args:
         directory: the heads folder; made if absent.
@@ -46,6 +96,7 @@ def save_heads(
             ``exit_{e}.other_weight`` ``[d]`` and ``exit_{e}.other_bias`` ``[1]`` beside a draft
             vocabulary; that itself is ``draft_vocab``, int64 ``[draft_vocab_size]``, strictly
             increasing token ids. `head_tensors` gives all but the last.
+        beside: more files of the folder, such as a model card.
 
     Returns:
         The folder.
@@ -56,20 +107,28 @@ def save_heads(
         OSError: the disk refuses.
     """
     folder = Path(directory)
-    _refuse_other_content(folder)
+    taken = any((folder / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME))
+    if taken and not is_heads_folder(folder):
+        raise AdaDecodeError(
+            f"{folder} holds another model: save the heads in a folder of their own"
+        )
     source = f"heads to be saved in {folder}"
-    check_names(source, tensors.keys(), config)
+    _check_names(source, tensors.keys(), config)
     for name, shape in tensor_shapes(config).items():
-        check_tensor(source, name, tensors[name], shape, config.target.vocab_size)
-    contents = {CONFIG_NAME: config.to_json().encode()}
+        _check_tensor(source, name, tensors[name], shape, config.target.vocab_size)
+    weights = None
     if tensors:
-        contents[WEIGHTS_NAME] = to_safetensors(
+        weights = to_safetensors(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             metadata={"format": "pt", "heads": _weights_key(config)},
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_together(folder, contents)
+    # The config comes last: a folder without one holds no heads yet.
+    content = {WEIGHTS_NAME: weights, **(beside or {}), CONFIG_NAME: config.to_json().encode()}
+    write_together(folder, content)
     return folder
+
+
+# --- loading -----------------------------------------------------------------------------------
 
 
 def load_heads(
@@ -81,7 +140,7 @@ def load_heads(
     """Load the heads of ``config``'s exit layers, which may be a part of the checkpoint's.
 
     Args:
-        directory: the heads folder; may be None for training-free heads.
+        directory: the heads folder; may be None for heads without weights.
         config: that of the folder, or a `HeadsConfig.select` of it.
         dtype: of the transforms (the engine's); the file's may differ. Gates and "other" logits
             are float32.
@@ -97,20 +156,21 @@ def load_heads(
     heads = make_heads(config, dtype, device)
     for head in heads.values():
         head.requires_grad_(False)
-    stored = _stored_config(directory, config)
-    if directory is None or stored is None:
+    shapes = tensor_shapes(config)
+    if not shapes:
         return heads
-    file = _weights_file(Path(directory), stored)
-    if file is None:
-        return heads
-    shapes, vocab_size = tensor_shapes(config), config.target.vocab_size
-    with _open_weights(file, stored) as weights:
+    with _open_weights(directory, config) as (source, weights):
         for exit_layer, head in heads.items():
             for parameter, value in head.checkpoint_parameters().items():
                 name = tensor_name(exit_layer, parameter)
                 tensor = weights.get_tensor(name)
-                check_tensor(str(file), name, tensor, shapes[name], vocab_size)
-                value.data.copy_(_to_dtype(str(file), name, tensor, value.dtype))
+                _check_tensor(source, name, tensor, shapes[name], config.target.vocab_size)
+                value.data.copy_(tensor.to(value.dtype))
+                if not torch.isfinite(value).all():
+                    raise AdaDecodeError(
+                        f"{source}: {name} has values too large for {value.dtype}: serve with "
+                        "--dtype bfloat16"
+                    )
     return heads
 
 
@@ -118,7 +178,7 @@ def load_draft_vocab(directory: str | Path | None, config: HeadsConfig) -> torch
     """Load the token ids that the heads can predict.
 
     Args:
-        directory: the heads folder; may be None for training-free heads.
+        directory: the heads folder; may be None for heads without weights.
         config: that of the folder, or a `HeadsConfig.select` of it.
 
     Returns:
@@ -130,15 +190,9 @@ def load_draft_vocab(directory: str | Path | None, config: HeadsConfig) -> torch
     """
     if config.draft_vocab_size is None:
         return None
-    stored = _stored_config(directory, config)
-    assert directory is not None
-    assert stored is not None
-    file = _weights_file(Path(directory), stored)
-    assert file is not None
-    with _open_weights(file, stored) as weights:
+    with _open_weights(directory, config) as (source, weights):
         ids: torch.Tensor = weights.get_tensor(DRAFT_VOCAB)
-    shape = tensor_shapes(config)[DRAFT_VOCAB]
-    check_tensor(str(file), DRAFT_VOCAB, ids, shape, config.target.vocab_size)
+    _check_tensor(source, DRAFT_VOCAB, ids, (config.draft_vocab_size,), config.target.vocab_size)
     return ids
 
 
@@ -156,13 +210,11 @@ def check_weights(directory: str | Path, config: HeadsConfig) -> None:
         AdaDecodeError: the file is missing, damaged or no safetensors file, holds other tensors
             or shapes than its config says, or a draft vocabulary that can't be right.
     """
-    file = _weights_file(Path(directory), config)
-    if file is None:
-        return
-    with _open_weights(file, config) as weights:
-        for name, shape in tensor_shapes(config).items():
-            check_shape(str(file), name, weights.get_slice(name).get_shape(), shape)
-    load_draft_vocab(directory, config)
+    if shapes := tensor_shapes(config):
+        with _open_weights(directory, config) as (source, weights):
+            for name, shape in shapes.items():
+                _check_shape(source, name, weights.get_slice(name).get_shape(), shape)
+        load_draft_vocab(directory, config)
 
 
 def load_configured_heads(
@@ -178,86 +230,53 @@ def load_configured_heads(
     Raises:
         AdaDecodeError: see `load_heads`.
     """
-    if speculative_config.heads_path is None:
+    path, exits = speculative_config.heads_path, speculative_config.exit_layers
+    if path is not None:
+        config = HeadsConfig.load(path).select(exits)
+    else:
         target = speculative_config.target_model_config
         config = HeadsConfig.logit_lens(
             hidden_size=target.get_hidden_size(),
             vocab_size=target.get_vocab_size(),
             num_hidden_layers=target.get_total_num_hidden_layers(),
-            exit_layers=speculative_config.exit_layers,
+            exit_layers=exits,
         )
-    else:
-        config = HeadsConfig.load(speculative_config.heads_path).select(
-            speculative_config.exit_layers
-        )
-    return config, load_heads(speculative_config.heads_path, config, dtype, device)
-
-
-def _weights_file(folder: Path, stored: HeadsConfig) -> Path | None:
-    """The folder's weights file; None if its heads have no weights and there is no file."""
-    file = folder / WEIGHTS_NAME
-    if file.is_file():
-        return file
-    if not tensor_shapes(stored):
-        return None
-    hint = "copy the whole folder"
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        hint = "other formats are never read, save the weights as safetensors"
-    raise AdaDecodeError(f"{file} does not exist: {hint}")
+    return config, load_heads(path, config, dtype, device)
 
 
 @contextmanager
-def _open_weights(file: Path, stored: HeadsConfig) -> Iterator[Any]:
-    """The opened file, which has the tensors that ``stored`` says."""
+def _open_weights(directory: str | Path | None, config: HeadsConfig) -> Iterator[tuple[str, Any]]:
+    """Path and opened weights file of a folder whose heads ``config`` is all or a part of."""
+    if directory is None:
+        raise AdaDecodeError(f"heads with transform {config.transform} need their folder")
+    folder, file = Path(directory), Path(directory, WEIGHTS_NAME)
+    stored = HeadsConfig.load(folder)
+    # Thresholds and K may be others.
+    known = set(config.exit_layers) <= set(stored.exit_layers)
+    if not known or _weights_key(stored.select(config.exit_layers)) != _weights_key(config):
+        raise AdaDecodeError(
+            f"the heads asked for are not those of {folder}: give that folder's own config or a "
+            "selection of its exits"
+        )
+    if not file.is_file():
+        hint = "copy the whole folder"
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            hint = "other formats are never read, save the weights as safetensors"
+        raise AdaDecodeError(f"{file} does not exist: {hint}")
     try:
         with safe_open(file, framework="pt") as weights:
-            check_names(str(file), weights.keys(), stored)
+            _check_names(str(file), weights.keys(), stored)
             key = (weights.metadata() or {}).get("heads")
             if key is not None and key != _weights_key(stored):
                 raise AdaDecodeError(
                     f"{file} was not saved with the {CONFIG_NAME} beside it: copy both files again"
                 )
-            yield weights
+            yield str(file), weights
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AdaDecodeError(
             f"{file} is damaged or no safetensors file ({reason}): copy it again"
         ) from None
-
-
-# --- checks ------------------------------------------------------------------------------------
-
-
-def _stored_config(directory: str | Path | None, config: HeadsConfig) -> HeadsConfig | None:
-    """The folder's own config, of which ``config`` is a part; None for training-free heads."""
-    if directory is None:
-        if tensor_shapes(config):
-            raise AdaDecodeError(f"heads with transform {config.transform} need their folder")
-        return None
-    folder = Path(directory)
-    stored = HeadsConfig.load(folder)
-    _check_selection(folder, stored, config)
-    return stored
-
-
-def _to_dtype(source: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    converted = tensor.to(dtype)
-    if not torch.isfinite(converted).all():
-        raise AdaDecodeError(
-            f"{source}: {name} has values too large for {dtype}: serve with --dtype bfloat16"
-        )
-    return converted
-
-
-def _check_selection(folder: Path, stored: HeadsConfig, config: HeadsConfig) -> None:
-    """``config`` must be the folder's own or a part of it, whatever its thresholds and K."""
-    if not set(config.exit_layers) <= set(stored.exit_layers) or _weights_key(
-        stored.select(config.exit_layers)
-    ) != _weights_key(config):
-        raise AdaDecodeError(
-            f"the heads asked for are not those of {folder}: give that folder's own config or a "
-            "selection of its exits"
-        )
 
 
 def _weights_key(config: HeadsConfig) -> str:
@@ -275,16 +294,54 @@ def _weights_key(config: HeadsConfig) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-# --- writing -----------------------------------------------------------------------------------
+# --- checks; `source` is where the tensors are, for messages -----------------------------------
 
 
-def _refuse_other_content(folder: Path) -> None:
-    """Never write over the config or the weights of something that is not heads."""
-    if (folder / CONFIG_NAME).exists():
-        with suppress(OSError, ValueError):
-            existing = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            if existing.get("speculators_model_type") == ALGORITHM:
-                return
-    elif not (folder / WEIGHTS_NAME).exists():
-        return
-    raise AdaDecodeError(f"{folder} holds another model: save the heads in a folder of their own")
+def _check_names(source: str, names: Collection[str], config: HeadsConfig) -> None:
+    expected = tensor_shapes(config).keys()
+    missing = sorted(expected - set(names))
+    extra = sorted(set(names) - expected)
+    if missing or extra:
+        parts = [f"lacks {', '.join(missing)}"] if missing else []
+        parts += [f"has the unexpected {', '.join(extra)}"] if extra else []
+        raise AdaDecodeError(
+            f"{source}: {' and '.join(parts)}; exit_layers, transform, gate and draft_vocab_size "
+            f"in {CONFIG_NAME} say which tensors there must be: use the files of one checkpoint"
+        )
+
+
+def _check_shape(source: str, name: str, found: Sequence[int], shape: tuple[int, ...]) -> None:
+    if tuple(found) != shape:
+        raise AdaDecodeError(
+            f"{source}: {name} has shape {list(found)}, {CONFIG_NAME} says {list(shape)}: "
+            "use the files of one checkpoint"
+        )
+
+
+def _check_tensor(
+    source: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], vocab_size: int
+) -> None:
+    _check_shape(source, name, tensor.shape, shape)
+    if name == DRAFT_VOCAB:
+        _check_draft_vocab(source, tensor, vocab_size)
+    elif not tensor.is_floating_point():
+        raise AdaDecodeError(f"{source}: {name} is {tensor.dtype}, not floating point: train again")
+    elif not torch.isfinite(tensor.float()).all():
+        raise AdaDecodeError(f"{source}: {name} has NaN or infinite values: train the heads again")
+
+
+def _check_draft_vocab(source: str, ids: torch.Tensor, vocab_size: int) -> None:
+    if ids.dtype != torch.int64:
+        raise AdaDecodeError(
+            f"{source}: {DRAFT_VOCAB} is {ids.dtype}, not int64 token ids: make the heads again"
+        )
+    if (ids.diff() <= 0).any():
+        raise AdaDecodeError(
+            f"{source}: {DRAFT_VOCAB} is not strictly increasing: sort it and drop doubles, with "
+            "the rows that belong to it"
+        )
+    if ids[0] < 0 or ids[-1] >= vocab_size:
+        raise AdaDecodeError(
+            f"{source}: {DRAFT_VOCAB} has ids outside the target's {vocab_size} tokens: make the "
+            "heads again for this target"
+        )

@@ -1,37 +1,98 @@
 """The config.json of a heads checkpoint: its fields, what they mean, what is refused.
 
-Owns the format (a *speculators* config, so that vLLM finds the target by itself) and the choice of
-training-free heads. Weights are `checkpoint.py`'s, the match with a target is `resolve.py`'s.
+Owns the format (a *speculators* config, so that vLLM finds the target by itself: its support for
+those reads `SpeculatorsSection`) and the choice of training-free heads. Weights are
+`checkpoint.py`'s, the match with a target is `resolve.py`'s.
 """
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, ValidationError, field_validator, model_validator
-
-from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.files import write_whole
-from vllm_adadecode.heads.files import CONFIG_NAME, read_json
-from vllm_adadecode.heads.sections import (
-    MAX_SPECULATIVE_TOKENS,
-    Count,
-    Section,
-    SpeculatorsSection,
-    TargetShape,
-    one_line,
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    field_validator,
+    model_validator,
 )
 
-ALGORITHM = "adadecode"
+from vllm_adadecode.constants import METHOD
+from vllm_adadecode.errors import AdaDecodeError, one_line
+from vllm_adadecode.files import read_json
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
 # Version of the *speculators* layout that the file follows; not a version of our own fields.
 SPECULATORS_VERSION = "0.3.0"
+# vLLM's rejection sampler takes no longer proposals.
+MAX_SPECULATIVE_TOKENS = 128
+DEFAULT_SPECULATIVE_TOKENS = 5
 DEFAULT_THRESHOLD = 0.75
 DEFAULT_GATE_THRESHOLD = 0.5
 
 Norm = Literal["before", "after"]
 TransformKind = Literal["identity", "full", "low_rank"]
 Quantization = Literal["int8"]
+# Strict: JSON's true is no number and 4.0 no count.
+Count = Annotated[int, Field(gt=0, strict=True)]
+
+
+class Section(BaseModel):
+    # A misspelt key must not pass for an absent one.
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TargetShape(Section):
+    """What of the target the heads depend on."""
+
+    hidden_size: Count = Field(description="Width d of the hidden states that the heads read.")
+    vocab_size: Count = Field(description="Entries of the target's LM head, as its config says.")
+    num_hidden_layers: Count = Field(description="Decoder layers of the target.")
+    fingerprint: str | None = Field(
+        default=None,
+        pattern=r"^sha256:[0-9a-f]{64}$",
+        description="`target_fingerprint` of the target the heads were trained on; None: any "
+        "target of this shape is accepted.",
+    )
+
+
+class Proposal(Section):
+    """One way to propose tokens. vLLM reads the first of the list."""
+
+    proposal_type: Literal["greedy"] = "greedy"
+    speculative_tokens: int = Field(
+        default=DEFAULT_SPECULATIVE_TOKENS,
+        ge=1,
+        le=MAX_SPECULATIVE_TOKENS,
+        strict=True,
+        description="K: most draft tokens of a request in a decode step.",
+    )
+
+
+class Verifier(Section):
+    """The target, by name."""
+
+    name_or_path: str = Field(
+        min_length=1,
+        description='Hub id or folder of the target. ".", ".." and paths that start with "./" or '
+        '"../" are relative to the heads folder.',
+    )
+    architectures: tuple[str, ...] = Field(
+        default=(), description="The target's architectures, for readers; nothing depends on it."
+    )
+
+
+class SpeculatorsSection(Section):
+    """The part of the file that vLLM's *speculators* support reads."""
+
+    algorithm: Literal["adadecode"] = "adadecode"
+    default_proposal_method: Literal["greedy"] = "greedy"
+    proposal_methods: tuple[Proposal, ...] = Field(default=(Proposal(),), min_length=1)
+    verifier: Verifier
 
 
 class HeadsConfig(Section):
@@ -39,9 +100,9 @@ class HeadsConfig(Section):
 
     Logits of the head at exit layer e, from the hidden state h after e layers (residual added):
     ``E* . T . norm(h)`` or ``E* . norm(T . h)`` as `norm` says, with the target's own final norm
-    and LM head E*. The confidence is the largest softmax probability (paper,
-    section "Confidence"). Three optional parts make a head check cheaper; verification, and so the
-    output, is the same with and without them:
+    and LM head E*. The confidence is the largest softmax probability (paper, "Confidence"). Three
+    optional parts make a head cheaper; verification, and so the output, is the same with and
+    without them:
 
     - a gate, one vector per exit, tells before the head runs whether it will be confident;
     - a draft vocabulary leaves rows of E* out, with a logit per exit for all that is left out:
@@ -177,7 +238,7 @@ class HeadsConfig(Section):
 
     @property
     def num_speculative_tokens(self) -> int:
-        """K, the most early predictions in flight for a request."""
+        """K, the most draft tokens of a request in a decode step."""
         return self.speculators_config.proposal_methods[0].speculative_tokens
 
     @property
@@ -266,7 +327,7 @@ class HeadsConfig(Section):
             file = file / CONFIG_NAME
         data = read_json(file)
         kind = data.get("speculators_model_type") if isinstance(data, dict) else None
-        if kind != ALGORITHM:
+        if kind != METHOD:
             found = f"speculators of type {kind!r}" if kind else "no heads"
             raise AdaDecodeError(
                 f"{file} describes {found}, not AdaDecode heads: give the folder of a heads "
@@ -286,9 +347,14 @@ class HeadsConfig(Section):
         """The file's text."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
-    def save(self, directory: str | Path) -> Path:
-        """Write ``config.json`` into ``directory`` (made if absent), whole or not at all."""
-        return write_whole(Path(directory, CONFIG_NAME), self.to_json().encode())
+
+def is_heads_folder(folder: str | Path) -> bool:
+    """Whether a folder's config.json says that it holds AdaDecode heads, valid or not."""
+    try:
+        data = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("speculators_model_type") == METHOD
 
 
 def default_exit_layers(num_hidden_layers: int) -> tuple[int, ...]:

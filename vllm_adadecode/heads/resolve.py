@@ -4,7 +4,6 @@ Owns the search order and the list of mismatches; reading the files is `config.p
 `fingerprint.py`'s.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,15 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.config import ALGORITHM, HeadsConfig
-from vllm_adadecode.heads.files import CONFIG_NAME, WEIGHTS_NAME
-from vllm_adadecode.heads.fingerprint import target_fingerprint
+from vllm_adadecode.heads.config import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    HeadsConfig,
+    is_heads_folder,
+)
+from vllm_adadecode.heads.target import target_fingerprint
 
 # Heads published inside their target's own repository.
 SUBFOLDER = "adadecode"
@@ -31,15 +35,6 @@ class Mismatch:
 
     def __str__(self) -> str:
         return f"{self.what} (heads: {self.heads}, target: {self.target})"
-
-
-def is_heads_folder(folder: str | Path) -> bool:
-    """Whether a folder's config.json says that it holds AdaDecode heads, valid or not."""
-    try:
-        data = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, dict) and data.get("speculators_model_type") == ALGORITHM
 
 
 def find_heads(model: str | None, target: str, revision: str | None = None) -> Path | None:
@@ -71,7 +66,7 @@ def find_heads(model: str | None, target: str, revision: str | None = None) -> P
     if not is_heads_folder(folder):
         raise AdaDecodeError(
             f"{model} holds no AdaDecode heads (no {CONFIG_NAME} with speculators_model_type "
-            f"{ALGORITHM!r}): give a heads checkpoint, or no model at all for the training-free "
+            f"{METHOD!r}): give a heads checkpoint, or no model at all for the training-free "
             "logit lens"
         )
     return folder

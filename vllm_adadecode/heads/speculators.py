@@ -9,9 +9,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.config import ALGORITHM, HeadsConfig
-from vllm_adadecode.heads.resolve import is_heads_folder, is_relative, resolve_verifier
+from vllm_adadecode.heads.config import HeadsConfig, is_heads_folder
+from vllm_adadecode.heads.resolve import is_relative, resolve_verifier
 
 Override = Callable[..., tuple[str, str | None, dict[str, Any] | None]]
 
@@ -20,7 +21,7 @@ def register() -> None:
     """Teach vLLM the heads format. May be called any number of times."""
     from vllm.transformers_utils.configs.speculators.algos import register_speculator
 
-    register_speculator(ALGORITHM)(update_adadecode)
+    register_speculator(METHOD)(update_adadecode)
 
 
 def update_adadecode(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
@@ -60,7 +61,7 @@ def wrap_override(original: Override) -> Override:
             return target, target, speculative_config
         if (
             isinstance(speculative_config, dict)
-            and speculative_config.get("method") == ALGORITHM
+            and speculative_config.get("method") == METHOD
             and new_model != model
             and is_relative(new_model)
         ):

@@ -1,16 +1,38 @@
-"""What can be said about a target from its files alone, without loading it."""
+"""What can be said about a target from its files alone, without loading it.
 
+Owns what its config.json says, where its weights are found in safetensors files, and a digest of a
+few of them by which heads recognise their target, also as a copy in another precision.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.files import CONFIG_NAME, read_json
-from vllm_adadecode.heads.fingerprint import tensor_files
+from vllm_adadecode.files import read_json
+from vllm_adadecode.heads.config import CONFIG_NAME
+
+INDEX_NAME = "model.safetensors.index.json"
+# Spread over any vocabulary; those beyond it are left out.
+SAMPLE_ROWS = (0, 3, 17, 101, 251, 499, 997, 1999, 4001, 9973, 20011, 50021, 100003)
+# A bfloat16 value from here up is exact in float16; below, float16 may drop bits.
+SMALLEST = 2.0**-14
+
+_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
+_NORM_NAMES = tuple(f"{prefix}norm.weight" for prefix in _PREFIXES)
+_EMBEDDING_NAMES = (
+    *(f"{prefix}embed_tokens.weight" for prefix in _PREFIXES),
+    "tok_embeddings.weight",
+)
 
 
 @dataclass(frozen=True)
@@ -38,26 +60,34 @@ class TargetInfo:
         return total or None
 
 
+def fetch(model: str | Path, patterns: Sequence[str]) -> Path:
+    """A model's folder; from the hub (when offline, its cache), files of these patterns.
+
+    Raises:
+        AdaDecodeError: there is none.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    offline = constants.HF_HUB_OFFLINE
+    try:
+        found = snapshot_download(
+            str(model), allow_patterns=list(patterns), local_files_only=offline
+        )
+    except (HFValidationError, HfHubHTTPError, OSError):
+        raise AdaDecodeError(
+            f"{model} is no folder and can't be had from the hub: give a folder or hub id"
+        ) from None
+    return Path(found)
+
+
 def fetch_config(model: str | Path) -> Path:
     """Folder with the config.json of a model or of heads; from the hub, that file alone is read.
 
     Raises:
         AdaDecodeError: there is none.
     """
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        try:
-            folder = Path(
-                snapshot_download(
-                    str(model),
-                    allow_patterns=[CONFIG_NAME],
-                    local_files_only=constants.HF_HUB_OFFLINE,
-                )
-            )
-        except (HFValidationError, HfHubHTTPError, OSError):
-            raise AdaDecodeError(
-                f"{model} is no folder and can't be had from the hub: give a folder or hub id"
-            ) from None
+    folder = fetch(model, [CONFIG_NAME])
     if not (folder / CONFIG_NAME).is_file():
         raise AdaDecodeError(
             f"{model} holds no {CONFIG_NAME}: give the folder of a model or of heads"
@@ -91,3 +121,75 @@ def read_target(model: str | Path) -> TargetInfo:
         vocab_size=vocab_size,
         num_hidden_layers=num_hidden_layers,
     )
+
+
+def target_fingerprint(model_path: str | Path) -> str | None:
+    """Digest of the final norm and of some rows of the input embedding of a model.
+
+    Float32 and bfloat16 copies of one model agree, as do bfloat16 and float16 ones.
+
+    Args:
+        model_path: the model's folder, or the id of a hub model that is in the local cache;
+            nothing is downloaded.
+
+    Returns:
+        ``"sha256:<64 hex digits>"``, or None where no safetensors file to read is found (no such
+        folder, another format, other weight names, a damaged file, not in the cache).
+    """
+    folder = local_folder(model_path)
+    if folder is None:
+        return None
+    try:
+        files = tensor_files(folder)
+        norm = _find(_NORM_NAMES, files)
+        embedding = _find(_EMBEDDING_NAMES, files)
+        if norm is None or embedding is None:
+            return None
+        digest = hashlib.sha256()
+        with safe_open(files[norm], framework="pt") as weights:
+            _update(digest, weights.get_tensor(norm))
+        with safe_open(files[embedding], framework="pt") as weights:
+            rows = weights.get_slice(embedding)
+            num_rows = rows.get_shape()[0]
+            for row in SAMPLE_ROWS:
+                if row < num_rows:
+                    _update(digest, rows[row : row + 1])
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return None
+    return f"sha256:{digest.hexdigest()}"
+
+
+def local_folder(model: str | Path, revision: str | None = None) -> Path | None:
+    """The folder of a local model or of an already cached hub model; None if there is neither."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(str(model), revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """File of each tensor of the model."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    found: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            found.update(dict.fromkeys(weights.keys(), file))
+    return found
+
+
+def _find(names: Sequence[str], files: Mapping[str, Path]) -> str | None:
+    return next((name for name in names if name in files), None)
+
+
+def _update(digest: Any, tensor: torch.Tensor) -> None:
+    values = tensor.float().bfloat16().float()
+    # Adding zero makes -0.0 the same as 0.0.
+    values = torch.where(values.abs() < SMALLEST, 0.0, values) + 0.0
+    digest.update(values.contiguous().numpy().tobytes())

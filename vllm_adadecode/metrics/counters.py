@@ -85,12 +85,11 @@ class Counters:
         return self._combine(earlier, -1)
 
     def _combine(self, other: Self, sign: int) -> "Counters":
-        result = Counters(self.num_layers, {})
-        _combine_counts(result, self, other, sign)
-        for layer, counts in self.exits.items():
-            result.exits[layer] = ExitCounters()
-            _combine_counts(result.exits[layer], counts, other.exits[layer], sign)
-        return result
+        exits = {
+            layer: ExitCounters(**_sums(counts, other.exits[layer], sign))
+            for layer, counts in self.exits.items()
+        }
+        return Counters(self.num_layers, exits, **_sums(self, other, sign))
 
     def snapshot(self) -> dict[str, Any]:
         """All counts and the ratios users ask for, JSON-ready; a ratio without data is None."""
@@ -112,10 +111,9 @@ class Counters:
         return values
 
 
-def _combine_counts(result: Any, a: Any, b: Any, sign: int) -> None:
-    for name in _COUNTS[type(result)]:
-        # int: NumPy's integers cannot be sent between processes.
-        setattr(result, name, int(getattr(a, name)) + sign * int(getattr(b, name)))
+def _sums(a: Any, b: Any, sign: int) -> dict[str, int]:
+    # int: NumPy's integers cannot be sent between processes.
+    return {name: int(getattr(a, name)) + sign * int(getattr(b, name)) for name in _COUNTS[type(a)]}
 
 
 def _ratio(part: int, whole: int) -> float | None:

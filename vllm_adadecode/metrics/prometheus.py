@@ -2,7 +2,7 @@
 
 Owns what is attached to a worker's output, the type by which it crosses processes, and our part of
 vLLM's log line and Prometheus metrics. It counts nothing itself (counters.py), and is put in
-vLLM's place by patches_metrics.py.
+vLLM's place by vllm_patches/scheduler_and_metrics.py.
 
 worker: `attach_counts` -> scheduler: `pass_on` -> front end: `AdaDecodeLogging`, `AdaDecodeProm`.
 Counts travel as the difference to those sent before, so what the front end adds up is a total
@@ -19,14 +19,11 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.metrics.counters import Counters
 
 # Under vLLM's logger, whose level and format users know.
 logger = init_logger(f"vllm.{__name__}")
-
-METHOD = "adadecode"
-# Name of the attribute on vLLM's `ModelRunnerOutput`, which is pickled with it.
-ATTRIBUTE = "adadecode_counts"
 
 
 @dataclass
@@ -53,9 +50,9 @@ class UnsentCounts:
 
 
 def attach_counts(model_runner_output: Any, counts: Counters | None) -> None:
-    """Send ``counts`` along with a worker's output of a step."""
+    """Send ``counts`` along with a worker's `ModelRunnerOutput`, with which they are pickled."""
     if counts is not None:
-        setattr(model_runner_output, ATTRIBUTE, counts)
+        model_runner_output.adadecode_counts = counts
 
 
 def pass_on(
@@ -67,14 +64,14 @@ def pass_on(
         model_runner_output: the worker's `ModelRunnerOutput`.
         engine_core_outputs: `EngineCoreOutputs` of all front ends; at most one has statistics, none
             where they are off.
-        num_spec_tokens: most drafts in a window.
+        num_spec_tokens: most draft tokens of a request in a step.
     """
-    counts = getattr(model_runner_output, ATTRIBUTE, None)
+    counts = getattr(model_runner_output, "adadecode_counts", None)
     if counts is None:
         return
     for outputs in engine_core_outputs:
         if (stats := outputs.scheduler_stats) is not None:
-            # A step that verified no draft has no statistics of vLLM's.
+            # A step that verified no draft token has no statistics of vLLM's.
             vllms = stats.spec_decoding_stats or SpecDecodingStats.new(num_spec_tokens)
             values = {field.name: getattr(vllms, field.name) for field in fields(SpecDecodingStats)}
             stats.spec_decoding_stats = AdaDecodeStats(**values, adadecode=counts)
@@ -92,8 +89,8 @@ class AdaDecodeLogging(SpecDecodingLogging):
         counts = getattr(spec_decoding_stats, METHOD, None)
         if counts is not None:
             self.counts = counts if self.counts is None else self.counts + counts
-        # vLLM would divide by the number of windows with drafts, and it has no statistics at all
-        # of a step without one.
+        # vLLM would divide by the number of verifications with draft tokens, and it has no
+        # statistics at all of a step without one.
         if counts is None or spec_decoding_stats.num_drafts:
             super().observe(spec_decoding_stats)
 

@@ -1,8 +1,8 @@
-"""Head checks by the fused kernels: gate, head and draw in a row, nothing read by the host.
+"""Heads by the fused kernels: gate, head and draw in a row, nothing read by the host.
 
-Owns what is launched for one head check where kernels run. Elsewhere, and where they can't do what
-is asked, the draft loop takes the way over stored logits, which gives the same. Nothing is decided
-here but which rows pass the gate: what follows from a confidence is the draft loop's.
+Owns what is launched to evaluate one head where kernels run. Elsewhere, and where they can't do
+what is needed, the draft loop takes the way over stored logits, which gives the same. Nothing is
+decided here but which rows pass the gate: what follows from a confidence is the draft loop's.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,7 @@ from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from vllm_adadecode.heads import EarlyHead
-from vllm_adadecode.heads.head import GATE_NORM_EPS
-from vllm_adadecode.heads.transform import Transform
+from vllm_adadecode.heads.head import GATE_NORM_EPS, Transform
 from vllm_adadecode.kernels.gate import MAX_ORDERED_ROWS, head_input, live_first
 from vllm_adadecode.kernels.sampling import head_sample
 from vllm_adadecode.model.draft_sampler import DraftSampler
@@ -112,8 +111,8 @@ class FusedHeads:
             return HeadCheck(token, p, live)
         weight = projection.kernel_weight(x.dtype)
         assert weight is not None, "the projection does not run kernels"
-        # A row that is promoted overwrites its logits at its next head; those of one that stops
-        # are never read. The draft loop compares p with its threshold.
+        # A row that goes to the next exit overwrites its logits there; those of one that stops are
+        # never read. The draft loop compares p with its threshold.
         drawn = head_sample(
             x,
             weight,
@@ -128,27 +127,6 @@ class FusedHeads:
             **rows,
         )
         return HeadCheck(drawn.sampled, drawn.head.p, live)
-
-    def warm_up(
-        self,
-        exit_index: int,
-        # [num_rows, hidden_size]
-        hidden: torch.Tensor,
-        # [num_rows, hidden_size]
-        residual: torch.Tensor,
-        gate_threshold: float | None,
-    ) -> None:
-        """The launches of `check`, for rows that belong to no request; nothing is cached."""
-        padding = torch.full((len(hidden),), -1, dtype=torch.int64, device=hidden.device)
-        self.check(
-            exit_index,
-            hidden,
-            residual,
-            slots=padding,
-            positions=torch.zeros_like(padding),
-            draft=0,
-            gate_threshold=gate_threshold,
-        )
 
 
 def fused_features(

@@ -4,13 +4,10 @@ Owns the attention metadata of such a pass. Its tokens come first, request by re
 the batch is padding with KV slot -1, for which no KV is written and no attention computed. How many
 tokens each request has, and how long it is, is on the device: the host gives attention upper bounds
 that do not depend on the data. The draft loop's passes are laid out by `kernels.draft_step`, those
-of a verification by verification_passes.py.
+of a verification by verify/passes.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import VllmConfig
@@ -25,9 +22,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels.draft_state import KVBlocks, PassInputs
 from vllm_adadecode.spans.ragged import RaggedSpans, run_span
-
-if TYPE_CHECKING:
-    from vllm_adadecode.verify.overlapped_plan import PrefillPart
+from vllm_adadecode.spans.shapes import PassShape, padded_shape
 
 
 def why_not_captured(
@@ -41,36 +36,6 @@ def why_not_captured(
     if found is not None:
         return f"attention backend {found[0]} can't replay up to {window} tokens a request"
     return None
-
-
-# Passes whose shapes are kept: more than any server is likely to be in the midst of.
-KEPT_SHAPES = 1024
-
-
-@dataclass(frozen=True)
-class PassShape:
-    """What the host says of a pass: bounds for every row, on the host.
-
-    Attributes:
-        row_tokens: most tokens of a row.
-        query_start_loc: int32 ``[num_rows + 1]`` where a row's tokens start at most.
-        lengths: int32 ``[num_rows]``.
-        is_prefilling: bool ``[num_rows]``.
-    """
-
-    row_tokens: int
-    query_start_loc: torch.Tensor
-    lengths: torch.Tensor
-    is_prefilling: torch.Tensor
-
-    def after(self, prefill: "PrefillPart") -> "PassShape":
-        """The same after rows that are prefilled, of which all is known."""
-        return PassShape(
-            max(self.row_tokens, prefill.most_tokens),
-            torch.cat([prefill.starts_cpu, prefill.num_tokens + self.query_start_loc]),
-            torch.cat([prefill.lengths_cpu, self.lengths]),
-            torch.cat([torch.ones(prefill.num_reqs, dtype=torch.bool), self.is_prefilling]),
-        )
 
 
 def in_any_order(attn_groups: list[list[AttentionGroup]]) -> bool:
@@ -115,7 +80,10 @@ class PaddedSpans:
             block_sizes=tables.block_sizes_tensor,
             enabled=tables.slot_mapping_enabled,
         )
-        self.shape = lru_cache(KEPT_SHAPES)(self._shape)
+
+    def shape(self, num_rows: int, row_tokens: int, num_tokens: int) -> PassShape:
+        """Of a pass without prefill; see `padded_shape`."""
+        return padded_shape(num_rows, row_tokens, num_tokens, self.max_model_len)
 
     def begin(
         self,
@@ -131,7 +99,7 @@ class PaddedSpans:
             out_ptrs=self.spans.input_block_table_ptrs,
         )
 
-    def run(
+    def run_span(
         self,
         span: int,
         inputs: PassInputs,
@@ -219,13 +187,4 @@ class PaddedSpans:
             metadata,
             build_slot_mappings_by_layer(slot_mappings, spans.kv_cache_config),
             is_padding,
-        )
-
-    def _shape(self, num_rows: int, row_tokens: int, num_tokens: int) -> PassShape:
-        """A pass without prefill, of as many rows, tokens of a row, and tokens at most."""
-        return PassShape(
-            row_tokens,
-            (torch.arange(num_rows + 1, dtype=torch.int32) * row_tokens).clamp(max=num_tokens),
-            torch.full((num_rows,), self.max_model_len, dtype=torch.int32),
-            torch.zeros(num_rows, dtype=torch.bool),
         )

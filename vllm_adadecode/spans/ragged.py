@@ -1,9 +1,9 @@
 """Running one span on part of a batch: a suffix of each chosen request's tokens.
 
 Owns the input buffers, block tables and attention metadata of such a batch, so that the target
-runner's own, which the verification batch still needs, are never touched. The proposer (early
-spans, fill-in) and the scorer (spans that not all tokens run, prefill among them) both go through
-here.
+runner's own, which the verification batch still needs, are never touched. The draft
+loop (early spans, fill-in) and verification (spans that not all tokens run, prefill among them)
+both go through here.
 """
 
 import os
@@ -44,7 +44,7 @@ def run_span(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One span in a forward context of its own; without metadata, no attention and no KV.
 
-    Experts are not asked about padding.
+    Experts leave padding out.
     """
     num_tokens = len(positions)
     with (
@@ -101,7 +101,7 @@ class RaggedSpans:
         self.slot_mappings = torch.zeros_like(block_tables.slot_mappings)
         self.none_prefilling = np.zeros(input_buffers.max_num_reqs, dtype=np.bool_)
 
-    def run(
+    def run_span(
         self,
         span: int,
         # [num_reqs] request slots

@@ -32,6 +32,7 @@ class Distributions:
     Attributes:
         target: the frozen target.
         heads: by exit layer, on the target's device.
+        thresholds: confidence threshold by exit layer; above it a head is confident.
         draft_vocab: int64 ``[draft_vocab_size]`` token ids, or None.
         precision: of the large products; ``bf16`` is autocast. Softmax, gates and "other" logits
             are float32.
@@ -40,6 +41,7 @@ class Distributions:
 
     target: FrozenTarget
     heads: Mapping[int, EarlyHead]
+    thresholds: Mapping[int, float]
     draft_vocab: torch.Tensor | None = None
     precision: Precision = "bf16"
     chunk_bytes: int = CHUNK_BYTES

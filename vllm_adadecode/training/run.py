@@ -18,21 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rich.progress import Progress
+from transformers import AutoConfig
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads import HeadsConfig, head_tensors, make_heads
-from vllm_adadecode.heads.files import CONFIG_NAME, read_json
-from vllm_adadecode.heads.tensors import DRAFT_VOCAB
+from vllm_adadecode.heads import HeadsConfig, head_tensors, make_heads, save_heads
+from vllm_adadecode.heads.checkpoint import DRAFT_VOCAB, check_output
+from vllm_adadecode.heads.target import fetch
 from vllm_adadecode.training.batches import TokenRow, token_rows
+from vllm_adadecode.training.card import CARD_NAME, make_card
 from vllm_adadecode.training.distributions import Distributions
-from vllm_adadecode.training.draft_vocab import choose_draft_vocab
-from vllm_adadecode.training.gate import evaluate_gates, train_gates
 from vllm_adadecode.training.generate import generate_sequences
 from vllm_adadecode.training.json_lines import complaint
-from vllm_adadecode.training.output import check_output, publish
 from vllm_adadecode.training.prompts import load_data, prompts_of, sequences_of
 from vllm_adadecode.training.provenance import provenance
 from vllm_adadecode.training.records import RecordReader
@@ -40,13 +37,14 @@ from vllm_adadecode.training.request import DataSettings, Request, heads_config
 from vllm_adadecode.training.sequences import (
     Sequence,
     check_vocabulary,
+    choose_draft_vocab,
     sequences_digest,
     split_held_out,
 )
 from vllm_adadecode.training.state import RunState
 from vllm_adadecode.training.target_digest import target_digest
 from vllm_adadecode.training.target_model import load_target, load_tokenizer
-from vllm_adadecode.training.trainer import TrainSettings, evaluate, train_heads
+from vllm_adadecode.training.trainer import TrainSettings, evaluate, train_gates, train_heads
 
 _TARGET_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -62,7 +60,7 @@ def run_training(request: Request, progress: Progress) -> HeadsConfig:
         OSError: the disk refuses. In either case there is nothing new at the output path.
     """
     check_output(request.output, request.overwrite)
-    folder = _local_target(request.target)
+    folder = fetch(request.target, _TARGET_FILES)
     config = heads_config(request, folder)
     sequences = make_sequences(request, folder, progress)
     check_vocabulary(sequences, config.target.vocab_size, "the data")
@@ -81,7 +79,7 @@ def run_training(request: Request, progress: Progress) -> HeadsConfig:
     with _deterministic():
         tensors, results = _train(request, folder, config, sequences, run_folder, progress)
     config = HeadsConfig(**(config.model_dump() | {"provenance": made | results}))
-    publish(request.output, config, tensors)
+    save_heads(request.output, config, tensors, {CARD_NAME: make_card(config).encode()})
     shutil.rmtree(run_folder, ignore_errors=True)
     return config
 
@@ -112,18 +110,24 @@ def _train(
     target = load_target(folder, dtype, request.device_map)
     torch.manual_seed(request.training.seed)
     heads = make_heads(config, torch.float32, target.device)
-    distributions = Distributions(target, heads, draft_vocab, precision)
     thresholds = dict(zip(config.exit_layers, config.thresholds, strict=True))
-    args = (distributions, rows, held_rows, request.training, thresholds)
-    state = train_heads(*args, run_folder / "state.safetensors", progress)
-    # What is stored is what is measured.
+    distributions = Distributions(target, heads, thresholds, draft_vocab, precision)
+    args = (distributions, rows, held_rows, request.training)
+    state = train_heads(*args, run_folder / "state.pt", progress)
     stored_dtype = _stored_dtype(folder)
-    _round(distributions, stored_dtype)
+    for head in heads.values():
+        # What is stored is what is measured.
+        head.transform.to(stored_dtype).float()
     if config.gate:
-        train_gates(distributions, rows, request.training, thresholds, progress)
+        train_gates(distributions, rows, request.training, progress)
     results["steps"] = state.step
-    results["held_out"] = _results(distributions, held_rows, request.training, thresholds, state)
-    return _tensors(distributions, stored_dtype), results
+    results["held_out"] = _results(distributions, held_rows, request.training, state)
+    for head in heads.values():
+        head.transform.to(stored_dtype)
+    tensors = head_tensors(heads)
+    if draft_vocab is not None:
+        tensors[DRAFT_VOCAB] = draft_vocab
+    return tensors, results
 
 
 def make_sequences(request: Request, folder: Path, progress: Progress) -> list[Sequence]:
@@ -188,74 +192,34 @@ def _rows(sequences: ListOf[Sequence], data: DataSettings) -> list[TokenRow]:
     return rows
 
 
-def _local_target(target: str) -> Path:
-    """The target's folder; from the hub it is downloaded (from the cache alone when offline)."""
-    if Path(target).expanduser().is_dir():
-        return Path(target).expanduser()
-    try:
-        return Path(
-            snapshot_download(
-                target, allow_patterns=_TARGET_FILES, local_files_only=constants.HF_HUB_OFFLINE
-            )
-        )
-    except (HFValidationError, HfHubHTTPError, OSError):
-        raise AdaDecodeError(
-            f"target {target} is no folder and can't be had from the hub: give a folder or hub id"
-        ) from None
-
-
 def _stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of the target's weights as its config.json says; float32 if it does not."""
-    data = read_json(folder / CONFIG_NAME)
-    data = data.get("text_config", data)
-    found = getattr(torch, str(data.get("dtype") or data.get("torch_dtype")), None)
+    found: Any = AutoConfig.from_pretrained(folder).get_text_config().dtype
     return found if found in (torch.bfloat16, torch.float16) else torch.float32
-
-
-def _round(distributions: Distributions, dtype: torch.dtype) -> None:
-    """Give the transforms the values that will be stored, so that those are what is measured."""
-    for head in distributions.heads.values():
-        for parameter in head.transform.parameters():
-            parameter.data = parameter.data.to(dtype).float()
-
-
-def _tensors(distributions: Distributions, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What is stored: transforms in the target's dtype, the small rest in float32."""
-    for head in distributions.heads.values():
-        head.transform.to(dtype)
-    tensors = head_tensors(distributions.heads)
-    if distributions.draft_vocab is not None:
-        tensors[DRAFT_VOCAB] = distributions.draft_vocab
-    return tensors
 
 
 def _results(
     distributions: Distributions,
     rows: ListOf[TokenRow],
     settings: TrainSettings,
-    thresholds: dict[int, float],
     state: RunState,
 ) -> dict[str, Any]:
     """Held-out figures of the finished heads, beside those from before training."""
-    finished = evaluate(distributions, rows, settings, thresholds)
-    before = {
-        e: {k: v for k, v in entry.items() if k != "train_loss"}
-        for e, entry in state.history[0]["exits"].items()
-    }
-    results: dict[str, Any] = {
+    finished = evaluate(distributions, rows, settings)
+    return {
         "sequences": len(rows),
         "positions": sum(row.num_trained for row in rows),
         "exits": {str(e): _rounded(vars(result)) for e, result in finished.items()},
-        "before_training": {e: _rounded(entry) for e, entry in before.items()},
+        # Gates are trained on finished heads.
+        "before_training": {
+            e: _rounded({k: v for k, v in entry.items() if not k.startswith("gate_")})
+            for e, entry in state.history[0]["exits"].items()
+        },
     }
-    if any(head.gate_weight is not None for head in distributions.heads.values()):
-        gates = evaluate_gates(distributions, rows, settings, thresholds)
-        results["gates"] = {str(e): _rounded(vars(gate)) for e, gate in gates.items()}
-    return results
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in values.items()}
+def _rounded(values: dict[str, float | None]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in values.items() if value is not None}
 
 
 def _run_key(request: Request, folder: Path, digest: str, config: HeadsConfig) -> str:

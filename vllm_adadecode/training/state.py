@@ -1,20 +1,19 @@
 """The state of a training run on disk: all that a killed run needs to go on as if nothing happened.
 
-Owns one safetensors file: weights, best weights, the optimizer's moments, and in its header the
-step and the history. There is no random state: the order of the data follows from seed and step.
+Owns one file of `torch.save`, read without executing anything. There is no random state: the order
+of the data follows from seed and step.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 
 from vllm_adadecode.files import write_whole
 
@@ -52,24 +51,12 @@ def save_state(
     Raises:
         OSError: the disk refuses; the file is then as it was.
     """
-    tensors = {f"weights.{name}": p.detach() for name, p in parameters.items()}
-    tensors |= {f"best.{name}": tensor for name, tensor in state.best_weights.items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-    about = {
-        "step": state.step,
-        "stale": state.stale,
-        "finished": state.finished,
-        "history": state.history,
-        # Pairs: JSON has no integer keys, and its floats are exact.
-        "best": list(state.best.items()),
-        "running": list(state.running.items()),
-    }
-    content = to_safetensors(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={"run": json.dumps(about)},
-    )
-    write_whole(path, content)
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    stored = {"run": vars(state), "weights": weights, "optimizer": optimizer.state_dict()}
+    # Not into the file: torch's complaint about a full disk is no OSError.
+    buffer = BytesIO()
+    torch.save(stored, buffer)
+    write_whole(path, buffer.getvalue())
 
 
 def load_state(
@@ -81,31 +68,11 @@ def load_state(
         Its state; None if there is no file to go on from.
     """
     try:
-        with safe_open(path, framework="pt") as stored:
-            about = json.loads(stored.metadata()["run"])
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError):
         return None
-    best: dict[str, torch.Tensor] = {}
-    moments: dict[int, dict[str, torch.Tensor]] = {}
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            if part == "weights":
-                parameters[rest].copy_(tensor)
-            elif part == "best":
-                best[rest] = tensor.to(parameters[rest].device)
-            else:
-                index, _, moment = rest.partition(".")
-                moments.setdefault(int(index), {})[moment] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    return RunState(
-        step=about["step"],
-        best=dict(about["best"]),
-        best_weights=best,
-        stale=about["stale"],
-        history=about["history"],
-        running=dict(about["running"]),
-        finished=about["finished"],
-    )
+        for name, parameter in parameters.items():
+            parameter.copy_(stored["weights"][name])
+    optimizer.load_state_dict(stored["optimizer"])
+    return RunState(**stored["run"])

@@ -1,7 +1,7 @@
 """Telling targets apart by all of their files: the key of what is cached for a target.
 
-Owns that digest alone. `vllm_adadecode.heads.fingerprint` answers another question (do these heads
-fit?) from a few weights, which fine-tuning may have left as they were.
+Owns that digest alone. `target_fingerprint` of heads answers another question (do these heads fit?)
+from a few weights, which fine-tuning may have left as they were.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads.fingerprint import local_folder
+from vllm_adadecode.heads.target import local_folder
 
 # Of the beginning, the middle and the end of each tensor. Training changes all values of a tensor,
 # or at least all of a row.

@@ -15,8 +15,8 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_adadecode.verify.forward import VerificationPlan
 from vllm_adadecode.verify.passes import VerificationPasses
+from vllm_adadecode.verify.plan import VerificationPlan
 
 # From one number of tokens that has a graph to the next, at least.
 STEP = 1.25
@@ -76,7 +76,7 @@ class VerificationGraphs(CudaGraphManager):
             assert isinstance(desc, PassDescriptor)
             assert desc.num_reqs is not None
             shape = desc.num_tokens, desc.num_reqs
-            return lambda _: self.passes.run(desc.span, *shape, self.output)
+            return lambda _: self.passes.run_span(desc.span, *shape, self.output)
 
         # No token runs.
         self.passes.plans.clear()
@@ -104,7 +104,7 @@ class VerificationGraphs(CudaGraphManager):
             found.append(self._pass(span, size))
         return found
 
-    def run(self, plan: VerificationPlan, passes: Sequence[PassDescriptor]) -> torch.Tensor:
+    def replay_plan(self, plan: VerificationPlan, passes: Sequence[PassDescriptor]) -> torch.Tensor:
         """Final hidden states, ``[num_tokens, hidden_size]``; see `VerificationForward.forward`.
 
         Args:

@@ -5,7 +5,7 @@ that the plan names. A pass reads the batch where vLLM's runner has prepared it 
 lengths, KV slots, block tables), all at addresses that stay, and the states of pending tokens where
 the draft loop left them. States of tokens on their way through the spans are kept there as well, so
 that nothing else goes from one pass to the next, and each may be a captured graph
-(verification_graphs.py). What is prefilled beside an open round is in the host's hands, in passes
+(graphs.py). What is prefilled beside an overlapped round is in the host's hands, in passes
 that are never captured.
 """
 
@@ -25,8 +25,9 @@ from vllm_adadecode.kernels.draft_state import DraftRows
 from vllm_adadecode.kernels.verification_plan import PassPlans, plan_verification
 from vllm_adadecode.model.target import StagedTarget
 from vllm_adadecode.spans.padded import PaddedSpans
-from vllm_adadecode.verify.forward import VerificationPlan
-from vllm_adadecode.verify.overlapped_plan import MOST_PLACES, OpenPlan, PrefillPart
+from vllm_adadecode.spans.shapes import PrefillPart
+from vllm_adadecode.verify.overlapped_plan import MOST_TOKEN_SLOTS, OverlappedPlan
+from vllm_adadecode.verify.plan import VerificationPlan
 
 
 class VerificationPasses:
@@ -34,46 +35,46 @@ class VerificationPasses:
 
     Args:
         staged: the target.
-        static: runs a span on a padded batch.
+        padded: runs a span on a padded batch.
         deferred: states of pending tokens.
         buffers, block_tables: vLLM's, of the verification batch.
         window: most tokens of a request, 1 + K.
 
     Attributes:
         most_tokens, most_rows: of a pass, without what is prefilled.
-        vacant: bool ``[max_num_batched_tokens]``, places of the last open verification that hold no
-            token.
+        is_padding: bool ``[max_num_batched_tokens]``, token slots of the last overlapped batch that
+            hold no token.
     """
 
     def __init__(
         self,
         vllm_config: VllmConfig,
         staged: StagedTarget,
-        static: PaddedSpans,
+        padded: PaddedSpans,
         deferred: DeferredStates,
         buffers: InputBuffers,
         block_tables: BlockTables,
         window: int,
     ) -> None:
-        self.staged, self.static, self.deferred = staged, static, deferred
+        self.staged, self.padded, self.deferred = staged, padded, deferred
         self.buffers, self.block_tables, self.window = buffers, block_tables, window
         scheduler = vllm_config.scheduler_config
         self.most_rows = scheduler.max_num_seqs
         self.most_tokens = min(self.most_rows * window, scheduler.max_num_batched_tokens)
         if captured := vllm_config.compilation_config.cudagraph_capture_sizes:
-            # No graph and no open round has more, and a plan of the host's is copied whole.
-            self.most_tokens = min(self.most_tokens, max(*captured, MOST_PLACES))
+            # No graph and no overlapped round has more, and a plan of the host's is copied whole.
+            self.most_tokens = min(self.most_tokens, max(*captured, MOST_TOKEN_SLOTS))
         sizes = self.num_spans, self.most_tokens, self.most_rows
         self.plans = PassPlans.empty(*sizes, deferred.hidden.device)
         self._empty = PassPlans.empty(*sizes, torch.device("cpu"))
-        self.vacant = torch.zeros_like(buffers.input_ids, dtype=torch.bool)
+        self.is_padding = torch.zeros_like(buffers.input_ids, dtype=torch.bool)
 
     @property
     def num_spans(self) -> int:
         return len(self.staged.spans)
 
     def new_output(self, num_tokens: int) -> torch.Tensor:
-        """For `run`, with the places of a batch of so many tokens."""
+        """For `run_span`, of a batch of so many tokens."""
         hidden = self.deferred.hidden
         return hidden.new_zeros(num_tokens + 1, hidden.shape[2])
 
@@ -94,26 +95,26 @@ class VerificationPasses:
             np.cumsum(counts, out=starts[1 : 1 + len(counts)])
         self.plans.data.copy_(async_tensor_h2d(data, device=self.plans.data.device))
 
-    def load_open(self, plan: OpenPlan, num_places: int) -> None:
-        """Plan all passes as the device knows, and put the batch right: drafts, lengths.
+    def load_overlapped(self, plan: OverlappedPlan, num_token_slots: int) -> None:
+        """Plan all passes as the device knows, and put the batch right: draft tokens, lengths.
 
         Args:
-            num_places: tokens of the largest pass, padding among them.
+            num_token_slots: tokens of the largest pass, padding among them.
         """
         if plan.prefill is not None:
-            self.vacant[: plan.num_tokens].zero_()
+            self.is_padding[: plan.num_tokens].zero_()
         plan_verification(
             self.plans,
-            plan.drafting.round_.rows,
+            plan.run.buffers.rows,
             row_of=plan.row_of,
             query_start_loc=self.buffers.query_start_loc,
             input_ids=self.buffers.input_ids,
             seq_lens=self.buffers.seq_lens,
-            vacant=self.vacant,
-            num_places=num_places,
+            is_padding=self.is_padding,
+            num_token_slots=num_token_slots,
         )
 
-    def rehearse(self) -> None:
+    def warm_up(self) -> None:
         """Compile the planning kernel for every batch size; between rounds only."""
         starts = torch.zeros_like(self.buffers.query_start_loc)
         rows = DraftRows.empty(1, self.window - 1, self.num_spans - 1, starts.device)
@@ -128,11 +129,11 @@ class VerificationPasses:
                 query_start_loc=starts,
                 input_ids=self.buffers.input_ids,
                 seq_lens=torch.zeros_like(self.buffers.seq_lens),
-                vacant=self.vacant,
-                num_places=1,
+                is_padding=self.is_padding,
+                num_token_slots=1,
             )
 
-    def run(
+    def run_span(
         self,
         span: int,
         num_tokens: int,
@@ -147,7 +148,7 @@ class VerificationPasses:
             num_reqs: rows of the batch at least; each may have up to a window of tokens.
             output: for the last span, ``[> tokens of the batch, hidden_size]``: final hidden states
                 are written to each token's place in the batch, and to the last row those of
-                padding. Vacant places are left as they are.
+                padding.
             prefill: runs as well, before these tokens, with rows of its own; not to be captured.
         """
         tokens, slots, offsets = (
@@ -159,7 +160,7 @@ class VerificationPasses:
         lengths = torch.where(starts[1:] > starts[:-1], lengths, 0)
         block_tables = [table[:num_reqs] for table in self.block_tables.input_block_tables]
         num_rows = num_reqs - (prefill.num_reqs if prefill is not None else 0)
-        shape = self.static.shape(num_rows, min(self.window, num_tokens), num_tokens)
+        shape = self.padded.shape(num_rows, min(self.window, num_tokens), num_tokens)
         if prefill is not None:
             tokens = torch.cat([prefill.tokens, tokens])
             rows, others = prefill.order.tensor_split((prefill.num_reqs,))
@@ -181,7 +182,7 @@ class VerificationPasses:
                 hidden = torch.cat([prefill.states[0], hidden])
                 residual = torch.cat([prefill.states[1], residual])
                 prefill.states = None  # as large as a prompt
-        hidden, residual = self.static.run_rows(
+        hidden, residual = self.padded.run_rows(
             span,
             shape,
             positions=self.buffers.positions[places],

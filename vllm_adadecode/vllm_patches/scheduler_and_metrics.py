@@ -1,19 +1,15 @@
-"""What is changed in vLLM so that counts reach its `/metrics` and log, and drafts its scheduler.
+"""What is changed in vLLM so that counts reach its metrics and log, draft tokens its scheduler.
 
-Each side of vLLM has its own rows, applied where its modules are needed anyway: they are heavy, and
+Each side of vLLM has its rows, applied where its modules are needed anyway: they are heavy, and
 worker processes have no use for them.
 """
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, get_args
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.vllm_patches.config_and_cli import Patch
-
-# Loaded in the engine's process before vLLM loads plugins there; the scheduler is only afterwards.
-ENGINE = "vllm.v1.engine.core"
+from vllm_adadecode.vllm_patches.patch import Patch, When
 
 
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,29 +64,30 @@ def _prom(original: type) -> type:
     return AdaDecodeProm
 
 
-SCHEDULER_PATCHES = (
+PATCHES = (
     Patch(
         "scheduler-statistics",
         "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
-        "the statistics of a step are made from its outputs by the scheduler itself, and drafts "
-        "may come with them; a scheduler class of our own would be announced as unsupported and "
-        "take the place of the user's",
+        "the statistics of a step are made from its outputs by the scheduler itself, and draft "
+        "tokens may come with them; a scheduler class of our own would be announced as "
+        "unsupported and take the place of the user's",
+        When.ENGINE,
         _update_from_output,
     ),
     Patch(
         "draft-ids",
         "vllm.v1.engine.core:EngineCore.post_step",
-        "without async scheduling the engine asks the worker for drafts after every step, a round "
-        "trip between processes, also where they have come with the step's output",
+        "without async scheduling the engine asks the worker for draft tokens after every step, a "
+        "round trip between processes, also where they have come with the step's output",
+        When.ENGINE,
         _post_step,
     ),
-)
-FRONT_END_PATCHES = (
     Patch(
         "statistics-type",
         "vllm.v1.metrics.stats:SchedulerStats.__annotations__",
         "statistics are decoded in the front end by the types that are declared for them: what "
         "vLLM's own type lacks is dropped",
+        When.FRONT_END,
         _annotations,
     ),
     Patch(
@@ -98,6 +95,7 @@ FRONT_END_PATCHES = (
         "vllm.v1.metrics.loggers:SpecDecodingLogging",
         "made by name in vLLM's logger; loggers of our own would have to be asked for, replace "
         "vLLM's, or as plugins are only made for servers",
+        When.FRONT_END,
         _logging,
     ),
     Patch(
@@ -105,20 +103,7 @@ FRONT_END_PATCHES = (
         "vllm.v1.metrics.loggers:PrometheusStatLogger._spec_decoding_cls",
         "vLLM removes all metrics named like its own when it makes these, and with them what any "
         "logger plugin has made",
+        When.FRONT_END,
         _prom,
     ),
 )
-METRICS_PATCHES = (*SCHEDULER_PATCHES, *FRONT_END_PATCHES)
-
-
-def apply_metrics_patches() -> None:
-    """Where an engine is configured: the front end, and the engine if it runs in this process."""
-    for patch in METRICS_PATCHES:
-        patch.apply()
-
-
-def apply_scheduler_patches() -> None:
-    """Where the plugin loads, if that is a process of the engine's own."""
-    if ENGINE in sys.modules:
-        for patch in SCHEDULER_PATCHES:
-            patch.apply()
