@@ -102,9 +102,10 @@ def test_a_run(
     assert made["data"]["sequences"] == {"random": 40}
     assert made["data"]["digest"].startswith("sha256:")
     held_out = made["held_out"]
-    assert set(held_out) == {
-        "sequences", "positions", "exits", "before_training", "gates"
-    }  # fmt: skip
+    assert set(held_out) == {"sequences", "positions", "exits", "before_training"}
+    measured = {"loss", "agreement", "coverage", "precision"}
+    assert {frozenset(e) for e in held_out["before_training"].values()} == {frozenset(measured)}
+    assert set(held_out["exits"]["3"]) == measured | {"gate_passed", "gate_recall"}
     assert held_out["sequences"] < 20
     assert main(["info", str(output)]) == 0
     assert not list((tmp_path / "cache" / "runs").iterdir())

@@ -21,10 +21,15 @@ from vllm_adadecode.heads import HeadsConfig, head_tensors, make_heads
 from vllm_adadecode.training import trainer
 from vllm_adadecode.training.batches import TokenRow, token_rows
 from vllm_adadecode.training.distributions import Distributions
-from vllm_adadecode.training.gate import confident, evaluate_gates, train_gates
 from vllm_adadecode.training.state import RunState
 from vllm_adadecode.training.target_model import FrozenTarget, load_target
-from vllm_adadecode.training.trainer import TrainSettings, evaluate, rate_factor, train_heads
+from vllm_adadecode.training.trainer import (
+    TrainSettings,
+    evaluate,
+    rate_factor,
+    train_gates,
+    train_heads,
+)
 
 SETTINGS = TrainSettings(learning_rate=5e-3, epochs=4, batch_size=8, eval_every=4)
 
@@ -273,21 +278,21 @@ def test_gates(
     parts.thresholds = {
         e: float(parts.head(e, h).detach().amax(-1).exp().quantile(0.6)) for e, h in hidden.items()
     }
-    before = evaluate_gates(parts, rows, settings)
-    assert all(gate.passed == 0.0 for gate in before.values())
+    before = evaluate(parts, rows, settings)
+    assert all(found.gate_passed == 0.0 for found in before.values())
     train_gates(parts, rows, settings, silent())
     after = weights(parts)
     assert_same(
         {k: v for k, v in after.items() if "gate" not in k},
         {k: v for k, v in trained.items() if "gate" not in k},
     )
-    reports = evaluate_gates(parts, rows, settings)
-    for e, gate in reports.items():
-        assert gate.confident == pytest.approx(0.4, abs=0.05)
+    for e, found in evaluate(parts, rows, settings).items():
+        assert found.coverage == pytest.approx(0.4, abs=0.05)
         # Better than chance: of the confident ones it passes more than of all.
-        assert gate.recall > 1.2 * gate.passed > 0.0
-        labels = confident(parts, e, hidden[e])
-        assert float(labels.float().mean()) == pytest.approx(gate.confident)
+        assert (found.gate_recall or 0.0) > 1.2 * (found.gate_passed or 0.0) > 0.0
+        logit = parts.heads[e].gate_logit(hidden[e])
+        assert logit is not None
+        assert float((logit > 0).float().mean()) == pytest.approx(found.gate_passed)
     again = distributions(target, gate=True)
     train(again, rows, held_out, tmp_path / "state", settings)
     again.thresholds = parts.thresholds

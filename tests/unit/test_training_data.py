@@ -19,13 +19,12 @@ from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import target_fingerprint
 from vllm_adadecode.training import json_lines
 from vllm_adadecode.training.batches import TokenRow, micro_batches, step_rows, token_rows
-from vllm_adadecode.training.draft_vocab import choose_draft_vocab
-from vllm_adadecode.training.paper_sets import PAPER_SETS
 from vllm_adadecode.training.prompts import load_data, prompts_of, sequences_of
 from vllm_adadecode.training.records import Record, RecordReader
 from vllm_adadecode.training.sequences import (
     Sequence,
     check_vocabulary,
+    choose_draft_vocab,
     read_sequences,
     sequences_digest,
     split_held_out,
@@ -323,12 +322,6 @@ def test_paper_sets(
     assert len(records) == count
     assert {r.source for r in records} == {name}
     assert "".join(map(chr, records[0].prompt_ids)).startswith(text)
-
-
-def test_every_paper_set_has_two_parts() -> None:
-    assert {name: sorted(parts) for name, parts in PAPER_SETS.items()} == {
-        name: ["test", "train"] for name in ("xsum", "code", "gsm8k")
-    }
 
 
 def test_prompts_and_documents() -> None:

@@ -2,5 +2,5 @@
 
 Nothing here is imported by the engine. The way of the data: `prompts.py` reads prompts,
 `generate.py` lets the target continue them, `sequences.py` keeps the result, `trainer.py` trains
-the heads on it, `gate.py` their gates, and `card.py` writes what a folder of heads says of itself.
+the heads and their gates on it, and `card.py` writes what a folder of heads says of itself.
 """

@@ -116,10 +116,10 @@ def _gates(held_out: dict[str, Any], config: HeadsConfig) -> str:
     if not config.gate:
         return ""
     rows = [
-        [e, *(f"{gate[name]:.1%}" for name in ("confident", "passed", "recall"))]
-        for e, gate in held_out["gates"].items()
+        [e, *(f"{found[name]:.1%}" for name in ("coverage", "gate_passed", "gate_recall"))]
+        for e, found in held_out["exits"].items()
     ]
-    table = _table(["exit layer", "head is confident", "gate passes", "of the confident"], rows)
+    table = _table(["exit layer", "coverage", "gate passes", "of the covered"], rows)
     return f"\nThe gates, at gate threshold 0.5:\n\n{table}\n"
 
 

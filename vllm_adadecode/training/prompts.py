@@ -1,19 +1,20 @@
 """Where data comes from: files, data sets of the hub, and the paper's sets by one name each.
 
-Owns finding the rows that ``--data`` names; what a row says is `records.py`'s.
+Owns finding the rows that ``--data`` names, and how a row of the paper's data becomes a prompt.
+What any other row says is `records.py`'s.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.json_lines import BadLineError, complaint, read_json_lines
-from vllm_adadecode.training.paper_sets import PAPER_SETS, Part
 from vllm_adadecode.training.records import Record, RecordReader
 from vllm_adadecode.training.sequences import Sequence
 
@@ -55,12 +56,14 @@ def load_data(
     data = Data()
     specs = list(specs)
     for spec in specs:
-        found = _load(spec, reader, skip_malformed)
-        if max_records is not None and len(found.records) > max_records:
-            drawn = random.Random(seed).sample(range(len(found.records)), max_records)
-            found.records = [found.records[i] for i in sorted(drawn)]
-        data.records += found.records
-        data.malformed += found.malformed
+        path = Path(spec).expanduser()
+        load = _load_file if path.is_file() else _load_rows
+        records, malformed = load(spec, reader, skip_malformed)
+        if max_records is not None and len(records) > max_records:
+            drawn = random.Random(seed).sample(range(len(records)), max_records)
+            records = [records[i] for i in sorted(drawn)]
+        data.records += records
+        data.malformed += malformed
     if not data.records:
         left_out = f" ({complaint(data.malformed)})" if data.malformed else ""
         raise AdaDecodeError(f"no data in {', '.join(specs)}{left_out}: give at least one prompt")
@@ -104,52 +107,90 @@ def sequences_of(records: Iterable[Record], max_tokens: int) -> list[Sequence]:
     return sequences
 
 
+# --- the paper's data --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PaperSet:
+    """Rows of one split of a hub data set.
+
+    Attributes:
+        path, config, split: as `datasets.load_dataset` takes them.
+        form: the prompt of a row. The paper does not print its own, these are usual zero-shot ones.
+        count: the first so many rows, as in the paper; None: all.
+    """
+
+    path: str
+    config: str | None
+    split: str
+    form: Callable[[Mapping[str, Any]], str]
+    count: int | None = None
+
+
+def _xsum(row: Mapping[str, Any]) -> str:
+    return f"Article: {row['document'].strip()}\n\nSummary in one sentence:"
+
+
+def _mbpp(row: Mapping[str, Any]) -> str:
+    # The task and one of its tests in a docstring, the form that models without examples get.
+    return f'"""\n{row["text"].strip()}\n{row["test_list"][0].strip()}\n"""\n'
+
+
+def _gsm8k(row: Mapping[str, Any]) -> str:
+    return f"Question: {row['question'].strip()}\nAnswer:"
+
+
+# arXiv 2506.03700, section "Experiments".
+PAPER_SETS = {
+    "xsum:train": PaperSet("EdinburghNLP/xsum", None, "train", _xsum, 10_000),
+    "xsum:test": PaperSet("EdinburghNLP/xsum", None, "test", _xsum, 1_000),
+    # HumanEval has no rows to train on: the paper trains on all 974 of MBPP.
+    "code:train": PaperSet(
+        "google-research-datasets/mbpp", "full", "train+validation+test+prompt", _mbpp
+    ),
+    "code:test": PaperSet("openai/openai_humaneval", None, "test", lambda row: str(row["prompt"])),
+    "gsm8k:train": PaperSet("openai/gsm8k", "main", "train", _gsm8k),
+    "gsm8k:test": PaperSet("openai/gsm8k", "main", "test", _gsm8k, 1_000),
+}
+PAPER_NAMES = {name.partition(":")[0] for name in PAPER_SETS}
+
+
 # --- sources -----------------------------------------------------------------------------------
 
 
-def _load(spec: str, reader: RecordReader, skip: bool) -> Data:
+def _load_file(spec: str, reader: RecordReader, skip: bool) -> tuple[list[Record], list[str]]:
     path = Path(spec).expanduser()
-    if path.is_file():
-        return _load_file(path, reader, skip)
-    name, _, split = spec.partition(":")
-    if name in PAPER_SETS and not path.is_dir():
-        parts = PAPER_SETS[name].get(split or "train")
-        if parts is None:
-            raise AdaDecodeError(f"{name} has no split {split!r}: use {name}:train or {name}:test")
-        data = Data()
-        for part in parts:
-            _read_rows(_paper_rows(part), part.path, lambda row: reader.read(row, name), skip, data)
-        return data
-    name, _, config = name.partition("@")
-    rows = _hub_rows(name, config or None, split or "train")
-    data = Data()
-    _read_rows(rows, name, lambda row: reader.read(row, Path(name).name), skip, data)
-    return data
-
-
-def _load_file(path: Path, reader: RecordReader, skip: bool) -> Data:
     source = path.stem
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise AdaDecodeError(f"{path} can't be read as UTF-8 text ({error})") from None
-        return Data([reader.read(line, source) for line in lines if line.strip()])
+        return [reader.read(line, source) for line in lines if line.strip()], []
     if path.suffix not in (".jsonl", ".json", ".ndjson"):
         raise AdaDecodeError(
             f"{path} is neither .jsonl (a JSON object a line) nor .txt (a prompt a line): "
             "convert it to one of these"
         )
-    return Data(*read_json_lines(path, lambda value: reader.read(value, source), skip))
+    return read_json_lines(path, lambda value: reader.read(value, source), skip)
 
 
-def _read_rows(
-    rows: Iterable[Any], name: str, read: Callable[[Any], Record], skip: bool, data: Data
-) -> None:
-    malformed = []
+def _load_rows(spec: str, reader: RecordReader, skip: bool) -> tuple[list[Record], list[str]]:
+    name, _, split = spec.partition(":")
+    if name in PAPER_NAMES and not Path(name).is_dir():
+        paper = PAPER_SETS.get(f"{name}:{split or 'train'}")
+        if paper is None:
+            raise AdaDecodeError(f"{name} has no split {split!r}: use {name}:train or {name}:test")
+        rows = _hub_rows(paper.path, paper.config, paper.split)
+        rows = ({"prompt": paper.form(row)} for row in islice(rows, paper.count))
+        source, name = name, paper.path
+    else:
+        name, _, config = name.partition("@")
+        rows, source = _hub_rows(name, config or None, split or "train"), Path(name).name
+    records, malformed = [], []
     for number, row in enumerate(rows, 1):
         try:
-            data.records.append(read(row))
+            records.append(reader.read(row, source))
         except BadLineError as error:
             malformed.append(f"{name}, row {number}: {error}")
     if malformed and not skip:
@@ -157,15 +198,7 @@ def _read_rows(
             f"{complaint(malformed)}; name the right column with --field, or leave these rows out "
             "with --skip-malformed"
         )
-    data.malformed += malformed
-
-
-def _paper_rows(part: Part) -> Iterable[Any]:
-    rows = _hub_rows(part.path, part.config, part.split)
-    for number, row in enumerate(rows):
-        if part.count is not None and number >= part.count:
-            return
-        yield {"prompt": part.form(row)}
+    return records, malformed
 
 
 def _hub_rows(name: str, config: str | None, split: str) -> Iterable[Any]:

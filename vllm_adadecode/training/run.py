@@ -28,8 +28,6 @@ from vllm_adadecode.heads.target import fetch
 from vllm_adadecode.training.batches import TokenRow, token_rows
 from vllm_adadecode.training.card import CARD_NAME, make_card
 from vllm_adadecode.training.distributions import Distributions
-from vllm_adadecode.training.draft_vocab import choose_draft_vocab
-from vllm_adadecode.training.gate import evaluate_gates, train_gates
 from vllm_adadecode.training.generate import generate_sequences
 from vllm_adadecode.training.json_lines import complaint
 from vllm_adadecode.training.prompts import load_data, prompts_of, sequences_of
@@ -39,13 +37,14 @@ from vllm_adadecode.training.request import DataSettings, Request, heads_config
 from vllm_adadecode.training.sequences import (
     Sequence,
     check_vocabulary,
+    choose_draft_vocab,
     sequences_digest,
     split_held_out,
 )
 from vllm_adadecode.training.state import RunState
 from vllm_adadecode.training.target_digest import target_digest
 from vllm_adadecode.training.target_model import load_target, load_tokenizer
-from vllm_adadecode.training.trainer import TrainSettings, evaluate, train_heads
+from vllm_adadecode.training.trainer import TrainSettings, evaluate, train_gates, train_heads
 
 _TARGET_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -207,24 +206,20 @@ def _results(
 ) -> dict[str, Any]:
     """Held-out figures of the finished heads, beside those from before training."""
     finished = evaluate(distributions, rows, settings)
-    before = {
-        e: {k: v for k, v in entry.items() if k != "train_loss"}
-        for e, entry in state.history[0]["exits"].items()
-    }
-    results: dict[str, Any] = {
+    return {
         "sequences": len(rows),
         "positions": sum(row.num_trained for row in rows),
         "exits": {str(e): _rounded(vars(result)) for e, result in finished.items()},
-        "before_training": {e: _rounded(entry) for e, entry in before.items()},
+        # Gates are trained on finished heads.
+        "before_training": {
+            e: _rounded({k: v for k, v in entry.items() if not k.startswith("gate_")})
+            for e, entry in state.history[0]["exits"].items()
+        },
     }
-    if any(head.gate_weight is not None for head in distributions.heads.values()):
-        gates = evaluate_gates(distributions, rows, settings)
-        results["gates"] = {str(e): _rounded(vars(gate)) for e, gate in gates.items()}
-    return results
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in values.items()}
+def _rounded(values: dict[str, float | None]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in values.items() if value is not None}
 
 
 def _run_key(request: Request, folder: Path, digest: str, config: HeadsConfig) -> str:

@@ -1,17 +1,20 @@
 """Token sequences, the data of training and evaluation: a prompt and what followed it.
 
-Owns their form in memory and on disk, their digest, and the split into a part to train on and a
-part held out. How they come about is `generate.py`'s and `prompts.py`'s.
+Owns their form in memory and on disk, their digest, their most frequent tokens, and the split into
+a part to train on and a part held out. Where they come from is `generate.py`'s and `prompts.py`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.json_lines import BadLineError, read_json_lines, write_json_lines
@@ -133,3 +136,29 @@ def split_held_out(
             f"{'hold out' if parts[0] else 'train on'}: give more data, or another --held-out"
         )
     return parts
+
+
+def choose_draft_vocab(
+    sequences: Iterable[Sequence], size: int, vocab_size: int
+) -> tuple[torch.Tensor, float]:
+    """A draft vocabulary: the ``size`` tokens that occur most in outputs (in prompts without any).
+
+    Ties, and what is missing to ``size``, go to lower ids: tokenizers number frequent tokens first.
+
+    Returns:
+        Their ids, int64 ``[size]``, strictly increasing, and their share of the counted tokens.
+
+    Raises:
+        AdaDecodeError: ``size`` is not below ``vocab_size``.
+    """
+    if not 0 < size < vocab_size:
+        raise AdaDecodeError(
+            f"a draft vocabulary of {size} tokens must be smaller than the target's {vocab_size}"
+        )
+    counts: Counter[int] = Counter()
+    for s in sequences:
+        counts.update(s.output_ids or s.prompt_ids)
+    order = sorted(range(vocab_size), key=lambda token: (-counts[token], token))
+    chosen = sorted(order[:size])
+    share = sum(counts[token] for token in chosen) / max(1, counts.total())
+    return torch.tensor(chosen, dtype=torch.int64), share

@@ -1,9 +1,10 @@
-"""Trains the heads of all exits at once, towards what the last layer predicts.
+"""Trains the heads of all exits at once, towards what the last layer predicts; then their gates.
 
-Owns the loop: steps, learning rate, evaluation on held-out rows, early stopping, resuming. One
+Owns the loops: steps, learning rate, evaluation on held-out rows, early stopping, resuming. One
 forward of the frozen target serves all heads. Its final distribution is made for a chunk of
 positions, every head's loss on the chunk goes back at once, and the next chunk takes its place.
-The heads have nothing in common, so each is trained, clipped and kept as if it were alone.
+The heads have nothing in common, so each is trained, clipped and kept as if it were alone. A gate
+is a logistic regression: is the finished head's confidence above its threshold here?
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
+from torch.nn import functional
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.batches import TokenRow, micro_batches, step_rows
 from vllm_adadecode.training.distributions import Distributions, kl
 from vllm_adadecode.training.state import RunState, load_state, save_state
+
+GATE_RATE = 1e-2
+MIN_GATE_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,17 @@ class HeldOut:
         agreement: share of positions where its likeliest token is the last layer's.
         coverage: share of positions where its confidence is above the threshold.
         precision: agreement among those; 1 if there are none.
+        gate_passed: share of positions that its gate lets pass at gate threshold 1/2, that is,
+            where the head would be evaluated; None without a gate.
+        gate_recall: share of the covered positions that it lets pass; 1 if there are none.
     """
 
     loss: float
     agreement: float
     coverage: float
     precision: float
+    gate_passed: float | None = None
+    gate_recall: float | None = None
 
 
 def train_heads(
@@ -146,6 +156,51 @@ def train_heads(
     return state
 
 
+def train_gates(
+    distributions: Distributions,
+    rows: ListOf[TokenRow],
+    settings: TrainSettings,
+    progress: Progress,
+) -> None:
+    """Train the gates of all exits on one pass over the rows (at least `MIN_GATE_STEPS` steps).
+
+    Starts anew each time it is called: it is the shorter part of a run. The heads are finished.
+
+    Args:
+        settings: batch sizes, warm-up and seed are those of the heads' training.
+
+    Raises:
+        AdaDecodeError: a loss is NaN or infinite.
+    """
+    heads = distributions.heads
+    weights = [p for head in heads.values() for p in (head.gate_weight, head.gate_bias)]
+    parameters = [p for p in weights if p is not None]
+    epoch_steps = math.ceil(len(rows) / settings.batch_size)
+    steps = max(MIN_GATE_STEPS, epoch_steps)
+    optimizer = torch.optim.AdamW(parameters, GATE_RATE, weight_decay=0.0)
+    for step in progress.track(range(steps), description="training gates"):
+        # Another order than the heads': their last rows are those they fit best.
+        batch = step_rows(rows, settings.batch_size, settings.seed + 1, step, epoch_steps)
+        total = sum(row.num_trained for row in batch)
+        for micro in micro_batches(batch, settings.micro_batch_tokens):
+            hidden, _ = distributions.states(micro)
+            for e, h in hidden.items():
+                label = _confident(distributions, e, h).float()
+                logit = heads[e].gate_logit(h)
+                assert logit is not None
+                loss = functional.binary_cross_entropy_with_logits(logit, label, reduction="sum")
+                if not torch.isfinite(loss):
+                    raise AdaDecodeError(
+                        f"the loss of the gate after layer {e} is {float(loss)}: the target's "
+                        "states are not finite; train with --precision fp32; nothing was written"
+                    )
+                (loss / total).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = GATE_RATE * rate_factor(step, steps, settings.warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def trained_parameters(distributions: Distributions) -> dict[str, torch.nn.Parameter]:
     """What this stage trains, by ``{exit layer}.{parameter}``: all but the gates."""
     return {
@@ -184,8 +239,8 @@ def evaluate(
 ) -> dict[int, HeldOut]:
     """Every head on rows that it is not trained on."""
     exits = list(distributions.heads)
-    # Loss, agreement, covered, covered and right.
-    sums = torch.zeros(len(exits), 4, dtype=torch.float64, device=distributions.target.device)
+    # Loss, right, covered, covered and right, passed, passed and covered.
+    sums = torch.zeros(len(exits), 6, dtype=torch.float64, device=distributions.target.device)
     total = 0
     tokens = distributions.num_tokens
     for batch in micro_batches(rows, settings.micro_batch_tokens):
@@ -195,21 +250,42 @@ def evaluate(
             goal = distributions.final(final[chunk], settings.loss_temperature)
             best = goal.argmax(-1)
             for i, e in enumerate(exits):
-                guess = distributions.head(e, hidden[e][chunk])
+                h = hidden[e][chunk]
+                guess = distributions.head(e, h)
                 confidence, token = guess[:, :tokens].max(-1)
                 right, covered = token == best, confidence.exp() > distributions.thresholds[e]
-                loss = kl(goal, guess).sum()
-                counts = (right.sum(), covered.sum(), (right & covered).sum())
-                sums[i] += torch.stack([loss, *counts]).double()
+                gate = distributions.heads[e].gate_logit(h)
+                passed = torch.zeros_like(covered) if gate is None else gate > 0
+                flags = (right, covered, right & covered, passed, passed & covered)
+                sums[i] += torch.stack([kl(goal, guess).sum(), *(x.sum() for x in flags)]).double()
     found = {}
-    for e, (loss, right, covered, both) in zip(exits, sums.tolist(), strict=True):
+    for e, (loss, right, covered, both, passed, kept) in zip(exits, sums.tolist(), strict=True):
+        gated = distributions.heads[e].gate_weight is not None
         found[e] = HeldOut(
             loss=loss / total,
             agreement=right / total,
             coverage=covered / total,
             precision=both / covered if covered else 1.0,
+            gate_passed=passed / total if gated else None,
+            gate_recall=(kept / covered if covered else 1.0) if gated else None,
         )
     return found
+
+
+@torch.no_grad()
+def _confident(
+    distributions: Distributions,
+    exit_layer: int,
+    # [P, d]
+    hidden: torch.Tensor,
+) -> torch.Tensor:
+    """Where a head's largest token probability is above the threshold, bool ``[P]``."""
+    tokens, threshold = distributions.num_tokens, distributions.thresholds[exit_layer]
+    parts = [
+        distributions.head(exit_layer, hidden[chunk])[:, :tokens].amax(-1).exp() > threshold
+        for chunk in distributions.chunks(len(hidden))
+    ]
+    return torch.cat(parts)
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:
