@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.demo.server import free_port
 from tests.support.engines import DEMO_MODEL
 from vllm_adadecode.heads import HeadsConfig
 
@@ -64,7 +64,10 @@ def test_compare_methods(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_server_and_client(tmp_path: Path) -> None:
-    printed = run("server_and_client.py", DEMO_MODEL, str(free_port()), cache=tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    printed = run("server_and_client.py", DEMO_MODEL, port, cache=tmp_path)
     # The text of the answer, after the log of the server's start.
     assert len(printed.splitlines()[-1]) > 0
     assert 'POST /v1/completions HTTP/1.1" 200 OK' in printed

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.demo.server import Server, ServerError, free_port, vllm_command
+from benchmarks.server import Server, ServerError, free_port, vllm_command
 from tests.support.engines import DEMO_MODEL
 
 TOKENS = 48

@@ -50,7 +50,7 @@ def test_a_broken_file_is_refused_in_one_line(
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
     name = tuning.config_file_name(128256, 4096, "bfloat16", "NVIDIA H200")
     (tmp_path / name).write_text(json.dumps({**TUNED, **change}))
-    with pytest.raises(AdaDecodeError, match="tune again") as error:
+    with pytest.raises(AdaDecodeError, match="correct or remove it") as error:
         load()
     assert "\n" not in str(error.value)
 

@@ -246,7 +246,7 @@ def test_info_names_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     main(["info", str(folder)])
     text = capsys.readouterr().out
     for part in (
-        "above 0.25, 0.5",
+        "0.25, 0.5",
         "16 of 128 tokens",
         "int8, a scale per row",
         "identity + rank 4",
