@@ -7,6 +7,7 @@ the shipped heads are what a user of these commands gets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from rich.progress import Progress
 from benchmarks.demo.recipe import HeadRecipe, Recipe
 from benchmarks.demo.stages import Tokens, native_bf16, rows_at
 from vllm_adadecode.evaluation import report
-from vllm_adadecode.evaluation.calibrate import Calibration, calibrate, paper_setting
+from vllm_adadecode.evaluation.calibrate import Calibration, calibrate
 from vllm_adadecode.evaluation.costs import choose_costs
 from vllm_adadecode.evaluation.data import DataSet, continue_prompts
-from vllm_adadecode.evaluation.publish import card_section, publish, with_setting
+from vllm_adadecode.evaluation.publish import card_section, publish
 from vllm_adadecode.evaluation.session import Session, open_session
 from vllm_adadecode.heads import HeadsConfig
 from vllm_adadecode.training.card import CARD_NAME, make_card
@@ -137,12 +138,10 @@ def make_heads(
     session = open_session(str(folder), str(target), "float32")
     found = choose_setting(session, prompts, recipe.heads, show)
     exits = session.config.exit_layers
-    paper = paper_setting(exits, session.config.target.num_hidden_layers)
-    result = report.calibration_json(found, paper, session.setting, exits)
+    result = report.calibration_json(found, exits)
     result |= {"data": list(prompts), "made_with": dict(made_with)}
     told = _told(config, made_with)
-    config = with_setting(folder, told, found.setting, result, folder, "..")
-    publish(folder, config, folder, result)
+    publish(replace(session, config=told), found.setting, folder, result)
     # What the card says of held-out data is of the setting before.
     card = make_card(told).rstrip() + "\n" + card_section(result)
     (folder / CARD_NAME).write_text(card, encoding="utf-8")

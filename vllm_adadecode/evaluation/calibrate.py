@@ -41,31 +41,28 @@ UNDER = 1e-6
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """One set's numbers on the half that did not choose."""
-
-    calibrated: Metrics
-    paper: Metrics
-    current: Metrics
-
-
-@dataclass(frozen=True)
 class Calibration:
     """What was chosen and what is to be expected of it.
 
     Attributes:
-        setting: the choice; thresholds of 1 throughout if nothing pays.
+        settings: by name: ``calibrated``, the choice, thresholds of 1 throughout if nothing pays;
+            ``paper``; ``before``, the heads' own.
         pays: whether anything does.
         costs: the prices it is chosen for.
-        predictions: by name of set.
+        predictions: by name of set, then of setting, on the half that did not choose.
         settings_tried: evaluated in all.
     """
 
-    setting: Setting
+    settings: dict[str, Setting]
     pays: bool
     costs: Costs
-    predictions: dict[str, Prediction]
+    predictions: dict[str, dict[str, Metrics]]
     settings_tried: int
+
+    @property
+    def setting(self) -> Setting:
+        """The choice."""
+        return self.settings["calibrated"]
 
 
 def paper_setting(exit_layers: Sequence[int], num_layers: int) -> Setting:
@@ -129,14 +126,17 @@ def calibrate(
     )
     check = partial(score, list(checking.values()), least_acceptance - ACCEPTANCE_SLACK)
     setting = next((s for s in search.ranked() if check(s) > 1.0), None)
-    pays = setting is not None
-    setting = setting or Setting.off(num_exits)
     paper = paper_setting(first.exit_layers, first.num_layers)
-    predictions = {
-        name: Prediction(m.measure(setting), m.measure(paper), m.measure(current or paper))
-        for name, m in checking.items()
+    settings = {
+        "calibrated": setting or Setting.off(num_exits),
+        "paper": paper,
+        "before": current or paper,
     }
-    return Calibration(setting, pays, costs, predictions, len(search.scores))
+    predictions = {
+        name: {which: measurer.measure(s) for which, s in settings.items()}
+        for name, measurer in checking.items()
+    }
+    return Calibration(settings, setting is not None, costs, predictions, len(search.scores))
 
 
 def score(measurers: Sequence[Measurer], least_acceptance: float, setting: Setting) -> float:
