@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -91,23 +90,6 @@ def test_no_sequences(tmp_path: Path) -> None:
             read_sequences(tmp_path / "s.jsonl")
     with pytest.raises(AdaDecodeError, match="can't be read"):
         read_sequences(tmp_path / "absent.jsonl")
-
-
-def test_a_failed_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "s.jsonl"
-    write_sequences(file, random_sequences(2))
-    before = file.read_bytes()
-
-    def refuse(source: Any, destination: Any) -> None:
-        raise OSError("no")
-
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="no"):
-        write_sequences(file, random_sequences(3))
-    assert file.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["s.jsonl"]
 
 
 def test_split_depends_on_the_prompt_alone() -> None:
