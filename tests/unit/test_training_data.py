@@ -16,6 +16,7 @@ from tests.support.engines import DEMO_MODEL
 from tests.support.training_samples import VOCAB, random_sequences, tiny_target
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import target_fingerprint
+from vllm_adadecode.heads.target import target_digest
 from vllm_adadecode.training import json_lines
 from vllm_adadecode.training.batches import TokenRow, micro_batches, step_rows, token_rows
 from vllm_adadecode.training.prompts import load_data, prompts_of, sequences_of
@@ -29,7 +30,6 @@ from vllm_adadecode.training.sequences import (
     split_held_out,
     write_sequences,
 )
-from vllm_adadecode.training.target_digest import target_digest
 from vllm_adadecode.training.target_model import load_tokenizer
 
 
