@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,24 @@ from typing import Any
 
 from vllm_adadecode.training.provenance import git_revision, versions
 
-__all__ = ["command", "git_revision", "gpus", "machine", "versions"]
+
+def record() -> dict[str, Any]:
+    """Command, commit, versions and machine, JSON-ready."""
+    return {
+        "command": command(),
+        "git": git_revision(),
+        "versions": versions(),
+        "machine": machine(),
+    }
 
 
-def command() -> list[str]:
+def command() -> str:
     """The running command, as it can be given again in a checkout."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = (
         ["python", "-m", spec.name.removesuffix(".__main__")] if spec is not None else [sys.argv[0]]
     )
-    return [*program, *sys.argv[1:]]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def machine() -> dict[str, Any]:

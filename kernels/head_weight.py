@@ -1,7 +1,7 @@
 """The matrix that a head projects on: an LM head, a part of it, or an int8 copy.
 
-Owns what belongs to it (scales, draft vocabulary, cap) and how a copy is quantised; the kernels
-that read it are in projection.py and sampling.py.
+Owns what belongs to it: scales, draft vocabulary, cap. The kernels that read it are in
+projection.py and sampling.py.
 """
 
 from dataclasses import dataclass

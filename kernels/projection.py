@@ -9,6 +9,8 @@ The vocabulary is the tensor cores' M side and the rows are their N side. So one
 and the order in which a row's products are added is the same at every number of rows.
 """
 
+from typing import Any
+
 import torch
 from vllm.triton_utils import tl, triton
 from vllm.utils.math_utils import cdiv
@@ -184,6 +186,20 @@ def _head_partials_kernel(  # type: ignore[no-untyped-def]
 # --- wrapper -------------------------------------------------------------------------------------
 
 
+def tile_options(head: HeadWeight, blocks: HeadBlocks) -> dict[str, Any]:
+    """What is compiled into a kernel that calls `head_logits_tile`, and Triton's own options."""
+    return {
+        "HIDDEN_SIZE": head.hidden_size,
+        "HAS_SOFT_CAP": head.soft_cap is not None,
+        "TILES_PER_SPLIT": blocks.tiles_per_split,
+        "BLOCK_V": blocks.BLOCK_V,
+        "BLOCK_R": blocks.BLOCK_R,
+        "BLOCK_K": blocks.BLOCK_K,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }
+
+
 def check_head_inputs(x: torch.Tensor, head: HeadWeight) -> torch.Tensor:
     """Rows fit for the kernels.
 
@@ -243,14 +259,7 @@ def head_partials(
         head.first_id,
         head.soft_cap or 1.0,
         float(head.logit_scale),
-        HIDDEN_SIZE=head.hidden_size,
-        HAS_SOFT_CAP=head.soft_cap is not None,
-        TILES_PER_SPLIT=blocks.tiles_per_split,
-        BLOCK_V=blocks.BLOCK_V,
-        BLOCK_R=blocks.BLOCK_R,
-        BLOCK_K=blocks.BLOCK_K,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        **tile_options(head, blocks),
     )
     return partials
 

@@ -40,6 +40,7 @@ from vllm_adadecode.kernels.projection import (
     head_logits_tile,
     live_rows,
     online_top,
+    tile_options,
 )
 from vllm_adadecode.kernels.sampling_reference import (
     merge_samples_reference,
@@ -343,14 +344,7 @@ def head_sample(
         vocab_size,
         head.soft_cap or 1.0,
         float(head.logit_scale),
-        HIDDEN_SIZE=head.hidden_size,
-        HAS_SOFT_CAP=head.soft_cap is not None,
-        TILES_PER_SPLIT=blocks.tiles_per_split,
-        BLOCK_V=blocks.BLOCK_V,
-        BLOCK_R=blocks.BLOCK_R,
-        BLOCK_K=blocks.BLOCK_K,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        **tile_options(head, blocks),
     )
     _merge_samples_kernel[(num_rows,)](
         partials,

@@ -1,7 +1,8 @@
 """Block sizes of the fused head: tuned ones from JSON, per device and shape, or defaults.
 
-Owns the choice, not the search (`python -m benchmarks.tune_kernels`). As in vLLM's fused MoE, a
-file is named after what it was tuned for, and ``VLLM_TUNED_CONFIG_FOLDER`` is looked into first.
+Owns the choice, not the search (benchmarks/tune_kernels.py of commit 79bb807). As in vLLM's fused
+MoE, a file is named after what it was tuned for, and ``VLLM_TUNED_CONFIG_FOLDER`` is looked into
+first.
 
 What decides in which order a row's numbers are added (vocabulary block, depth of a step, warps,
 split) is one choice for all numbers of rows: a row's result does not depend on how many others are
@@ -72,14 +73,13 @@ def parse_config(data: dict[str, Any], source: str) -> dict[str, Any]:
     """
     rows = data.get("rows")
     if not isinstance(rows, dict) or not rows:
-        raise AdaDecodeError(f"{source}: no 'rows'; tune again with benchmarks.tune_kernels")
+        raise AdaDecodeError(f"{source}: no 'rows': correct or remove it")
     found = [(key, data.get(key)) for key in SHARED_KEYS]
     found += [(key, row.get(key)) for row in rows.values() for key in ROW_KEYS]
     for key, value in found:
         if not isinstance(value, int) or value < 1:
             raise AdaDecodeError(
-                f"{source}: {key} is {value!r}, not a positive integer; "
-                "tune again with benchmarks.tune_kernels"
+                f"{source}: {key} is {value!r}, not a positive integer: correct or remove it"
             )
     return data
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.baselines.drafter import Seen, distil
+from benchmarks.baselines.training import Seen, distil
 from vllm_adadecode.training.target_model import FrozenTarget
 
 # Of the target's folder, without which its copy can't be served.

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.baselines.drafter import Seen
+from benchmarks.baselines.training import Seen
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.target_model import FrozenTarget
 
@@ -26,13 +26,13 @@ class Eagle3:
     """One decoder layer that reads the target's states at three depths.
 
     Args:
-        drafts: tokens that it learns to draft in a row, each from its own state before.
+        in_a_row: draft tokens that it learns to make, each from its own state before.
 
     Raises:
         AdaDecodeError: speculators is not installed, or does not know the target.
     """
 
-    def __init__(self, target: FrozenTarget, drafts: int = 3) -> None:
+    def __init__(self, target: FrozenTarget, in_a_row: int = 3) -> None:
         try:
             from speculators import Eagle3DraftModel
             from speculators.losses import resolve_loss_config
@@ -52,7 +52,7 @@ class Eagle3:
         # speculators' own choice, and as there and in vLLM the number of layers before a state.
         self.aux = tuple(dict.fromkeys((2, last // 2, max(1, last - 3))))
         self.layers = (*self.aux, last)
-        self.drafts = drafts
+        self.in_a_row = in_a_row
         self.model: Any = Eagle3DraftModel.from_training_args(
             verifier_config=config,
             verifier_name_or_path=os.path.abspath(target.name),
@@ -61,7 +61,7 @@ class Eagle3:
             norm_before_residual=True,
             norm_before_fc=True,
             norm_output=True,
-            ttt_steps=drafts,
+            ttt_steps=in_a_row,
             draft_attn_impl="eager",
         ).float()
         self.model.to(target.device)
@@ -93,12 +93,12 @@ class Eagle3:
             loss_mask=seen.trained[row : row + 1, 1:],
             position_ids=torch.arange(1, length + 1, device=ids.device)[None],
             verifier_last_hidden_states=seen.hidden[self.layers[-1]][row : row + 1, 1:].float(),
-            ttt_steps=self.drafts,
+            ttt_steps=self.in_a_row,
             loss_config=self.loss,
         )
         return loss, [
             float(metrics[f"full_acc_{k}_sum"] / metrics[f"full_acc_{k}_total"].clamp(min=1))
-            for k in range(self.drafts)
+            for k in range(self.in_a_row)
         ]
 
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.baselines.drafter import Seen, distil
+from benchmarks.baselines.training import Seen, distil
 from vllm_adadecode.training.target_model import FrozenTarget
 
 DECAY = 0.8  # Medusa's own

@@ -15,52 +15,45 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from benchmarks.arguments import make_parser
-from benchmarks.compare import methods, report, run, workload
-from benchmarks.compare.load import MODEL
-from benchmarks.compare.store import Store
-from benchmarks.demo import DEMO_TARGET
-from benchmarks.demo.server import stop_on_sigterm
-from benchmarks.machine import command, git_revision, gpus, machine, versions
+from benchmarks import arguments
+from benchmarks.arguments import list_of, make_parser
+from benchmarks.compare import methods, report, run
+from benchmarks.compare.run import Plan, Store
+from benchmarks.costs import read_config
+from benchmarks.machine import gpus, record
+from benchmarks.tables import make_console
+from benchmarks.workload import DEMO_TARGET, Part, load_parts
 from vllm_adadecode.cli.arguments import json_object, positive
 from vllm_adadecode.cli.progress import counting
-from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.records import RecordReader
 from vllm_adadecode.training.target_model import load_tokenizer
 
 ALL = ("vanilla", "adadecode", "medusa", "eagle3", "draft_model", "ngram", "suffix")
+STOPPED = "servers stopped; the same command goes on"
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("benchmarks.compare", __doc__)
     add = parser.add_argument
     add("--target", default=DEMO_TARGET, help="folder or hub id of the model")
-    add(
-        "--methods",
-        type=_list_of(_method),
-        default=list(ALL),
-        help=f"of {', '.join(methods.METHODS)}",
-    )
+    known = ", ".join(methods.METHODS)
+    add("--methods", type=list_of(_method), default=list(ALL), help=f"of {known}")
     add(
         "--data",
         nargs="+",
         default=["demo"],
-        help="demo, offline, xsum, humaneval, gsm8k (or NAME=FILE of its rows), spec_bench=FILE, "
-        "FILE.jsonl[:name], or another data set of the hub",
+        help="demo, offline, FILE.jsonl[:name], xsum, humaneval, gsm8k, or another data set of the "
+        "hub",
     )
-    add("--concurrency", type=_list_of(positive), default=[1, 4, 16], help="requests at once")
-    add("--temperature", type=_list_of(float), default=[0.0, 0.7], help="of sampling")
+    add("--concurrency", type=list_of(positive), default=[1, 4, 16], help="requests at once")
+    add("--temperature", type=list_of(float), default=[0.0, 0.7], help="of sampling")
     add("--repetitions", type=positive, default=3, help="servers of each method, one at a time")
     add("--prompts", type=positive, default=32, help="of each part of the data, at most")
     add(
-        "--tokens",
-        type=positive,
-        help="generated for each prompt; the paper's sets: 512, else 128",
+        "--tokens", type=positive, help="generated for each prompt; the paper's sets: 512, else 128"
     )
     add("--chat", action="store_true", help="put prompts into the target's chat template")
-    add("--drafts", type=positive, default=5, help="most drafts of methods that do not say")
+    add("--draft-tokens", type=positive, default=5, metavar="K", help="of methods that do not say")
     add("--drafter", type=_named, action="append", default=[], metavar="METHOD=FOLDER",
         help="in place of the one beside the target")  # fmt: skip
     add("--spec", type=_options, action="append", default=[], metavar="METHOD=JSON",
@@ -68,20 +61,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", help="of the servers; without a GPU float32, which keeps outputs the same")
     add("--serve-args", default="", help="more arguments of every `vllm serve`, in one string")
     add("--out", type=Path, default=Path("results/compare"), help="folder of the results")
-    add("--retry", action="store_true", help="start again what did not start before")
     add("--report-only", action="store_true", help="of what there is; measure nothing")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     if "vanilla" not in options.methods:
         parser.error("--methods needs vanilla: all ratios are to it")
     return options
-
-
-def _list_of(kind: Any) -> Any:
-    def parse_list(text: str) -> list[Any]:
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
-
-    parse_list.__name__ = f"list of {getattr(kind, '__name__', 'values')}"
-    return parse_list
 
 
 def _method(text: str) -> str:
@@ -102,21 +86,15 @@ def _options(text: str) -> tuple[str, dict[str, Any]]:
     return name, json_object(value)
 
 
-def make_plan(options: argparse.Namespace) -> run.Plan:
+def make_plan(options: argparse.Namespace) -> Plan:
     """
     Raises:
         AdaDecodeError: target or data can't be used.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(options.target).get_text_config()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise AdaDecodeError(f"target {options.target} can't be read: {reason}") from None
+    config = read_config(options.target)
     reader = RecordReader(load_tokenizer(options.target), options.target, chat=options.chat)
     context = getattr(config, "max_position_embeddings", None) or 1 << 20
-    parts = workload.load(
+    parts = load_parts(
         options.data, reader, context=context, count=options.prompts, tokens=options.tokens
     )
     drafters, specs = dict(options.drafter), dict(options.spec)
@@ -124,11 +102,11 @@ def make_plan(options: argparse.Namespace) -> run.Plan:
     for name in options.methods:
         try:
             how[name] = methods.arguments(
-                name, options.target, options.drafts, drafters.get(name), specs.get(name)
+                name, options.target, options.draft_tokens, drafters.get(name), specs.get(name)
             )
         except methods.NotReadyError as error:
             how[name] = error
-    return run.Plan(
+    return Plan(
         target=options.target,
         methods=how,
         parts=parts,
@@ -139,26 +117,34 @@ def make_plan(options: argparse.Namespace) -> run.Plan:
     )
 
 
-def serve_flags(
-    options: argparse.Namespace, parts: list[workload.Part], context: int
-) -> tuple[str, ...]:
+def serve_flags(options: argparse.Namespace, parts: list[Part], context: int) -> tuple[str, ...]:
     """Arguments of every server. What `--serve-args` says comes last, and so holds."""
-    # Room for the longest answer and its drafts; more would only cost memory.
+    # Room for the longest answer and its draft tokens; more would only cost memory.
     longest = max(len(p) + part.max_tokens for part in parts for p in part.prompts)
     length = min(context, -(-(longest + 32) // 64) * 64)
     dtype = options.dtype or ("auto" if gpus() else "float32")
     return (
-        *("--host", "127.0.0.1", "--served-model-name", MODEL, "--dtype", dtype),
-        *("--max-model-len", str(length), "--max-num-seqs", str(max(options.concurrency))),
+        *("--dtype", dtype, "--max-model-len", str(length)),
+        *("--max-num-seqs", str(max(options.concurrency))),
         # A prompt that is sent again must cost the same again.
         "--no-enable-prefix-caching",
         *shlex.split(options.serve_args),
     )
 
 
-def settings(plan: run.Plan) -> dict[str, Any]:
-    """All that measurements of one folder must share."""
-    return {
+def environment() -> dict[str, str]:
+    """What servers inherit that changes how fast they are."""
+    names = ("OMP_NUM_THREADS", *sorted(name for name in os.environ if name.startswith("VLLM_")))
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def open_store(plan: Plan, folder: Path) -> Store:
+    """The folder of results, for measurements that share all that they depend on.
+
+    Raises:
+        AdaDecodeError: it holds those of another comparison.
+    """
+    settings = {
         "target": plan.target,
         "flags": list(plan.flags),
         "environment": environment(),
@@ -169,15 +155,10 @@ def settings(plan: run.Plan) -> dict[str, Any]:
             if isinstance(how, methods.Arguments)
         },
     }
+    return Store(folder, settings)
 
 
-def environment() -> dict[str, str]:
-    """What servers inherit that changes how fast they are."""
-    names = ("OMP_NUM_THREADS", *sorted(name for name in os.environ if name.startswith("VLLM_")))
-    return {name: os.environ[name] for name in names if name in os.environ}
-
-
-def about(plan: run.Plan) -> dict[str, Any]:
+def about(plan: Plan) -> dict[str, Any]:
     """How it was made."""
     return {
         "target": plan.target,
@@ -186,42 +167,25 @@ def about(plan: run.Plan) -> dict[str, Any]:
         "left out": [note for part in plan.parts for note in part.notes],
         "repetitions": plan.repetitions,
         "environment": environment(),
-        "machine": machine(),
-        "versions": versions(),
-        "git": git_revision(),
-        "command": shlex.join(command()),
+        **record(),
     }
 
 
-def measure(plan: run.Plan, store: Store, console: Console, retry: bool) -> None:
-    with counting(console, left=True) as progress:
-        task = progress.add_task("measuring", total=len(plan.all_cells()))
-        listener = run.Listener(
-            lambda line: progress.console.print(line, markup=False, highlight=False),
-            lambda count: progress.advance(task, count),
-        )
-        run.run(plan, store, listener, retry)
+def compare(options: argparse.Namespace) -> int:
+    console = make_console()
+    plan = make_plan(options)
+    store = open_store(plan, options.out)
+    if not options.report_only:
+        with counting(console, left=True) as progress:
+            run.run(plan, store, progress)
+    page = report.write(plan, store, about(plan), console)
+    console.print(f"written to {page.parent}: compare.json, figures; open {page}")
+    return 0
 
 
 def main() -> int:
     options = parse()
-    # Wide enough for the table where the output is a file.
-    console = Console() if sys.stdout.isatty() else Console(width=190)
-    stop_on_sigterm()
-    try:
-        plan = make_plan(options)
-        store = Store(options.out, settings(plan))
-        if not options.report_only:
-            measure(plan, store, console, options.retry)
-        page = report.write(plan, store, about(plan), console)
-    except AdaDecodeError as error:
-        print(f"compare: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("compare: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    console.print(f"written to {page.parent}: compare.json, compare.csv, figures; open {page}")
-    return 0
+    return arguments.run("compare", lambda: compare(options), STOPPED)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,15 @@ class Method:
     Attributes:
         drafter: folder inside the target's that holds what was trained for the method.
         must_have: whether it can't run without that folder.
-        options: its speculative configuration, without drafter and number of drafts.
-        drafts: whether `num_speculative_tokens` is to be given.
+        options: its speculative configuration, without drafter and draft length.
+        counted: whether `num_speculative_tokens` is to be given.
         environment: for the server.
     """
 
     drafter: str | None = None
     must_have: bool = True
     options: Mapping[str, Any] | None = None
-    drafts: bool = True
+    counted: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -39,15 +39,15 @@ METHODS: dict[str, Method] = {
     # What the methods that vLLM runs only on its older runner would have to be compared with, were
     # that runner the only one.
     "vanilla_v1": Method(environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}),
-    # Heads say themselves how many drafts they make; without heads the logit lens drafts.
-    "adadecode": Method("adadecode", must_have=False, options={}, drafts=False),
+    # Heads say themselves how many tokens they draft; without heads the logit lens drafts.
+    "adadecode": Method("adadecode", must_have=False, options={}, counted=False),
     "medusa": Method("medusa", options={}),
     "eagle3": Method("eagle3", options={}),
     "draft_model": Method("draft", options={}),
     "ngram": Method(options={"prompt_lookup_max": 4, "prompt_lookup_min": 2}),
     # Its trees say how long a draft is. Without a memory of earlier answers: the same prompts come
     # again and again here, and it would know what is said.
-    "suffix": Method(options={"suffix_decoding_max_cached_requests": 0}, drafts=False),
+    "suffix": Method(options={"suffix_decoding_max_cached_requests": 0}, counted=False),
 }
 
 
@@ -71,7 +71,7 @@ def kind(name: str) -> str:
 def arguments(
     name: str,
     target: str,
-    drafts: int = 5,
+    draft_tokens: int = 5,
     drafter: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Arguments:
@@ -79,7 +79,7 @@ def arguments(
     Args:
         name: of `METHODS`, or one of these with a label.
         target: folder or hub id of the model.
-        drafts: `num_speculative_tokens` of drafters that do not say it themselves.
+        draft_tokens: `num_speculative_tokens` of drafters that do not say it themselves.
         drafter: folder or hub id, in place of the one beside the target.
         options: added to the speculative configuration, or in place of what it has.
 
@@ -90,39 +90,29 @@ def arguments(
     if method.options is None:
         return Arguments(environment=method.environment)
     config: dict[str, Any] = {"method": kind(name), **method.options}
-    folder = drafter if drafter is not None else _beside(target, kind(name))
+    folder = drafter
+    if folder is None and method.drafter is not None:
+        beside = Path(target, method.drafter)
+        if (beside / "config.json").is_file():
+            folder = str(beside)
+        elif method.must_have:
+            raise NotReadyError(f"no drafter in {beside}: {_remedy(name, target)}")
+    own: dict[str, Any] = {}
     if folder is not None:
-        _check_target(name, folder, target)
         config["model"] = folder
-    if method.drafts:
-        config["num_speculative_tokens"] = _own_drafts(folder, drafts)
-    config |= options or {}
-    return Arguments(("--speculative-config", json.dumps(config)), method.environment)
-
-
-def _beside(target: str, name: str) -> str | None:
-    """The drafter in the target's folder; None: not there, and not needed."""
-    method = METHODS[name]
-    if method.drafter is None:
-        return None
-    folder = Path(target, method.drafter)
-    if (folder / "config.json").is_file():
-        return str(folder)
-    if not method.must_have:
-        return None
-    raise NotReadyError(f"no drafter in {folder}: {_remedy(name, target)}")
-
-
-def _check_target(name: str, folder: str, target: str) -> None:
-    """Refuse what `benchmarks.baselines` has trained for another model; other drafters do not say
-    what they are for. AdaDecode's heads are refused by the server."""
-    made_with = _read_config(folder).get("provenance") or {}
-    trained_for, found = made_with.get("target_fingerprint"), target_fingerprint(target)
-    if trained_for and found and trained_for != found:
+        path = Path(folder, "config.json")  # not here for one of the hub
+        own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # Drafters of `benchmarks.baselines` say what they are for; heads are refused by the server.
+    trained_for = (own.get("provenance") or {}).get("target_fingerprint")
+    if trained_for and trained_for != (target_fingerprint(target) or trained_for):
         raise NotReadyError(
             f"the drafter in {folder} was trained for another model than {target}: "
             f"{_remedy(name, target)}"
         )
+    if method.counted:
+        config["num_speculative_tokens"] = _own_draft_tokens(own, draft_tokens)
+    config |= options or {}
+    return Arguments(("--speculative-config", json.dumps(config)), method.environment)
 
 
 def _remedy(name: str, target: str) -> str:
@@ -133,18 +123,10 @@ def _remedy(name: str, target: str) -> str:
     )
 
 
-def _own_drafts(folder: str | None, drafts: int) -> int:
+def _own_draft_tokens(config: Mapping[str, Any], otherwise: int) -> int:
     """What a drafter says itself: Medusa drafts one token with each head, neither more nor fewer,
     and speculators' drafters name a number."""
-    config = {} if folder is None else _read_config(folder)
     if config.get("model_type") == "medusa":
         return int(config["num_heads"])
     proposals = config.get("speculators_config", {}).get("proposal_methods") or [{}]
-    return int(proposals[0].get("speculative_tokens", drafts))
-
-
-def _read_config(folder: str) -> dict[str, Any]:
-    """Of a drafter; empty for one that is not here, as of the hub."""
-    path = Path(folder, "config.json")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return config
+    return int(proposals[0].get("speculative_tokens", otherwise))

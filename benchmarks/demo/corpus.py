@@ -1,8 +1,8 @@
-"""Text and tokenizer of the demo target.
+"""Text, tokenizer and prompts of the demo target.
 
 The corpus is Python's own standard library: every machine has it, so nothing is downloaded. This
-module decides which files count, which of them no training step ever sees, and how text becomes
-tokens. It trains no model.
+module decides which files count, which of them no training step ever sees, how text becomes tokens,
+and which passages are prompts. It trains no model.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from benchmarks.workload import Prompt
 
 VOCAB_SIZE = 2048
 END_OF_TEXT = "<|endoftext|>"  # id 0; also marks the start of every file
@@ -24,7 +27,7 @@ HELD_OUT_ONE_IN = 20
 
 # Tests, tables and installed packages: not prose-like code, or not the same on every machine.
 SKIPPED_FOLDERS = frozenset(
-    {
+    [
         "site-packages",
         "dist-packages",
         "test",
@@ -36,37 +39,46 @@ SKIPPED_FOLDERS = frozenset(
         "__pycache__",
         "ensurepip",
         "turtledemo",
-    }
+    ]
 )
 
 # The second stage goes over these files until the model knows them: a target whose continuations
 # are sharp, as those of a large model are on its own domain.
-SECOND_STAGE_FILES = (
-    "textwrap.py",
-    "heapq.py",
-    "bisect.py",
-    "random.py",
-    "fractions.py",
-    "shutil.py",
-    "string.py",
-    "queue.py",
-    "contextlib.py",
-    "fnmatch.py",
-    "glob.py",
-    "json/decoder.py",
-    "json/encoder.py",
-    "json/scanner.py",
-    "csv.py",
-    "shlex.py",
-    "sched.py",
-    "calendar.py",
-    "statistics.py",
+SECOND_STAGE_FILES = tuple(
+    [
+        "textwrap.py",
+        "heapq.py",
+        "bisect.py",
+        "random.py",
+        "fractions.py",
+        "shutil.py",
+        "string.py",
+        "queue.py",
+        "contextlib.py",
+        "fnmatch.py",
+        "glob.py",
+        "json/decoder.py",
+        "json/encoder.py",
+        "json/scanner.py",
+        "csv.py",
+        "shlex.py",
+        "sched.py",
+        "calendar.py",
+        "statistics.py",
+    ]
 )
 
 # Files of the second stage that the heads are not trained on: those on which their settings are
 # chosen, and those on which they are measured.
 HEADS_CHOOSE_FILES = ("bisect.py", "fnmatch.py", "queue.py", "json/encoder.py")
 HEADS_MEASURE_FILES = ("glob.py", "heapq.py", "shlex.py", "string.py")
+
+LENGTHS = (
+    48,
+    64,
+    96,
+    112,
+)  # tokens of a prompt; few different ones, so that equal ones are a batch
 
 # Digits one by one; a newline keeps the indentation behind it, which makes code lines short.
 _PIECES = r"\n+[ ]*|[ ]?[A-Za-z]+|[ ]?[0-9]|[ ]?[^\sA-Za-z0-9]+|\s+"
@@ -171,3 +183,47 @@ def digest(corpus: Corpus) -> str:
     for source in corpus.train + corpus.held_out:
         sha.update(source.path.encode() + b"\0" + source.text.encode() + b"\0")
     return sha.hexdigest()
+
+
+def split_held_out(corpus: Corpus) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+    """Files that choose between heads, and files that measure the result. Neither is trained on."""
+    return corpus.held_out[1::2], corpus.held_out[0::2]
+
+
+def draw(
+    tokenizer: Any,
+    sources: Sequence[Source],
+    files: str,
+    count: int,
+    seed: int,
+    lengths: Sequence[int] = LENGTHS,
+) -> list[Prompt]:
+    """`count` prompts in turn from each of `sources` and of each length, at random lines.
+
+    Each is a whole number of tokens, so that its text and its tokens say the same wherever they are
+    read.
+
+    Args:
+        tokenizer: of the *tokenizers* library.
+        files: what the sources are called together.
+    """
+    rng = np.random.default_rng(seed)
+    prompts: list[Prompt] = []
+    tries = 0
+    while len(prompts) < count:
+        # Lengths change once all sources had their turn; short files are passed over.
+        source = sources[tries % len(sources)]
+        length = lengths[len(prompts) * len(lengths) // count]
+        tries += 1
+        lines = source.text.splitlines(keepends=True)
+        text = "".join(lines[int(rng.integers(0, len(lines))) :])[: 12 * max(lengths)]
+        ids = tokenizer.encode(text).ids[:length]
+        cut = tokenizer.decode(ids)
+        new = cut.strip() and all(cut != p.text for p in prompts)
+        if new and len(ids) == length and tokenizer.encode(cut).ids == ids:
+            prompts.append(Prompt(cut, source.path, files, length))
+        elif tries > 1000 + 100 * count:
+            raise ValueError(
+                f"the {files} files are too short for prompts of {max(lengths)} tokens"
+            )
+    return prompts

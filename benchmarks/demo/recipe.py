@@ -1,14 +1,8 @@
-"""Every number of the recipe, and the identity of what it makes.
-
-A stage's key is a digest of all that its weights depend on, so a changed recipe never resumes from
-another recipe's checkpoint, while a change of the second stage alone keeps the first one's work.
-"""
+"""Every number of the demo target's recipe."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
 
 EXIT_LAYERS = (2, 4, 6)
 
@@ -43,22 +37,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class HeadRecipe:
-    """Data and training of the heads; docs/heads.md says what else was tried."""
+    """Data, training and settings of the heads; docs/heads.md says what else was tried."""
 
     text: int = 768  # rows of files
     generations: int = 512  # on-policy text: what the heads will see when they draft
     length: int = 256  # of a row, be it text or a generation from a prompt of a quarter of it
-    epochs: float = 3.0
-    rate: float = 1e-3
-    norm: Literal["before", "after"] = "before"  # the target's, relative to T
-    # Below 1, confidence comes nearer to what counts in greedy decoding: to be of one mind with
-    # the last layer, rather than to be right about the text.
-    temperature: float = 0.6
-    gate: bool = True
-    draft_vocab_size: int | None = 1024  # half of all tokens: a head check costs half as much
-    # Asked of the setting on the files it is chosen on: a bit more than is wanted on others.
-    least_acceptance: float = 0.92
-    most_drafts: int = 16
+    # Of `adadecode train`. Half of all tokens: a head costs half as much. A temperature below 1
+    # brings confidence nearer to what counts in greedy decoding: to be of one mind with the last
+    # layer, rather than to be right about the text.
+    training: tuple[str, ...] = (
+        *("--norm", "before", "--gate", "--draft-vocab", "1024"),
+        *("--loss-temperature", "0.6", "--learning-rate", "1e-3", "--epochs", "3"),
+    )
+    # Of `adadecode calibrate`. A bit higher an acceptance than is wanted on other files.
+    calibration: tuple[str, ...] = ("--least-acceptance", "0.92", "--most-drafts", "16")
+    choosing: int = 144  # prompts of each set that settings are chosen on
     # In layers, beside layers and LM head: sampling and scheduling. Few long rounds are better than
     # many short ones that read as many bytes.
     round_cost: float = 0.5
@@ -78,23 +71,6 @@ class Recipe:
         Stage("stage2", files="second_stage", epochs=10.0, length=512, exit_weight=0.2),
     )
     heads: HeadRecipe = field(default_factory=HeadRecipe)
-
-    def plain(self) -> Recipe:
-        """The same without early-exit training: what a target is that nobody made for this."""
-        stages = tuple(replace(stage, exit_weight=0.0) for stage in self.stages)
-        return replace(self, stages=stages)
-
-    def key(self, stage: int, corpus_digest: str) -> str:
-        """Names the weights after stage number `stage`."""
-        depends_on = (
-            self.seed,
-            self.batch_tokens,
-            self.exit_layers,
-            self.shape,
-            self.stages[: stage + 1],
-            corpus_digest,
-        )
-        return hashlib.sha1(repr(depends_on).encode()).hexdigest()[:12]
 
 
 def rate_factor(step: int, steps: int) -> float:

@@ -1,33 +1,137 @@
 """``python -m benchmarks.demo.train``: makes the demo target and its heads from nothing.
 
-A killed run goes on where it was when started again: unfinished work is kept in ``.demo-build/``.
-The model folder is replaced only when everything has been made, with all that is in it: drafters
-of other methods (`benchmarks.baselines`) were for the old model and go with it.
+The heads are trained and calibrated by `adadecode train` and `adadecode calibrate`, so that they
+are what a user of these commands gets. The model folder is replaced only when everything has been
+made, with all that is in it: drafters of other methods (`benchmarks.baselines`) were for the old
+model.
 """
 
 from __future__ import annotations
 
-import time
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.arguments import make_parser
 from benchmarks.demo import corpus as text
-from benchmarks.demo import heads_prompts
-from benchmarks.demo import prompts as demo_prompts
-from benchmarks.demo.export import card, export, provenance
-from benchmarks.demo.heads import make_heads, make_sequences
-from benchmarks.demo.measure import report_sets
-from benchmarks.demo.recipe import Recipe
-from benchmarks.demo.stages import new_model, text_loss, train_target
+from benchmarks.demo.recipe import HeadRecipe, Recipe
+from benchmarks.demo.target import (
+    Tokens,
+    generate,
+    native_bf16,
+    new_model,
+    train_stage,
+    windows,
+)
+from benchmarks.machine import record
+from benchmarks.workload import DEMO_MODEL, DEMO_PROMPTS, HERE, dump
 from vllm_adadecode.cli.arguments import positive
 from vllm_adadecode.cli.progress import counting
-from vllm_adadecode.files import replaced_folder, write_whole
-from vllm_adadecode.training.sequences import write_sequences
+from vllm_adadecode.evaluation.costs import ModelShape, costs_from_bytes
+from vllm_adadecode.files import replaced_folder, write_json, write_whole
+from vllm_adadecode.heads import HeadsConfig
+from vllm_adadecode.training.json_lines import write_json_lines
+from vllm_adadecode.training.sequences import Sequence, write_sequences
 
-HERE = Path(__file__).parent
+ROOT = HERE.parent
+GENERATED_TOGETHER = 128
+# The target only continues text: a chat is the text of its messages.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+CARD = HERE / "demo" / "card.md"
+
+
+def make_sequences(
+    model: Any, tokens: Mapping[str, Tokens], recipe: HeadRecipe, seed: int, show: Progress
+) -> list[Sequence]:
+    """What heads learn from: rows of each of the sets, and what the target makes of prompts."""
+    found = []
+    prompt = recipe.length // 4
+    starts = [windows(ids, recipe.generations // 2, prompt, seed) for ids in tokens.values()]
+    parts = torch.cat(starts).split(GENERATED_TOGETHER)
+    for part in show.track(parts, description="text of the target's own"):
+        for row in generate(model, part, recipe.length - prompt).tolist():
+            found.append(Sequence(tuple(row[:prompt]), tuple(row[prompt:]), "own"))
+    for name, ids in tokens.items():
+        for row in windows(ids, recipe.text // 2, recipe.length, seed + 1).tolist():
+            found.append(Sequence((), tuple(row), name))
+    return found
+
+
+def write_choosing(build: Path, tokenizer: Tokenizer, corpus: text.Corpus, count: int) -> list[str]:
+    """Prompts that settings are chosen on, of files that heads have not seen: names of files."""
+    names = []
+    known = [s for s in corpus.second_stage if s.path in text.HEADS_CHOOSE_FILES]
+    unseen = text.split_held_out(corpus)[0]
+    for seed, (name, files) in enumerate({"head_choose": known, "unseen_choose": unseen}.items()):
+        prompts = text.draw(tokenizer, files, name, count, 200 + seed)
+        write_json_lines(build / f"{name}.jsonl", ({"prompt": p.text} for p in prompts))
+        names.append(f"{name}.jsonl")
+    return names
+
+
+def adadecode(build: Path, *arguments: str) -> None:
+    """Run the command in ``build``: what it notes then names no other place.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "vllm_adadecode.cli", *arguments]
+    ended = subprocess.run(command, cwd=build, env=os.environ | {"PYTHONPATH": path})
+    if ended.returncode:
+        sys.exit(f"adadecode {arguments[0]} failed")
+
+
+def make_heads(build: Path, target: str, recipe: Recipe, sequences: str, data: list[str]) -> None:
+    """Trained heads with chosen settings in the target's folder.
+
+    Args:
+        target, sequences, data: names in ``build``.
+    """
+    heads = f"{target}/adadecode"
+    adadecode(
+        build,
+        *("train", target, "--output", heads, "--target-name", "..", "--cache", "."),
+        *("--data", sequences, "--no-generate", "--max-length", str(recipe.heads.length)),
+        *("--exit-layers", *map(str, recipe.exit_layers), "--seed", str(recipe.seed)),
+        *("--precision", "bf16" if native_bf16() else "fp32", *recipe.heads.training),
+    )
+    shape = ModelShape.from_config(LlamaConfig.from_pretrained(build / target))
+    costs = costs_from_bytes(shape, HeadsConfig.load(build / heads), "bytes")
+    costs = costs.model_copy(update={"verification": recipe.heads.round_cost})
+    write_json(build / "costs.json", costs.model_dump())
+    adadecode(
+        build,
+        *("calibrate", heads, "--output", heads, "--overwrite", "--dtype", "float32"),
+        *("--data", *data, "--max-tokens", "128", "--costs", "costs.json"),
+        *recipe.heads.calibration,
+    )
+
+
+def export(folder: Path, model: Any, tokenizer: Tokenizer) -> None:
+    """Puts the target into an empty `folder`; in float32 `model` stays what it is."""
+    ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), text.END_OF_TEXT)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **ends,
+        clean_up_tokenization_spaces=False,
+        model_max_length=model.config.max_position_embeddings,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    model.generation_config = GenerationConfig(
+        do_sample=False, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
 
 
 def run(
@@ -39,77 +143,48 @@ def run(
     show: Progress,
 ) -> None:
     """Everything, from text to the two outputs."""
-    started = time.process_time()
-    digest = text.digest(corpus)
-    show.console.print(
-        f"{len(corpus.train)} files to train on, {len(corpus.second_stage)} of them in the second "
-        f"stage, {len(corpus.held_out)} held out"
-    )
+    build.mkdir(parents=True, exist_ok=True)
     tokenizer = text.train_tokenizer((s.text for s in corpus.train), recipe.shape.vocab_size)
-    tokens = {
-        name: text.encode(tokenizer, getattr(corpus, name))
-        for name in ("train", "second_stage", "held_out")
-    }
-    tokens_for_heads = {
-        f"heads_{name}": text.encode(tokenizer, corpus.for_heads(name))
-        for name in ("train", "second_stage")
-    }
+    tokens = {f: text.encode(tokenizer, getattr(corpus, f)) for f in ("train", "second_stage")}
+    for_heads = {f: text.encode(tokenizer, corpus.for_heads(f)) for f in tokens}
     torch.manual_seed(recipe.seed)
     model = new_model(recipe.shape)
-    preparing = time.process_time() - started
-    training = train_target(model, tokens, recipe, digest, build, show)
-    trained = time.process_time()
-
+    for number, stage in enumerate(recipe.stages):
+        train_stage(model, tokens[stage.files], recipe, number, show)
     # From here on, the weights that will be stored. Parameters only: model.to() would also round
     # the rotary frequencies, which a loaded model computes afresh.
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
     model.eval()
-    losses = {name: text_loss(model, ids, recipe.exit_layers) for name, ids in tokens.items()}
-    for name, values in losses.items():
-        show.console.print(f"loss on {name}: " + " ".join(f"{x:.3f}" for x in values))
-    sequences = build / f"sequences-{recipe.key(len(recipe.stages) - 1, digest)}.jsonl"
-    if not sequences.exists():
-        learned = make_sequences(model, tokens_for_heads, recipe.heads, recipe.seed, show)
-        write_sequences(sequences, learned)
-    choosing = heads_prompts.choosing(tokenizer, corpus)
-    prompts = demo_prompts.demo_prompts(tokenizer, corpus, seed=recipe.seed)
-    made_with = provenance(recipe, digest)
+    sequences = build / "sequences.jsonl"
+    write_sequences(sequences, make_sequences(model, for_heads, recipe.heads, recipe.seed, show))
+    choosing = write_choosing(build, tokenizer, corpus, recipe.heads.choosing)
+    prompts = [
+        *text.draw(tokenizer, text.split_held_out(corpus)[1], "held_out", 32, recipe.seed),
+        *text.draw(tokenizer, corpus.second_stage, "second_stage", 32, recipe.seed + 1),
+    ]
     with replaced_folder(model_folder, scratch=build) as folder:
         export(folder, model, tokenizer)
-        session = make_heads(folder, sequences, choosing, recipe, made_with, build, show)
-        measured = report_sets(session, demo_prompts.encoded_sets(prompts, tokenizer))
-        minutes = (preparing + training + time.process_time() - trained) / 60
-        readme = card(session, recipe, corpus, losses, measured, made_with, minutes)
-        (folder / "README.md").write_text(readme, encoding="utf-8")
-    write_whole(prompts_file, demo_prompts.dump(prompts).encode())
-    show.console.print(f"written: {model_folder}, {minutes:.0f} CPU minutes")
+        show.console.print("training heads")
+        make_heads(build, folder.name, recipe, sequences.name, choosing)
+        made = record() | {"data_sha1": text.digest(corpus)}
+        lines = "\n".join(f"- {name}: `{value}`" for name, value in made.items())
+        card = CARD.read_text(encoding="utf-8").format(made_with=lines)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    write_whole(prompts_file, dump(prompts).encode())
+    show.console.print(f"written: {model_folder}")
 
 
 def main() -> None:
     parser = make_parser("benchmarks.demo.train", __doc__)
     parser.add_argument("--threads", type=positive, default=2, help="of PyTorch")
     parser.add_argument(
-        "--build",
-        type=Path,
-        default=HERE.parents[1] / ".demo-build",
-        help="folder of unfinished work",
-    )
-    parser.add_argument("--model", type=Path, help="folder to write; default: the demo's own")
-    parser.add_argument("--prompts", type=Path, help="file to write; default: the demo's own")
-    parser.add_argument(
-        "--plain",
-        action="store_true",
-        help="a target without early-exit training, to compare with, and heads for it (written to "
-        "BUILD/plain)",
+        "--build", type=Path, default=ROOT / ".demo-build", help="folder of unfinished work"
     )
     args = parser.parse_args()
-    place = args.build / "plain" if args.plain else HERE
-    recipe = Recipe().plain() if args.plain else Recipe()
     torch.set_num_threads(args.threads)
     with counting(left=True) as show:
-        model, prompts = args.model or place / "model", args.prompts or place / "prompts.json"
-        run(recipe, text.load_corpus(), args.build, model, prompts, show)
+        run(Recipe(), text.load_corpus(), args.build, DEMO_MODEL, DEMO_PROMPTS, show)
 
 
 if __name__ == "__main__":

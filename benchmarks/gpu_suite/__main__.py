@@ -1,48 +1,44 @@
 """Everything about AdaDecode that needs a GPU: correctness, then speed, in ten minutes.
 
-    python -m benchmarks.gpu_suite [--quick] [--device cpu] [--target FOLDER] [--minutes 10]
+    python -m benchmarks.gpu_suite [--device cpu] [--parts bit_identical,ties,host_syncs,speed]
 
-Writes docs/gpu-results.json after every part (results/gpu-suite-quick.json with --quick or on a
-CPU), and goes on with what is missing when it is started again. Exit code 1 if outputs differ that
-may not, or a part failed; 3 if time ran out. See benchmarks/gpu_suite/__init__.py.
+Writes docs/gpu-results.json (results/gpu-suite-cpu.json on a CPU) after every part, so that what
+was measured is there if it is stopped. Exit code 1 if outputs differ that may not, or a part
+failed. See benchmarks/gpu_suite/__init__.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.demo.__main__ import HERE
-from benchmarks.demo.server import stop_on_sigterm
-from benchmarks.gpu import require_gpu
-from benchmarks.gpu_suite import parts, table
-from benchmarks.gpu_suite.ideal import Reading
-from benchmarks.gpu_suite.prompts import load
-from benchmarks.gpu_suite.result import FAILED, Result
-from benchmarks.gpu_suite.settings import Settings, full, quick
-from benchmarks.gpu_suite.suite import Clock, Suite, make_engines
-from benchmarks.machine import command, git_revision, machine, versions
-from benchmarks.widening.build import read_config, total_bytes, widen
-from benchmarks.widening.shape import Shape
+from benchmarks import arguments
+from benchmarks.arguments import list_of, make_parser
+from benchmarks.gpu_suite import parts, report
+from benchmarks.gpu_suite.settings import Settings, on_cpu, on_gpu
+from benchmarks.gpu_suite.suite import Suite, make_servers, read_costs
+from benchmarks.kernels.__main__ import require_gpu
+from benchmarks.machine import record
+from benchmarks.tables import make_console
+from benchmarks.widen.build import read_config, widen_shown
+from benchmarks.widen.plan import Shape
+from benchmarks.workload import DEMO_MODEL, DEMO_TARGET
+from vllm_adadecode.cli.arguments import json_object
 from vllm_adadecode.cli.progress import counting
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.files import write_json
 
-FULL_OUT, QUICK_OUT = Path("docs/gpu-results.json"), Path("results/gpu-suite-quick.json")
+GPU_OUT, CPU_OUT = Path("docs/gpu-results.json"), Path("results/gpu-suite-cpu.json")
 LOGS = Path("results/gpu-suite")
-# Kept back of the time for stopping engines.
-STOPPING_S = 15.0
+PARTS = ("bit_identical", "ties", "host_syncs", "speed")
 
 
 def build_target(settings: Settings, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -51,162 +47,87 @@ def build_target(settings: Settings, folder: Path, progress: Progress) -> dict[s
     Raises:
         AdaDecodeError: the folder holds something else.
     """
-    dtype: torch.dtype = getattr(torch, settings.dtype)
-    begin = time.monotonic()
-    if (folder / "config.json").is_file():
-        if Shape.of(read_config(folder)) != settings.shape:
-            raise AdaDecodeError(f"{folder} holds a model of another shape: give another --target")
-    else:
-        size = total_bytes(settings.shape, dtype)
-        task = progress.add_task("widening the target (MB)", total=size // 10**6)
-
-        def advance(done: int) -> None:
-            progress.advance(task, done / 10**6)
-
-        # A head check must cost its share of the LM head: half of the tokens, as in the source.
-        widen(
-            HERE / "model",
-            folder,
-            settings.shape,
-            dtype,
-            advance,
-            grow_draft_vocab=True,
-            other_drafters=False,
-        )
-    return {
-        "shape": str(settings.shape),
-        "weights": settings.shape.weights,
-        "made_from": "benchmarks/demo/model",
-        "seconds": round(time.monotonic() - begin, 1),
-    }
+    if not (folder / "config.json").is_file():
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        widen_shown(progress, DEMO_MODEL, folder, settings.shape, dtype)
+    elif Shape.of(read_config(folder)) != settings.shape:
+        raise AdaDecodeError(f"{folder} holds a model of another shape: give another --target")
+    weights = settings.shape.weights
+    return {"shape": str(settings.shape), "weights": weights, "made_from": DEMO_TARGET}
 
 
-def measure(
-    options: argparse.Namespace, settings: Settings, result: Result, console: Console
-) -> None:
-    """Run the parts that the result does not have yet."""
+def measure(options: argparse.Namespace, settings: Settings, out: Path) -> dict[str, Any]:
+    """Run the parts; the result, which is written after each of them."""
     every = parts.all_parts(settings)
-    result.expected = ("bandwidth", *(part.name for part in every))
-    todo = [part for part in every if not result.is_done(part.name)]
-    if result.is_done("bandwidth") and not todo:
-        return
-    clock = Clock(60 * options.minutes - STOPPING_S)
-    result.about["command"] = command()
-    with ExitStack() as stack:
-        progress = stack.enter_context(counting(console))
-        if not result.is_done("bandwidth"):
-            parts.measure_bandwidth(settings.device, clock, result)
-        target = options.target
-        if target is None:
-            scratch = tempfile.TemporaryDirectory(prefix="gpu-suite-")
-            target = Path(stack.enter_context(scratch)) / "target"
-        result.about["target"] = build_target(settings, target, progress)
-        reading = Reading.of(target, getattr(torch, settings.dtype).itemsize)
-        result.about["target"] |= {"reads": reading.as_dict()}
-        task = progress.add_task("measuring", total=sum(part.steps for part in todo))
-        suite = Suite(
-            settings,
-            result,
-            clock,
-            make_engines(settings, target, LOGS),
-            load(HERE / "model"),
-            reading,
-            lambda: progress.advance(task),
-        )
-        stack.callback(suite.close)
-        parts.run_all(suite, todo, lambda name: progress.update(task, description=name))
-
-
-def identity(settings: Settings) -> dict[str, Any]:
-    """What parts of one result have in common."""
-    found = machine()
-    return {
-        "gpu": found["gpus"][0] if settings.device == "cuda" and found["gpus"] else None,
-        "versions": versions(),
-        "git": git_revision(),
-        "machine": found,
-        "settings": settings.as_dict(),
+    found = {name: every[name] for name in options.parts}
+    made = record()
+    gpus = made["machine"]["gpus"]
+    result: dict[str, Any] = {
+        "what": report.WHAT,
+        "gpu": gpus[0] if options.device == "cuda" and gpus else None,
+        **made,
+        "settings": asdict(settings) | {"speculative_config": options.speculative_config},
+        "parts": {name: {"data": {}, "error": "not run"} for name in found},
     }
 
+    def written(name: str, part: dict[str, Any]) -> None:
+        result["parts"][name] = part
+        result.update(report.summary(result["parts"]))
+        write_json(out, result)
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_suite",
-        description=__doc__.splitlines()[0] if __doc__ else None,
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny: shows that everything runs")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: as --quick")
-    parser.add_argument("--minutes", type=_minutes, default=10.0, help="for everything")
+    with ExitStack() as stack:
+        progress = stack.enter_context(counting(make_console()))
+        target = options.target or Path(f".demo-build/gpu-suite-{options.device}")
+        result["target"] = build_target(settings, target, progress)
+        task = progress.add_task("measuring", total=sum(part.steps for part in found.values()))
+        costs = read_costs(target)
+        result["target"]["costs"] = costs.model_dump()
+        servers = make_servers(settings, target, LOGS, options.speculative_config)
+        suite = Suite(settings, servers, costs, lambda: progress.advance(task))
+        stack.enter_context(suite)
+        parts.run_all(suite, found, written)
+    return result
+
+
+def run(options: argparse.Namespace) -> int:
+    settings = on_gpu() if options.device == "cuda" else on_cpu()
+    out = options.out or (GPU_OUT if options.device == "cuda" else CPU_OUT)
+    result = measure(options, settings, out)
+    report.show(make_console(), result)
+    print(f"written to {out}; logs of the servers: {LOGS}")
+    return report.exit_code(result)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser("benchmarks.gpu_suite", __doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny")
     parser.add_argument(
         "--target",
         type=Path,
         metavar="FOLDER",
-        help="where the target is kept or made; default: a temporary folder (2 GB on disk)",
+        help="where the target is, or is made; default: in .demo-build (2 GB on disk)",
     )
     parser.add_argument(
         "--speculative-config",
-        type=_options,
+        type=json_object,
         default={},
         metavar="JSON",
         help="more options of the method, such as '{\"cost_aware\": true}'",
     )
-    parser.add_argument("--out", type=Path, help=f"default: {FULL_OUT}, quick: {QUICK_OUT}")
-    parser.add_argument("--again", action="store_true", help="measure what is measured already")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(argv)
+    parser.add_argument("--out", type=Path, help=f"default: {GPU_OUT}, or {CPU_OUT}")
+    parser.add_argument("--parts", type=list_of(_part), default=list(PARTS), help="to measure")
+    options = parser.parse_args(argv)
     if options.device == "cuda":
         require_gpu("python -m benchmarks.gpu_suite (without --device cpu)")
-    tiny = options.quick or options.device == "cpu"
-    settings = quick(options.device) if tiny else full()
-    settings = replace(settings, speculative_config=options.speculative_config)
-    console = Console(stderr=True)
-    # Ended from outside, the engines are to be stopped as after Ctrl-C.
-    stop_on_sigterm()
-    try:
-        out = options.out or (QUICK_OUT if tiny else FULL_OUT)
-        result = Result.open(out, identity(settings), options.again)
-        if out.exists() and not result.parts:
-            console.print(f"{out} is measured anew: --again, or other settings, code or machine")
-        measure(options, settings, result, console)
-    except (AdaDecodeError, OSError) as error:
-        print(f"gpu-suite: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("gpu-suite: interrupted, engines stopped; what was done is kept", file=sys.stderr)
-        return 130
-    written = result.as_dict()
-    table.show(Console(), written)
-    print(f"written to {out}; logs of the engines: {LOGS}")
-    return exit_code(written)
+    return arguments.run(
+        "gpu-suite", lambda: run(options), "servers stopped; what was done is kept"
+    )
 
 
-def exit_code(written: dict[str, Any]) -> int:
-    """0: all done and correct."""
-    ties = written["ties"] or {}
-    failed = any(part["status"] == FAILED for part in written["parts"].values())
-    if failed or written["bit_identical"] is False or ties.get("beyond_bound"):
-        return 1
-    return 3 if written["missing"] else 0
-
-
-def _minutes(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
-
-
-def _options(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("must be a JSON object")
-    return value
+def _part(text: str) -> str:
+    if text not in PARTS:
+        raise argparse.ArgumentTypeError(f"no part {text}: use {','.join(PARTS)}")
+    return text
 
 
 if __name__ == "__main__":

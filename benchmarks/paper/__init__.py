@@ -1,6 +1,6 @@
 """The paper's experiments: its sweep of the confidence threshold, and its three sanity checks.
 
-All of them are comparisons (`benchmarks.compare`) of AdaDecode with itself under other settings.
-This package owns the settings and what is reported; `benchmarks.threshold_sweep` and
-`benchmarks.sanity` are the commands.
+Both are one comparison (`benchmarks.compare`) of AdaDecode with itself under other settings, beside
+vanilla. This package owns these settings (`settings.py`), the verdicts (`checks.py`) and what is
+reported (`__main__.py`, the command).
 """

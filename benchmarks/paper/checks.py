@@ -1,4 +1,4 @@
-"""The paper's three sanity experiments: does what was measured come out as it must?
+"""The paper's three sanity checks: does what was measured come out as it must?
 
 Owns the three verdicts. Two rest on counts and outputs alone, which are exact; the first one on
 times as well, and says how much these differ between two servers without the method.
@@ -7,137 +7,106 @@ times as well, and says how much these differ between two servers without the me
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
-from benchmarks.compare.metrics import SAME, Ratio
-from benchmarks.paper.points import Point, by_setting, swept, title
-from benchmarks.paper.settings import OFF, UNVERIFIED, name_of
+from benchmarks.compare.figures import Row, setting_of
+from benchmarks.paper.settings import CONTROL, OFF, UNVERIFIED, VANILLA, gamma_of, name_of
+from benchmarks.tables import text
 
-VANILLA = "vanilla"
-# A second server without the method: what its figures differ by is not the method's.
-CONTROL = "vanilla@again"
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """
-    Attributes:
-        name: what is done.
-        expected: what has to come out.
-        found: what came out, a line for each setting.
-        passed: None: not everything that it needs was measured.
-    """
-
-    name: str
-    expected: str
-    found: tuple[str, ...]
-    passed: bool | None
+# Nearer to 1 than this, a speed-up is called the same: repetitions differ by as much.
+SAME = 0.02
+# A line on the rows of a setting, by method, and whether it is as it must be.
+Verdict = Callable[[dict[str, Row]], tuple[str, bool]]
 
 
-def judge(points: Sequence[Point], gamma: float) -> list[Experiment]:
-    """All three.
+def judge(rows: Sequence[Row], gammas: Sequence[float]) -> list[dict[str, Any]]:
+    """All three: ``name``, what is ``expected``, what was ``found``, a line for each setting, and
+    whether it ``passed`` in all of them (None: not everything that it needs was measured).
 
     Args:
-        points: of vanilla, `CONTROL`, no early prediction, a sweep, and `gamma` unverified.
-        gamma: at which verification was turned off.
+        rows: of `Settings.variants`.
+        gammas: of the sweep, from low to high.
     """
+    low = name_of(gammas[0])
+    swept = [name_of(gamma) for gamma in gammas]
     return [
-        _experiment(
-            "gamma 1: no early prediction",
+        _check(
+            "gamma 1: no draft token",
             "none, and as fast as vanilla, but for what two vanilla servers differ by",
-            points,
+            rows,
             (VANILLA, CONTROL, name_of(OFF)),
             _as_fast,
         ),
-        _experiment(
-            f"verification off at gamma {gamma:g}",
+        _check(
+            f"verification off at gamma {gammas[0]:g}",
             "outputs are vanilla's with verification, and drift without",
-            points,
-            (VANILLA, name_of(gamma), name_of(gamma) + UNVERIFIED),
-            _drift,
+            rows,
+            (VANILLA, low, low + UNVERIFIED),
+            lambda by_name: _drift(by_name[low], by_name[low + UNVERIFIED]),
         ),
-        _experiment(
+        _check(
             "gamma from low to high",
-            "fewer early predictions, of which more are accepted",
-            [p for p in points if p.gamma != OFF],
-            (VANILLA, *dict.fromkeys(p.row.method for p in points if _is_swept(p))),
-            _trade,
+            "fewer draft tokens, of which more are accepted",
+            rows,
+            (VANILLA, *swept),
+            lambda by_name: _trade(by_name[low], by_name[swept[-1]]),
         ),
     ]
 
 
-def _is_swept(point: Point) -> bool:
-    return point.gamma is not None and point.gamma != OFF
-
-
-Verdict = Callable[[Sequence[Point]], tuple[str, bool]]
-
-
-def _experiment(
-    name: str, expected: str, points: Sequence[Point], needs: Sequence[str], verdict: Verdict
-) -> Experiment:
-    """Judged in every setting; passed if it is in all of them."""
-    lines, all_passed = [], True
-    for group in by_setting(points).values():
-        # A method that was measured, but never beside vanilla, has no ratio.
-        known = {p.row.method for p in group if p.row.ratio is not None}
+def _check(
+    name: str, expected: str, rows: Sequence[Row], needs: Sequence[str], verdict: Verdict
+) -> dict[str, Any]:
+    result: dict[str, Any] = {"name": name, "expected": expected}
+    lines, passed = [], True
+    for _, group in groupby(rows, key=setting_of):
+        # A method that was measured, but never beside vanilla, has no speed-up.
+        known = {row["method"]: row for row in group if row["speedup"]}
         missing = [method for method in needs if method not in known]
         if missing:
-            return Experiment(name, expected, (f"not measured: {', '.join(missing)}",), None)
-        line, passed = verdict([p for p in group if p.row.method in known])
-        lines.append(f"{title(group[0])}: {line}")
-        all_passed &= passed
-    return Experiment(name, expected, tuple(lines), all_passed if lines else None)
+            return result | {"found": [f"not measured: {', '.join(missing)}"], "passed": None}
+        line, as_it_must = verdict(known)
+        lines.append(f"{where(known[VANILLA])}: {line}")
+        passed &= as_it_must
+    return result | {"found": lines, "passed": passed if lines else None}
 
 
-def _as_fast(group: Sequence[Point]) -> tuple[str, bool]:
-    """No drafts, and the repetitions' median no farther from 1 than the control's farthest."""
-    control, off = _ratio(group, CONTROL), _ratio(group, name_of(OFF))
-    noise = max(1 - control.least, control.most - 1, SAME)
-    drafts = next(p.drafts_per_token for p in group if p.gamma == OFF)
-    text = (
-        f"{drafts or 0:.2f} early predictions a token, {_spread(off)} of vanilla's tokens/s; a "
-        f"second vanilla {_spread(control)}"
+def _as_fast(by_name: dict[str, Row]) -> tuple[str, bool]:
+    """No draft tokens, and the median no farther from 1 than the control's farthest."""
+    row, control = by_name[name_of(OFF)], by_name[CONTROL]["speedup"]
+    noise = max(1 - control["least"], control["most"] - 1, SAME)
+    drafts = row["draft_tokens_per_token"] or 0
+    spread = "{0[median]:.3f} ({0[least]:.3f} to {0[most]:.3f})"
+    line = (
+        f"{drafts:.2f} draft tokens a token, speed-up {text(spread, row, 'speedup')}; of a second "
+        f"vanilla {spread.format(control)}"
     )
-    return text, not drafts and abs(off.median - 1) <= noise
+    return line, not drafts and abs(row["speedup"]["median"] - 1) <= noise
 
 
-def _drift(group: Sequence[Point]) -> tuple[str, bool]:
-    off = next(p for p in group if p.row.method.endswith(UNVERIFIED))
-    on = next(p for p in group if p.row.method == off.row.method.removesuffix(UNVERIFIED))
-    assert on.row.identical is not None
-    assert off.row.identical is not None
-    text = (
-        f"with verification {on.row.identical} of {on.row.compared} outputs are vanilla's, "
-        f"without {off.row.identical} of {off.row.compared}"
+def _drift(on: Row, off: Row) -> tuple[str, bool]:
+    line = (
+        f"with verification {on['identical']} of {on['compared']} outputs are vanilla's, "
+        f"without {off['identical']} of {off['compared']}"
     )
-    return text, on.row.identical == on.row.compared and off.row.identical < on.row.identical
+    return line, on["identical"] == on["compared"] and off["identical"] < on["identical"]
 
 
-def _trade(group: Sequence[Point]) -> tuple[str, bool]:
-    found = swept(group)
-    low, high = found[0], found[-1]
-    text = "; ".join(
-        f"at {p.gamma:g} {p.drafts_per_token or 0:.2f} early predictions a token, "
-        f"{_acceptance(p):.1%} accepted, {_ratio([p], p.row.method).median:.2f} of "
-        "vanilla's tokens/s"
-        for p in (low, high)
+def _trade(low: Row, high: Row) -> tuple[str, bool]:
+    drafts, rates = (
+        [row[name] or 0 for row in (low, high)]
+        for name in ("draft_tokens_per_token", "draft_acceptance_rate")
     )
-    fewer = (low.drafts_per_token or 0) > (high.drafts_per_token or 0)
-    return text, fewer and (
-        high.row.draft_acceptance_rate is None or _acceptance(low) <= _acceptance(high)
+    line = "; ".join(
+        f"at {gamma_of(row['method']):g} {draft:.2f} draft tokens a token, {rate:.1%} accepted, "
+        f"speed-up {row['speedup']['median']:.2f}"
+        for row, draft, rate in zip((low, high), drafts, rates, strict=True)
     )
+    better = high["draft_acceptance_rate"] is None or rates[0] <= rates[1]
+    return line, drafts[0] > drafts[1] and better
 
 
-def _acceptance(point: Point) -> float:
-    return point.row.draft_acceptance_rate or 0.0
-
-
-def _ratio(group: Sequence[Point], method: str) -> Ratio:
-    found = next(p.row.ratio for p in group if p.row.method == method)
-    assert found is not None
-    return found
-
-
-def _spread(ratio: Ratio) -> str:
-    return f"{ratio.median:.3f} ({ratio.least:.3f} to {ratio.most:.3f})"
+def where(row: Row) -> str:
+    """A setting in words."""
+    return f"{row['part']}, {row['concurrency']} at once"

@@ -1,20 +1,24 @@
-"""AdaDecode as the paper's experiments want it: one gamma, no early prediction, no verification.
+"""AdaDecode as the paper's experiments want it: one gamma, no draft token, no verification.
 
 Owns the speculative configuration of each, and the names by which a comparison knows them. Nothing
 in the plugin turns verification off: that is vLLM's own `synthetic` acceptance, which exists for
-benchmarks and has to be asked for by name, here at a rate of 1 for every draft.
+benchmarks and has to be asked for by name, here at a rate of 1 for every draft token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.compare.figures import OURS
 from benchmarks.compare.methods import kind
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads import HeadsConfig, find_heads
+from vllm_adadecode.heads import HeadsConfig
 
-OURS = "adadecode"
+VANILLA = "vanilla"
+# A second server without the method: what its figures differ by is not the method's.
+CONTROL = "vanilla@again"
 UNVERIFIED = "-unverified"
 # A probability is never above it.
 OFF = 1.0
@@ -40,16 +44,29 @@ class Settings:
     Attributes:
         heads: their configuration; of the logit lens where the target has none.
         folder: of the heads if named by the user; None: those beside the target, if any.
-        drafts: most drafts in one window; None: as many as the heads say.
-        all_exits: also use exits that the heads' own thresholds turn off.
+        draft_tokens: most in one decode step; None: as many as the heads say.
         gates: whether the heads' gates decide which heads are evaluated. The paper has none.
     """
 
     heads: HeadsConfig
     folder: str | None = None
-    drafts: int | None = None
-    all_exits: bool = False
+    draft_tokens: int | None = None
     gates: bool = True
+
+    def variants(self, gammas: Sequence[float]) -> Mapping[str, Mapping[str, Any]]:
+        """The speculative configuration of each method of the comparison, in order of their turns.
+
+        What is compared on times has its turns next to vanilla's. Verification is turned off at
+        the lowest gamma, where it has most to do.
+        """
+        low = min(gammas)
+        return {
+            name_of(OFF): self.at(OFF),
+            VANILLA: {},
+            CONTROL: {},
+            **{name_of(gamma): self.at(gamma) for gamma in gammas},
+            name_of(low) + UNVERIFIED: self.unverified(low),
+        }
 
     def at(self, gamma: float) -> dict[str, Any]:
         """Options of `--speculative-config` with one threshold for all exits in use.
@@ -60,64 +77,33 @@ class Settings:
         used = self._used()
         if not any(used):
             raise AdaDecodeError(
-                "the heads' own thresholds turn every exit off: add --all-exits to use them"
+                "the heads' own thresholds turn every exit off: name other heads with --heads"
             )
         options: dict[str, Any] = {
             "confidence_threshold": [gamma if use else OFF for use in used],
-            "num_speculative_tokens": self._drafts(),
+            "num_speculative_tokens": self._draft_tokens(),
             # The paper's rule, which the threshold alone decides.
             "cost_aware": False,
         }
         if self.folder is not None:
             options["model"] = self.folder
-        gates = self.heads.gate_thresholds
-        if gates is not None and not self.gates:
+        if self.heads.gate_thresholds is not None and not self.gates:
             options["gate_threshold"] = 0.0
-        elif gates is not None and self.all_exits:
-            # A gate that lets nothing through would keep its exit off.
-            options["gate_threshold"] = [0.0 if gate >= OFF else gate for gate in gates]
         return options
 
     def unverified(self, gamma: float) -> dict[str, Any]:
-        """As `at`, and every draft is accepted unseen: what comes out is not the target's."""
+        """As `at`, and every draft token is accepted unseen: what comes out is not the target's."""
         return self.at(gamma) | {
             "rejection_sample_method": "synthetic",
-            "synthetic_acceptance_rates": [1.0] * self._drafts(),
+            "synthetic_acceptance_rates": [1.0] * self._draft_tokens(),
         }
 
-    def _drafts(self) -> int:
-        return self.drafts or self.heads.num_speculative_tokens
+    def _draft_tokens(self) -> int:
+        return self.draft_tokens or self.heads.num_speculative_tokens
 
     def _used(self) -> list[bool]:
         gates = self.heads.gate_thresholds or (0.0,) * len(self.heads.exit_layers)
         return [
-            self.all_exits or (threshold < OFF and gate < OFF)
+            threshold < OFF and gate < OFF
             for threshold, gate in zip(self.heads.thresholds, gates, strict=True)
         ]
-
-
-def read_heads(target: str, folder: str | None) -> HeadsConfig:
-    """Those that vLLM would use for this target.
-
-    Args:
-        target: folder or hub id.
-        folder: of the heads, or a hub id; None: beside the target, else the logit lens.
-
-    Raises:
-        AdaDecodeError: target or heads can't be read.
-    """
-    found = find_heads(folder, target)
-    if found is not None:
-        return HeadsConfig.load(found)
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(target).get_text_config()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise AdaDecodeError(f"target {target} can't be read: {reason}") from None
-    return HeadsConfig.logit_lens(
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        num_hidden_layers=config.num_hidden_layers,
-    )

@@ -22,10 +22,6 @@ More.
 """
 
 
-# Started by the suite, which says what they are to do.
-CHILDREN = ("benchmarks.gpu_suite.bandwidth", "benchmarks.gpu_suite.child")
-
-
 def commands() -> list[str]:
     """Every module of benchmarks/ that can be run."""
     found = []
@@ -33,7 +29,7 @@ def commands() -> list[str]:
         if '__name__ == "__main__"' in path.read_text():
             parts = path.relative_to(ROOT).with_suffix("").parts
             found.append(".".join(part for part in parts if part != "__main__"))
-    return [name for name in found if name not in CHILDREN]
+    return found
 
 
 @pytest.mark.parametrize("name", commands())

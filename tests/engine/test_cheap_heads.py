@@ -4,6 +4,8 @@ The heads are the demo's, with parts made by hand. Whatever these say, greedy ou
 """
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,102 +29,6 @@ NUM_PROMPTS = 12
 ALWAYS, NEVER = 100.0, -100.0
 
 
-def gate_tensors(weight: float, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "gate_weight": weight * torch.randn(HIDDEN, generator=generator),
-        "gate_bias": torch.zeros(1),
-    }
-
-
-def set_gate_bias(engine: LLM, bias: float) -> None:
-    """Open or close the gates of a running engine, whatever the hidden state."""
-
-    def change(worker: Any) -> None:
-        for head in worker.model_runner.speculator.model.heads:
-            head.gate_weight.data.zero_()
-            head.gate_bias.data.fill_(bias)
-
-    engine.collective_rpc(change)
-
-
-def run(engine: LLM, prompts: list[str]) -> tuple[Any, dict[str, Any]]:
-    """Outputs, and the counts of making them."""
-    stats(engine, reset=True)
-    return generate(engine, prompts[:NUM_PROMPTS], greedy(), batch=4), stats(engine)
-
-
-def total(counts: dict[str, Any], name: str) -> int:
-    return sum(e[name] for e in counts["exits"].values())
-
-
-@pytest.fixture(scope="module")
-def reference(engines: EnginePool, prompts: list[str]) -> list[Any]:
-    return generate(engines.get(), prompts[:NUM_PROMPTS], greedy(), batch=4)
-
-
-@pytest.fixture(scope="module")
-def plain(
-    engines: EnginePool, prompts: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """Counts of the demo's heads without any of the parts."""
-    heads = demo_heads(tmp_path_factory.mktemp("plain") / "heads")
-    return run(engines.get(speculative_config=speculative(model=heads)), prompts)[1]
-
-
-def test_gate(
-    engines: EnginePool,
-    prompts: list[str],
-    reference: list[Any],
-    plain: dict[str, Any],
-    tmp_path: Path,
-) -> None:
-    """At random: lossless, fewer checks. Open: as without. Closed: no drafts."""
-    vanilla = engines.get()
-    heads = demo_heads(tmp_path / "heads", gate_tensors(0.1), gate=True)
-    engine = engines.get(speculative_config=speculative(model=heads))
-
-    outputs, counts = run(engine, prompts)
-    assert_same(vanilla, outputs, reference)
-    assert 100 < total(counts, "heads_evaluated") < 0.8 * total(counts, "gates_evaluated")
-    assert counts["accepted_tokens"] > 50
-
-    set_gate_bias(engine, ALWAYS)
-    outputs, counts = run(engine, prompts)
-    assert_same(vanilla, outputs, reference)
-    for name in ("heads_evaluated", "draft_tokens", "accepted_tokens", "rejected_tokens"):
-        assert total(counts, name) == total(plain, name)
-    assert total(counts, "gates_evaluated") == total(counts, "heads_evaluated")
-    assert counts["draft_layers"] == plain["draft_layers"]
-
-    set_gate_bias(engine, NEVER)
-    outputs, counts = run(engine, prompts)
-    assert_same(vanilla, outputs, reference)
-    assert (total(counts, "heads_evaluated"), counts["draft_tokens"]) == (0, 0)
-    assert total(counts, "gates_evaluated") > 100
-
-
-def test_gate_threshold_of_the_user(
-    engines: EnginePool, prompts: list[str], plain: dict[str, Any], tmp_path: Path
-) -> None:
-    """0 asks no gate, even a closed one; 1 turns the exits off, even with an open gate."""
-    closed = {"gate_weight": torch.zeros(HIDDEN), "gate_bias": torch.full((1,), NEVER)}
-    heads = demo_heads(tmp_path / "heads", closed, gate=True)
-    engine = engines.get(speculative_config=speculative(model=heads, gate_threshold=0))
-    counts = run(engine, prompts)[1]
-    assert total(counts, "gates_evaluated") == 0
-    assert counts["draft_tokens"] == plain["draft_tokens"]
-
-    engine = engines.get(speculative_config=speculative(model=heads, gate_threshold=[1, 1.0, 1]))
-    set_gate_bias(engine, ALWAYS)
-    counts = run(engine, prompts)[1]
-    assert (total(counts, "gates_evaluated"), counts["draft_tokens"], counts["draft_layers"]) == (
-        0,
-        0,
-        0,
-    )
-
-
 def frequent(reference: list[Any], size: int) -> torch.Tensor:
     """The most frequent tokens of the outputs, and the first ids where there are too few."""
     seen = Counter(token for ids in token_ids(reference) for token in ids)
@@ -131,103 +37,147 @@ def frequent(reference: list[Any], size: int) -> torch.Tensor:
     return torch.tensor(sorted(chosen))
 
 
-def test_draft_vocabulary(
-    engines: EnginePool,
-    prompts: list[str],
-    reference: list[Any],
-    plain: dict[str, Any],
-    tmp_path: Path,
-) -> None:
-    vanilla = engines.get()
-    ids = frequent(reference, 64)
-    generated = [token for output in token_ids(reference) for token in output]
-    share = sum(token in set(ids.tolist()) for token in generated) / len(generated)
-    assert 0.3 < share < 0.95
-    extra = {
-        "draft_vocab": ids,
-        "other_weight": torch.zeros(HIDDEN),
-        "other_bias": torch.full((1,), NEVER),
-    }
-    heads = demo_heads(tmp_path / "heads", extra, draft_vocab_size=64)
-    engine = engines.get(speculative_config=speculative(model=heads))
-    outputs, counts = run(engine, prompts)
-    assert_same(vanilla, outputs, reference)
+@dataclass
+class Heads:
+    """Engines with the demo's heads and parts made by hand; the same parts are one folder."""
+
+    engines: EnginePool
+    prompts: list[str]
+    folder: Path
+    reference: list[Any]
+    made: dict[str, str] = field(default_factory=dict)
+
+    def engine(
+        self, other_bias: float = 0.0, spec: dict[str, Any] | None = None, **fields: Any
+    ) -> LLM:
+        """Gates at random, a draft vocabulary of the most frequent tokens.
+
+        Args:
+            other_bias: logit of what is outside of that.
+            spec: options of the user.
+            fields: of the heads' config; they say which parts there are.
+        """
+        key = str((other_bias, sorted(fields.items())))
+        if key not in self.made:
+            extra: dict[str, torch.Tensor] = {}
+            if "gate" in fields:
+                rng = torch.Generator().manual_seed(0)
+                extra["gate_weight"] = 0.1 * torch.randn(HIDDEN, generator=rng)
+                extra["gate_bias"] = torch.zeros(1)
+            if "draft_vocab_size" in fields:
+                extra["draft_vocab"] = frequent(self.reference, fields["draft_vocab_size"])
+                extra["other_weight"] = torch.zeros(HIDDEN)
+                extra["other_bias"] = torch.full((1,), other_bias)
+            self.made[key] = demo_heads(self.folder / str(len(self.made)), extra, **fields)
+        return self.engines.get(
+            speculative_config=speculative(model=self.made[key], **(spec or {}))
+        )
+
+    def counts(self, engine: LLM) -> dict[str, Any]:
+        """What is counted of a run, whose output must be vanilla's."""
+        stats(engine, reset=True)
+        outputs = generate(engine, self.prompts, greedy(), batch=4)
+        assert_same(self.engines.get(), outputs, self.reference)
+        return stats(engine)
+
+
+@pytest.fixture(scope="module")
+def heads(
+    engines: EnginePool, prompts: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Heads:
+    prompts = prompts[:NUM_PROMPTS]
+    reference = generate(engines.get(), prompts, greedy(), batch=4)
+    return Heads(engines, prompts, tmp_path_factory.mktemp("heads"), reference)
+
+
+@pytest.fixture(scope="module")
+def plain(heads: Heads) -> dict[str, Any]:
+    """Counts of the demo's heads without any of the parts."""
+    return heads.counts(heads.engine())
+
+
+def in_model(engine: LLM, change: Callable[[Any], Any]) -> list[Any]:
+    """Do that with the staged target."""
+    return engine.collective_rpc(lambda worker: change(worker.model_runner.speculator.model))
+
+
+def set_bias(engine: LLM, part: str, bias: float) -> None:
+    """One answer of all gates, or logit of all other tokens, whatever the hidden state."""
+
+    def change(model: Any) -> None:
+        for head in model.heads:
+            getattr(head, f"{part}_weight").data.zero_()
+            getattr(head, f"{part}_bias").data.fill_(bias)
+
+    in_model(engine, change)
+
+
+def total(counts: dict[str, Any], name: str) -> int:
+    return sum(e[name] for e in counts["exits"].values())
+
+
+def test_gate(heads: Heads, plain: dict[str, Any]) -> None:
+    """At random: fewer heads. Open: as without. Closed: no drafts."""
+    engine = heads.engine(gate=True)
+    counts = heads.counts(engine)
+    assert 100 < total(counts, "heads_evaluated") < 0.8 * total(counts, "gates_evaluated")
+    assert counts["accepted_tokens"] > 50
+
+    set_bias(engine, "gate", ALWAYS)
+    counts = heads.counts(engine)
+    for name in ("heads_evaluated", "draft_tokens", "accepted_tokens", "rejected_tokens"):
+        assert total(counts, name) == total(plain, name)
+    assert total(counts, "gates_evaluated") == total(counts, "heads_evaluated")
+    assert counts["draft_layers"] == plain["draft_layers"]
+
+    set_bias(engine, "gate", NEVER)
+    counts = heads.counts(engine)
+    assert (total(counts, "heads_evaluated"), counts["draft_tokens"]) == (0, 0)
+    assert total(counts, "gates_evaluated") > 100
+
+
+def test_gate_threshold_of_the_user(heads: Heads, plain: dict[str, Any]) -> None:
+    """0 evaluates no gate, even a closed one; 1 turns the exits off, even with an open gate."""
+    engine = heads.engine(gate=True, spec={"gate_threshold": 0})
+    set_bias(engine, "gate", NEVER)
+    counts = heads.counts(engine)
+    assert total(counts, "gates_evaluated") == 0
+    assert counts["draft_tokens"] == plain["draft_tokens"]
+
+    engine = heads.engine(gate=True, spec={"gate_threshold": [1, 1.0, 1]})
+    set_bias(engine, "gate", ALWAYS)
+    counts = heads.counts(engine)
+    assert total(counts, "gates_evaluated") == counts["draft_tokens"] == counts["draft_layers"] == 0
+
+
+def test_draft_vocabulary(heads: Heads, plain: dict[str, Any]) -> None:
+    ids = set(frequent(heads.reference, 64).tolist())
+    generated = [token for output in token_ids(heads.reference) for token in output]
+    assert 0.3 < sum(token in ids for token in generated) / len(generated) < 0.95
+    engine = heads.engine(draft_vocab_size=64, other_bias=NEVER)
+    sure = heads.counts(engine)
     # Without the missing mass it is sure of too much; ids that were not mapped back would be
     # right by chance alone.
-    assert counts["draft_tokens"] > plain["draft_tokens"]
-    assert counts["accepted_tokens"] > 0.3 * plain["accepted_tokens"]
-    sure = counts
+    assert sure["draft_tokens"] > plain["draft_tokens"]
+    assert sure["accepted_tokens"] > 0.3 * plain["accepted_tokens"]
 
-    def more_for_others(worker: Any) -> None:
-        for head in worker.model_runner.speculator.model.heads:
-            head.other_bias.data.fill_(10.0)
-
-    engine.collective_rpc(more_for_others)
-    outputs, counts = run(engine, prompts)
-    assert_same(vanilla, outputs, reference)
+    set_bias(engine, "other", 10.0)
+    counts = heads.counts(engine)
     assert 0 < counts["draft_tokens"] < sure["draft_tokens"]
     assert counts["draft_acceptance_rate"] > sure["draft_acceptance_rate"]
 
 
-def test_quantised_copy(
-    engines: EnginePool,
-    prompts: list[str],
-    reference: list[Any],
-    plain: dict[str, Any],
-    tmp_path: Path,
-) -> None:
-    heads = demo_heads(tmp_path / "heads", lm_head_quantization="int8")
-    engine = engines.get(speculative_config=speculative(model=heads))
-
-    def dtype_of_the_copy(worker: Any) -> str:
-        return str(worker.model_runner.speculator.model.projection.rows.dtype)
-
-    assert engine.collective_rpc(dtype_of_the_copy) == ["torch.int8"]
-    outputs, counts = run(engine, prompts)
-    assert_same(engines.get(), outputs, reference)
+def test_quantised_copy(heads: Heads, plain: dict[str, Any]) -> None:
+    engine = heads.engine(lm_head_quantization="int8")
+    assert in_model(engine, lambda model: model.projection.rows.dtype) == [torch.int8]
+    counts = heads.counts(engine)
     # About as good as the weights it was made of; noise would draft nothing or be rejected.
     assert counts["draft_tokens"] == pytest.approx(plain["draft_tokens"], rel=0.15)
-    assert counts["draft_acceptance_rate"] == pytest.approx(
-        plain["draft_acceptance_rate"], abs=0.05
-    )
+    rates = counts["draft_acceptance_rate"], plain["draft_acceptance_rate"]
+    assert rates[0] == pytest.approx(rates[1], abs=0.05)
 
 
-def test_all_parts_at_once(
-    engines: EnginePool, prompts: list[str], reference: list[Any], tmp_path: Path
-) -> None:
-    extra = gate_tensors(0.1) | {
-        "draft_vocab": frequent(reference, 256),
-        "other_weight": torch.zeros(HIDDEN),
-        "other_bias": torch.zeros(1),
-    }
-    heads = demo_heads(
-        tmp_path / "heads", extra, gate=True, draft_vocab_size=256, lm_head_quantization="int8"
-    )
-    engine = engines.get(speculative_config=speculative(model=heads, gate_threshold=[0.3, 0.4, 0]))
-    outputs, counts = run(engine, prompts)
-    assert_same(engines.get(), outputs, reference)
-    assert counts["exits"]["6"]["gates_evaluated"] == 0
-    assert 0 < counts["exits"]["2"]["heads_evaluated"] < counts["exits"]["2"]["gates_evaluated"]
-    assert counts["accepted_tokens"] > 50
-
-    def forget(worker: Any) -> None:
-        model = worker.model_runner.speculator.model
-        for tensor in (*model.heads.parameters(), *model.projection.buffers()):
-            tensor.data.zero_()
-
-    engine.collective_rpc(forget)
-    assert run(engine, prompts)[1]["accepted_tokens"] < 50
-    # As after a sleep that gave up the weights: everything is there again.
-    engine.collective_rpc("reload_weights")
-    outputs, again = run(engine, prompts)
-    assert_same(engines.get(), outputs, reference)
-    assert again["exits"] == counts["exits"]
-
-
-# --- the way that a GPU takes, with the kernels' references ---------------------------------------
-
-
-# None of them; a copy of the LM head; a gate, with an exit that does not ask it; all.
+# None of the parts; a copy of the LM head; a gate, with an exit that does not use it; all.
 PARTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "int8": {"lm_head_quantization": "int8"},
@@ -241,6 +191,28 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_all_parts_at_once(heads: Heads) -> None:
+    engine = heads.engine(**PARTS["all"])
+    counts = heads.counts(engine)
+    first, last = counts["exits"]["2"], counts["exits"]["6"]
+    assert last["gates_evaluated"] == 0
+    assert 0 < first["heads_evaluated"] < first["gates_evaluated"]
+    assert counts["accepted_tokens"] > 50
+
+    def forget(model: Any) -> None:
+        for tensor in (*model.heads.parameters(), *model.projection.buffers()):
+            tensor.data.zero_()
+
+    in_model(engine, forget)
+    assert heads.counts(engine)["accepted_tokens"] < 50
+    # As after a sleep that gave up the weights: everything is there again.
+    engine.collective_rpc("reload_weights")
+    assert heads.counts(engine)["exits"] == counts["exits"]
+
+
+# --- the way that a GPU takes, with the kernels' references ---------------------------------------
+
+
 @pytest.mark.parametrize(
     ("parts", "method"),
     [
@@ -251,28 +223,11 @@ PARTS: dict[str, dict[str, Any]] = {
         ("all", "probabilistic"),
     ],
 )
-def test_kernels_in_place_of_logits(
-    engines: EnginePool,
-    prompts: list[str],
-    reference: list[Any],
-    tmp_path: Path,
-    parts: str,
-    method: str,
-) -> None:
+def test_kernels_in_place_of_logits(heads: Heads, parts: str, method: str) -> None:
     """The same drafts as from logits, and no logits."""
     fields = PARTS[parts]
-    extra: dict[str, torch.Tensor] = {}
-    if "gate" in fields:
-        extra |= gate_tensors(0.1)
-    if "draft_vocab_size" in fields:
-        extra |= {
-            "draft_vocab": frequent(reference, fields["draft_vocab_size"]),
-            "other_weight": torch.zeros(HIDDEN),
-            "other_bias": torch.zeros(1),
-        }
-    heads = demo_heads(tmp_path / "heads", extra, **fields)
-    engine = engines.get(
-        speculative_config=speculative(model=heads, draft_sample_method=method),
+    engine = heads.engine(
+        **fields, spec={} if method == "greedy" else {"draft_sample_method": method}
     )
 
     def generate_and_count() -> tuple[list[Any], dict[str, Any]]:
@@ -282,7 +237,7 @@ def test_kernels_in_place_of_logits(
             for i in range(NUM_PROMPTS)
         ]
         stats(engine, reset=True)
-        return generate(engine, prompts[:NUM_PROMPTS], params, batch=4), stats(engine)
+        return generate(engine, heads.prompts, params, batch=4), stats(engine)
 
     stored_outputs, stored = generate_and_count()
 
@@ -300,10 +255,17 @@ def test_kernels_in_place_of_logits(
         assert cache is None or torch.equal(cache, speculator.draft_logits)
         return projection.kernel_weight(torch.float32) is not None
 
+    def use_logits(model: Any) -> None:
+        model.projection.use_kernels = False
+        del model.projection.logits
+
     assert engine.collective_rpc(use_kernels) == [True]
-    outputs, counts = generate_and_count()
+    try:
+        outputs, counts = generate_and_count()
+    finally:
+        in_model(engine, use_logits)
     if method == "greedy":
-        assert_same(engines.get(), outputs, reference)
+        assert_same(heads.engines.get(), outputs, heads.reference)
     else:
         assert token_ids(outputs) == token_ids(stored_outputs)
     assert counts["exits"] == stored["exits"]

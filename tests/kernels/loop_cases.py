@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tests.kernels.registry import EXACT, Outputs, case, floats
+from tests.kernels.registry import Outputs, case, floats
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.kernels.draft_state import DraftRows, KVBlocks, PassInputs, RoundStatus
 from vllm_adadecode.kernels.draft_step import draft_step
@@ -16,7 +17,6 @@ from vllm_adadecode.kernels.verification_plan import PassPlans, plan_verificatio
 
 @case(
     "deferred._move_states_kernel",
-    tolerance=EXACT,
     plain={},
     padding={"padding": True},
     all_padding={"padding": True, "num_tokens": 1},
@@ -68,10 +68,26 @@ def block_tables(rng: torch.Generator, num_groups: int) -> tuple[KVBlocks, list[
     ), tables
 
 
+@dataclass
+class Round:
+    """A round that has run.
+
+    Attributes:
+        confident: by step with a head, which rows were.
+        passes: by step, the inputs of the pass behind it.
+        tables: the block tables of each group.
+    """
+
+    rows: DraftRows
+    confident: list[torch.Tensor]
+    passes: list[Outputs]
+    tables: list[torch.Tensor]
+
+
 def round_of_steps(
     rng: torch.Generator, num_rows: int, max_drafts: int, num_exits: int, num_groups: int
-) -> tuple[DraftRows, list[Outputs]]:
-    """A whole round with random results of heads: the windows, and the inputs of every pass."""
+) -> Round:
+    """A whole round with random results of heads."""
     device = torch.get_default_device()
     slots = torch.randperm(16, generator=rng)[:num_rows]
     if num_rows > 2:
@@ -88,28 +104,24 @@ def round_of_steps(
     # One exit more than the rows use, and one less than there are in all.
     status = RoundStatus.empty(num_exits + 1, device)
     status.allowed.fill_(max(1, num_exits - 1))
-    passes: list[Outputs] = []
+    found = Round(rows, [], [], tables)
 
     def step(**arguments: Any) -> None:
         draft_step(rows, inputs, blocks, status, **arguments)
-        passes.append({k: v.clone() for k, v in (vars(inputs) | vars(status)).items()})
+        found.passes.append({k: v.clone() for k, v in (vars(inputs) | vars(status)).items()})
 
     step(exit_index=None, next_span=0)
     for _ in range(max_drafts):
-        for exit_index in range(num_exits):
-            step(
-                exit_index=exit_index,
-                next_span=(exit_index + 1) % num_exits,
-                token=torch.randint(100, 999, (num_rows,), generator=rng),
-                confident=torch.rand(num_rows, generator=rng) < 0.45,
-            )
-    del tables
-    return rows, passes
+        for e in range(num_exits):
+            token = torch.randint(100, 999, (num_rows,), generator=rng)
+            found.confident.append(torch.rand(num_rows, generator=rng) < 0.45)
+            results = {"token": token, "confident": found.confident[-1]}
+            step(exit_index=e, next_span=(e + 1) % num_exits, **results)
+    return found
 
 
 @case(
     "draft_step._draft_step_kernel",
-    tolerance=EXACT,
     round={},
     one_row={"num_rows": 1},
     one_exit={"num_exits": 1},
@@ -123,16 +135,15 @@ def draft_steps(
     num_exits: int = 3,
     num_groups: int = 1,
 ) -> Outputs:
-    rows, passes = round_of_steps(rng, num_rows, max_drafts, num_exits, num_groups)
-    found = dict(vars(rows))
-    for i, inputs in enumerate(passes):
+    done = round_of_steps(rng, num_rows, max_drafts, num_exits, num_groups)
+    found = dict(vars(done.rows))
+    for i, inputs in enumerate(done.passes):
         found.update({f"{name}_{i}": value for name, value in inputs.items()})
     return found
 
 
 @case(
     "verification_plan._verification_plan_kernel",
-    tolerance=EXACT,
     batch={},
     one={"num_reqs": 1},
     many={"num_rows": 15, "num_reqs": 15, "max_drafts": 6},
@@ -152,7 +163,7 @@ def verification_plan(
     every_prefilled: int | None = None,
 ) -> Outputs:
     """The windows of a round, in another order, scheduled as far as may be or less."""
-    rows, _ = round_of_steps(rng, num_rows, max_drafts, num_exits, num_groups=1)
+    rows = round_of_steps(rng, num_rows, max_drafts, num_exits, num_groups=1).rows
     window = 1 + max_drafts
     row_of = torch.randperm(num_rows, generator=rng)
     row_of = row_of[rows.slots[row_of] >= 0].repeat(5)[:num_reqs].to(torch.int32)
@@ -185,7 +196,6 @@ def verification_plan(
 
 @case(
     "head_results._record_head_results_kernel",
-    tolerance=EXACT,
     some={},
     nobody={"share": 0.0},
     one_row={"num_rows": 1, "share": 1.0},

@@ -1,9 +1,10 @@
-"""What a case of the kernels' comparison is, and the inputs that cases share."""
+"""What a case of a comparison of kernels is; the cases of our own, and the inputs they share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,11 @@ Outputs = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class Case:
     run: Callable[[torch.Generator], Outputs]
-    # Kernels below vllm_adadecode.kernels that the case launches.
+    # Kernels that the case launches, below vllm_adadecode.kernels or vllm.v1.worker.gpu.
     kernels: tuple[str, ...]
     # For floats, relative and absolute; integers must be equal.
     tolerance: float
 
-
-CASES: dict[str, Case] = {}
 
 # Nothing is added in another order.
 EXACT = 0.0
@@ -30,23 +29,26 @@ SUMS = 2e-5
 BFLOAT16_STEP = 2**-7
 
 
-def case(
-    *kernels: str, tolerance: float = SUMS, **variants: dict[str, Any]
-) -> Callable[[Callable[..., Outputs]], Callable[..., Outputs]]:
-    """Declare a case, or one for every named set of keyword arguments."""
+class Cases(dict[str, Case]):
+    """Cases by name."""
 
-    def declare(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
-        for variant, kwargs in (variants or {"": {}}).items():
-            name = f"{function.__name__}-{variant}" if variant else function.__name__
+    def declare(
+        self, *kernels: str, tolerance: float = EXACT, **variants: dict[str, Any]
+    ) -> Callable[[Callable[..., Outputs]], Callable[..., Outputs]]:
+        """Declare a case, or one for every named set of keyword arguments."""
 
-            def run(rng: torch.Generator, kwargs: dict[str, Any] = kwargs) -> Outputs:
-                return function(rng, **kwargs)
+        def add(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+            for variant, kwargs in (variants or {"": {}}).items():
+                name = f"{function.__name__}-{variant}" if variant else function.__name__
+                assert name not in self, name
+                self[name] = Case(partial(function, **kwargs), kernels, tolerance)
+            return function
 
-            assert name not in CASES, name
-            CASES[name] = Case(run, kernels, tolerance)
-        return function
+        return add
 
-    return declare
+
+CASES = Cases()
+case = CASES.declare
 
 
 def floats(

@@ -89,7 +89,7 @@ def test_every_kernel_has_a_reference_and_a_case() -> None:
 
 def test_every_kernel_compiles(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
-    command = ["-m", "benchmarks.kernel_report", "--quick", "--no-compare", "--out", str(out)]
+    command = ["-m", "benchmarks.kernels", "check", "--quick", "--no-compare", "--out", str(out)]
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     kernels = json.loads(out.read_text())["kernels"]
@@ -248,10 +248,11 @@ class Expected:
     num_pending: list[int]
 
 
-def account(rows: DraftRows, rng: torch.Generator) -> list[Expected]:
+def account(rows: DraftRows, results: list[torch.Tensor]) -> list[Expected]:
     """The rules of the draft loop for single rows, pass by pass.
 
-    Draws the same answers from ``rng`` as `round_of_steps`.
+    Args:
+        results: by head that was evaluated, bool ``[num_rows]`` which rows were confident.
     """
     num_rows, window = rows.tokens.shape
     num_exits = len(rows.counts)
@@ -271,21 +272,19 @@ def account(rows: DraftRows, rng: torch.Generator) -> list[Expected]:
         )
 
     passes = [expected(0)]
-    for _ in range(window - 1):
-        for exit_index in range(num_exits):
-            torch.randint(100, 999, (num_rows,), generator=rng)
-            confident = torch.rand(num_rows, generator=rng) < 0.45
-            for r in range(num_rows):
-                if waits[r] != exit_index:
-                    continue
-                for w in range(drafts[r] + 1):
-                    depths[r][w] = max(depths[r][w], exit_index + 1)
-                if confident[r]:
-                    drafts[r] += 1
-                    waits[r] = 0 if drafts[r] < rows.limits[r] else -1
-                else:
-                    waits[r] = exit_index + 1 if exit_index + 1 < num_exits else -1
-            passes.append(expected((exit_index + 1) % num_exits))
+    for step, confident in enumerate(results):
+        exit_index = step % num_exits
+        for r in range(num_rows):
+            if waits[r] != exit_index:
+                continue
+            for w in range(drafts[r] + 1):
+                depths[r][w] = max(depths[r][w], exit_index + 1)
+            if confident[r]:
+                drafts[r] += 1
+                waits[r] = 0 if drafts[r] < rows.limits[r] else -1
+            else:
+                waits[r] = exit_index + 1 if exit_index + 1 < num_exits else -1
+        passes.append(expected((exit_index + 1) % num_exits))
     assert rows.num_drafts.tolist() == drafts
     assert rows.depths.tolist() == depths
     return passes
@@ -294,17 +293,9 @@ def account(rows: DraftRows, rng: torch.Generator) -> list[Expected]:
 @pytest.mark.parametrize("seed", range(5))
 def test_draft_steps_follow_the_rules(seed: int) -> None:
     sizes = {"num_rows": 12, "max_drafts": 4, "num_exits": 3, "num_groups": 1}
-    rng = torch.Generator("cpu").manual_seed(seed)
-    rows, passes = loop_cases.round_of_steps(rng, **sizes)
-
-    again = torch.Generator("cpu").manual_seed(seed)
-    # What `round_of_steps` draws before the answers.
-    torch.randperm(16, generator=again)
-    torch.randint(0, 5, (12,), generator=again)
-    torch.randint(0, 600, (12,), generator=again)
-    torch.randint(0, 99, (12,), generator=again)
-    tables = loop_cases.block_tables(again, 1)[1]
-    for inputs, expected in zip(passes, account(rows, again), strict=True):
+    done = loop_cases.round_of_steps(torch.Generator("cpu").manual_seed(seed), **sizes)
+    rows, tables = done.rows, done.tables
+    for inputs, expected in zip(done.passes, account(rows, done.confident), strict=True):
         starts, counts = inputs["query_start_loc"], expected.counts
         assert inputs["num_waiting"].tolist() == expected.num_waiting
         assert inputs["num_pending"].tolist() == expected.num_pending
@@ -330,9 +321,8 @@ def test_draft_steps_follow_the_rules(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_verification_is_planned_token_by_token(seed: int, every_prefilled: int | None) -> None:
     sizes = {"num_rows": 12, "max_drafts": 4, "num_exits": 3}
-    rows, _ = loop_cases.round_of_steps(
-        torch.Generator("cpu").manual_seed(seed), **sizes, num_groups=1
-    )
+    rng = torch.Generator("cpu").manual_seed(seed)
+    rows = loop_cases.round_of_steps(rng, **sizes, num_groups=1).rows
     rng = torch.Generator("cpu").manual_seed(seed)
     found = loop_cases.verification_plan(rng, num_reqs=8, **sizes, every_prefilled=every_prefilled)
     starts = found["query_start_loc"].tolist()

@@ -10,8 +10,9 @@ import pytest
 import torch
 from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 
+from vllm_adadecode.engine import warmup
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.kernels import tuning, warmup
+from vllm_adadecode.kernels import tuning
 
 TUNED = {
     "BLOCK_V": 256,
@@ -49,7 +50,7 @@ def test_a_broken_file_is_refused_in_one_line(
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
     name = tuning.config_file_name(128256, 4096, "bfloat16", "NVIDIA H200")
     (tmp_path / name).write_text(json.dumps({**TUNED, **change}))
-    with pytest.raises(AdaDecodeError, match="tune again") as error:
+    with pytest.raises(AdaDecodeError, match="correct or remove it") as error:
         load()
     assert "\n" not in str(error.value)
 

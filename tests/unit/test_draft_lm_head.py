@@ -62,25 +62,25 @@ def x() -> torch.Tensor:
 # --- quantisation ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_rows", [8192, 30])
+@pytest.fixture(params=[8192, 30], ids="{} rows at once".format)
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (lm_head, lm_head_rows):
+        monkeypatch.setattr(module, "CHUNK_ROWS", request.param)
+
+
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_rows(
-    weight: torch.Tensor, dtype: torch.dtype, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lm_head, "CHUNK_ROWS", chunk_rows)
+def test_rounded_rows(weight: torch.Tensor, dtype: torch.dtype) -> None:
     weight = weight.to(dtype)
+    weight[7] = 0.0
     rows, scales = quantize_rows(weight)
     assert (rows.dtype, scales.dtype, scales.shape) == (torch.int8, torch.float32, (PADDED,))
-    # Every row uses its whole range, and is off by half a step at most.
-    assert rows.abs().amax(-1).eq(127).all()
+    # Every row uses its whole range, and is off by half a step at most; one of zeros stays so.
+    used = torch.full((PADDED,), 127).index_fill_(0, torch.tensor([7]), 0)
+    assert torch.equal(rows.int().abs().amax(-1), used)
+    assert scales[7] == 0
     error = (rows.float() * scales[:, None] - weight.float()).abs()
     assert (error <= 0.5001 * scales[:, None]).all()
-
-
-def test_a_row_of_zeros() -> None:
-    rows, scales = quantize_rows(torch.zeros(2, HIDDEN))
-    assert (rows.float() == 0).all()
-    assert (scales == 0).all()
 
 
 # --- projection --------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_draft_vocabulary(weight: torch.Tensor, x: torch.Tensor, options: dict[s
     assert (full[:, outside] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("chunk_rows", [8192, 30])
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("draft_vocab", [None, DRAFT_VOCAB], ids=["all", "draft"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_quantised_copy(
@@ -120,10 +120,7 @@ def test_quantised_copy(
     x: torch.Tensor,
     dtype: torch.dtype,
     draft_vocab: torch.Tensor | None,
-    chunk_rows: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lm_head, "CHUNK_ROWS", chunk_rows)
     weight, x = weight.to(dtype), x.to(dtype)
     projection = HeadProjection(make_target(weight), draft_vocab, "int8", dtype)
     logits = projection.logits(x)
@@ -138,8 +135,7 @@ def test_quantised_copy(
 
 def test_logits_take_the_dtype_of_the_heads(weight: torch.Tensor, x: torch.Tensor) -> None:
     """vLLM's ``head_dtype``: the cache of draft logits has it, too."""
-    target = make_target(weight.bfloat16())
-    projection = HeadProjection(target, DRAFT_VOCAB, None, torch.float32)
+    projection = HeadProjection(make_target(weight.bfloat16()), DRAFT_VOCAB, None, torch.float32)
     assert projection.logits(x.bfloat16()).dtype == torch.float32
 
 
@@ -252,17 +248,6 @@ def test_other_at_its_extremes() -> None:
 # --- the fused kernels (here their references) in place of logits ---------------------------------
 
 
-def top1_both_ways(
-    projection: HeadProjection, x: torch.Tensor, other: torch.Tensor | None = None
-) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """(token, p) from the kernels' path and from stored logits."""
-    assert not projection.use_kernels, "there is no Triton for a CPU"
-    stored = projection.top1(x, other)
-    projection.use_kernels = True
-    projection.logits = None  # type: ignore[assignment]
-    return projection.top1(x, other), stored
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("quantization", [None, "int8"])
@@ -278,7 +263,11 @@ def test_kernels_and_logits_agree(
     target = make_target(weight * 0.1, scale, soft_cap)
     projection = HeadProjection(target, draft_vocab, quantization, torch.float32)
     other = None if draft_vocab is None else torch.linspace(-3, 3, len(x))
-    (token, p), (stored_token, stored_p) = top1_both_ways(projection, x, other)
+    assert not projection.use_kernels, "there is no Triton for a CPU"
+    stored_token, stored_p = projection.top1(x, other)
+    projection.use_kernels = True
+    projection.logits = None  # type: ignore[assignment]
+    token, p = projection.top1(x, other)
     assert torch.equal(token, stored_token)
     # 8-bit weights are multiplied before their scale here, after it there.
     torch.testing.assert_close(p, stored_p, rtol=1e-4, atol=1e-6)
@@ -315,27 +304,31 @@ def shard_of(weight: torch.Tensor, rank: int, rows: int) -> Any:
     return target
 
 
-def test_ranks_merge_what_they_found(
-    weight: torch.Tensor, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three ranks, the last with padding: no logits are gathered."""
-    sent: list[torch.Tensor] = []
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What three ranks, which are asked one after the other, gather; the last one sees it all."""
+    parts: list[torch.Tensor] = []
 
     def all_gather(part: torch.Tensor, dim: int) -> torch.Tensor:
-        assert dim == 0
-        sent.append(part)
-        return torch.cat(sent) if len(sent) == 3 else part
+        parts.append(part)
+        return torch.cat(parts if len(parts) == 3 else [part] * 3, dim=dim)
 
     monkeypatch.setattr(lm_head, "tensor_model_parallel_all_gather", all_gather)
+    return parts
+
+
+def test_ranks_merge_what_they_found(
+    weight: torch.Tensor, x: torch.Tensor, sent: list[torch.Tensor]
+) -> None:
+    """Three ranks, the last with padding: no logits are gathered."""
     for rank in range(3):
         projection = HeadProjection(shard_of(weight, rank, 40), None, None, torch.float32)
         projection.use_kernels = True
-        projection.vocab_size = VOCAB
         token, p = projection.top1(x, None)
     stored_token, stored_p = top1_confidence(functional.linear(x, weight[:VOCAB]))
     assert torch.equal(token, stored_token)
     torch.testing.assert_close(p, stored_p, rtol=1e-5, atol=1e-7)
-    assert all(part.shape == (len(x), 3) for part in sent)
+    assert [part.shape for part in sent] == [(len(x), 3)] * 3
 
 
 @pytest.mark.parametrize(
@@ -347,58 +340,40 @@ def test_a_copy_is_spread_over_ranks(
     weight: torch.Tensor,
     x: torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
+    sent: list[torch.Tensor],
     ids: torch.Tensor | None,
     quantization: Any,
 ) -> None:
     """Three ranks, the last with fewer rows of five: together they say what one would."""
     alone = HeadProjection(make_target(weight), ids, quantization, torch.float32)
     token, p = alone.top1(x, None)
-    sent: list[torch.Tensor] = []
-
-    def all_gather(part: torch.Tensor, dim: int) -> torch.Tensor:
-        sent.append(part)
-        return torch.cat(sent, dim=dim) if len(sent) == 3 else torch.cat([part] * 3, dim=dim)
-
-    def read_rows(_: Any, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        # With the other ranks' help.
-        return weight[token_ids].to(dtype)
-
-    monkeypatch.setattr(lm_head, "tensor_model_parallel_all_gather", all_gather)
-    monkeypatch.setattr(lm_head, "read_rows", read_rows)
+    # With the other ranks' help.
+    monkeypatch.setattr(lm_head, "read_rows", lambda _, token_ids, dtype: weight[token_ids])
     ranks = [
         HeadProjection(shard_of(weight, rank, 40), ids, quantization, torch.float32)
         for rank in range(3)
     ]
     assert {rank.num_ranks() for rank in ranks} == {3}
-    whole = [
-        torch.cat([r for r in rows if r is not None])
-        for rows in zip(
-            *((rank.rows, rank.scales if quantization else rank.rows) for rank in ranks),
-            strict=True,
-        )
-    ]
-    assert torch.equal(whole[0], alone.rows)
-    if quantization:
-        assert torch.equal(whole[1], alone.scales)
-    for name in ("logits", "top1"):
-        sent.clear()
-        for rank in ranks:
-            rank.use_kernels = name == "top1"
-            found = rank.logits(x) if name == "logits" else rank.top1(x, None)
-        # Of the last, who has seen what all have sent.
-        if isinstance(found, torch.Tensor):
-            torch.testing.assert_close(found, alone.logits(x))
-            assert torch.equal(rank.over_all_tokens(found).argmax(-1), token)
-        else:
-            assert torch.equal(found[0], token)
-            torch.testing.assert_close(found[1], p, rtol=1e-5, atol=1e-7)
-            assert all(part.shape == (len(x), 3) for part in sent)
-    before = [rank.rows.clone() for rank in ranks if rank.rows is not None]
-    for rank, rows in zip(ranks, before, strict=True):
+    for name in ("rows", "scales") if quantization else ("rows",):
+        whole = torch.cat([getattr(rank, name) for rank in ranks])
+        assert torch.equal(whole, getattr(alone, name))
+    for rank in ranks:
+        logits = rank.logits(x)
+    torch.testing.assert_close(logits, alone.logits(x))
+    assert torch.equal(rank.over_all_tokens(logits).argmax(-1), token)
+    sent.clear()
+    for rank in ranks:
+        rank.use_kernels = True
+        found = rank.top1(x, None)
+    assert torch.equal(found[0], token)
+    torch.testing.assert_close(found[1], p, rtol=1e-5, atol=1e-7)
+    assert [part.shape for part in sent] == [(len(x), 3)] * 3
+    for rank in ranks:
         assert rank.rows is not None
+        before = rank.rows.clone()
         rank.rows.zero_()
         rank.refresh()
-        assert torch.equal(rank.rows, rows)
+        assert torch.equal(rank.rows, before)
 
 
 def test_a_copy_that_is_too_small_is_whole_on_every_rank(

@@ -63,25 +63,65 @@ def test_features(norm: RMSNorm, transform: str, placement: str, plain: bool, ga
     assert torch.equal(residual, given[1])
 
 
+@pytest.mark.parametrize("in_pass", [None, torch.tensor([True, False] * 10)], ids=["all", "half"])
+@pytest.mark.parametrize(
+    "threshold", [None, 0.5, torch.tensor(0.5)], ids=["none", "host", "device"]
+)
+@torch.inference_mode()
+def test_which_rows_are_evaluated(
+    norm: RMSNorm, threshold: float | torch.Tensor | None, in_pass: torch.Tensor | None
+) -> None:
+    """Those in the pass that pass the gate; the LM head is spared for the gate's sake alone."""
+    head, given = make_head(), []
+
+    def top1(x: torch.Tensor, other: None, **rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given.append(rows)
+        return torch.arange(len(x)), torch.ones(len(x))
+
+    staged: Any = SimpleNamespace(
+        head=lambda exit_index: head,
+        inner=SimpleNamespace(norm=norm),
+        projection=SimpleNamespace(top1=top1),
+    )
+    hidden, residual = torch.randn(2, 20, HIDDEN)
+    nothing = torch.empty(0)
+    found = FusedHeads(staged, None).check(
+        0,
+        hidden,
+        residual,
+        slots=nothing,
+        positions=nothing,
+        draft=0,
+        gate_threshold=threshold,
+        in_pass=in_pass,
+    )
+    if threshold is None:
+        assert given == [{}]
+        assert found.live is in_pass
+        return
+    logit = head.gate_logit(hidden + residual)
+    assert logit is not None
+    expected = (logit > 0) & (torch.tensor(True) if in_pass is None else in_pass)
+    assert 0 < expected.sum() < 20
+    assert found.live is not None
+    assert torch.equal(found.live, expected)
+    ((order, num_live),) = (rows.values() for rows in given)
+    assert order[: int(num_live)].tolist() == expected.nonzero()[:, 0].tolist()
+
+
 def make(
-    *,
-    use_kernels: bool = True,
-    fits: bool = True,
-    ranks: int = 1,
-    sampler: DraftSampler | None = None,
+    *, use_kernels: bool = True, fits: bool = True, ranks: int = 1, fp64: bool | None = None
 ) -> FusedHeads | None:
+    """For draft tokens that are drawn with noise of that precision; None: the most likely ones."""
     projection = SimpleNamespace(
         use_kernels=use_kernels,
         kernel_weight=lambda dtype: object() if fits else None,
         num_ranks=lambda: ranks,
     )
     staged: Any = SimpleNamespace(projection=projection)
-    return FusedHeads.make(staged, sampler, torch.float32)
-
-
-def make_sampler(use_fp64: bool) -> DraftSampler:
     empty = torch.empty(0)
-    return DraftSampler(empty, empty, empty, draft_columns(3, torch.device("cpu")), use_fp64)
+    sampler = None if fp64 is None else DraftSampler(empty, empty, empty, [], fp64)
+    return FusedHeads.make(staged, sampler, torch.float32)
 
 
 def test_where_kernels_can_not_do_it_logits_are_stored() -> None:
@@ -90,9 +130,9 @@ def test_where_kernels_can_not_do_it_logits_are_stored() -> None:
     assert make(fits=False) is None
     # Ranks merge what they found, but can't draw from each other's tokens.
     assert make(ranks=2) is not None
-    assert make(sampler=make_sampler(use_fp64=False)) is not None
-    assert make(sampler=make_sampler(use_fp64=False), ranks=2) is None
-    assert make(sampler=make_sampler(use_fp64=True)) is None
+    assert make(fp64=False) is not None
+    assert make(fp64=False, ranks=2) is None
+    assert make(fp64=True) is None
 
 
 def test_columns_of_drafts() -> None:

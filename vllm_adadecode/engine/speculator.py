@@ -27,11 +27,10 @@ from vllm_adadecode.engine.context import DraftContext
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.host_rounds import HostRounds
 from vllm_adadecode.engine.ledger import RoundLedger
-from vllm_adadecode.engine.warmup import launch_kernels, run_everything
+from vllm_adadecode.engine.warmup import launch_kernels, register_warmup, run_everything
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
 from vllm_adadecode.kernels.deferred import DeferredStates
-from vllm_adadecode.kernels.warmup import register_warmup
 from vllm_adadecode.model.draft_lm_head import HeadProjection
 from vllm_adadecode.model.draft_sampler import draft_columns
 from vllm_adadecode.model.target import StagedTarget

@@ -64,14 +64,14 @@ def pass_on(
         model_runner_output: the worker's `ModelRunnerOutput`.
         engine_core_outputs: `EngineCoreOutputs` of all front ends; at most one has statistics, none
             where they are off.
-        num_spec_tokens: most drafts in a window.
+        num_spec_tokens: most draft tokens of a request in a step.
     """
     counts = getattr(model_runner_output, "adadecode_counts", None)
     if counts is None:
         return
     for outputs in engine_core_outputs:
         if (stats := outputs.scheduler_stats) is not None:
-            # A step that verified no draft has no statistics of vLLM's.
+            # A step that verified no draft token has no statistics of vLLM's.
             vllms = stats.spec_decoding_stats or SpecDecodingStats.new(num_spec_tokens)
             values = {field.name: getattr(vllms, field.name) for field in fields(SpecDecodingStats)}
             stats.spec_decoding_stats = AdaDecodeStats(**values, adadecode=counts)
@@ -89,8 +89,8 @@ class AdaDecodeLogging(SpecDecodingLogging):
         counts = getattr(spec_decoding_stats, METHOD, None)
         if counts is not None:
             self.counts = counts if self.counts is None else self.counts + counts
-        # vLLM would divide by the number of windows with drafts, and it has no statistics at all
-        # of a step without one.
+        # vLLM would divide by the number of verifications with draft tokens, and it has no
+        # statistics at all of a step without one.
         if counts is None or spec_decoding_stats.num_drafts:
             super().observe(spec_decoding_stats)
 

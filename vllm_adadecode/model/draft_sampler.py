@@ -1,4 +1,4 @@
-"""Probabilistic drafts: what a draw from a head's distribution needs, and the draw itself.
+"""Probabilistic draft tokens: what a draw from a head's distribution needs, and the draw itself.
 
 Owns the cache of logits that rejection sampling divides by, as far as a round writes it: by vLLM's
 sampler from stored logits (`DraftSampler.sample`) or by the fused kernels (fused_head.py).
@@ -60,7 +60,7 @@ class DraftSampler:
     ) -> torch.Tensor:
         """Token ids int64 ``[num_rows]``, drawn from softmax(logits / temperature).
 
-        Also caches the logits. A row that is promoted overwrites them at its next head; one that
+        Also caches the logits. A row that goes to the next exit overwrites them there; one that
         stops never has them read.
 
         Args:

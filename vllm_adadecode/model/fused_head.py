@@ -1,8 +1,8 @@
-"""Head checks by the fused kernels: gate, head and draw in a row, nothing read by the host.
+"""Heads by the fused kernels: gate, head and draw in a row, nothing read by the host.
 
-Owns what is launched for one head check where kernels run. Elsewhere, and where they can't do what
-is asked, the draft loop takes the way over stored logits, which gives the same. Nothing is decided
-here but which rows pass the gate: what follows from a confidence is the draft loop's.
+Owns what is launched to evaluate one head where kernels run. Elsewhere, and where they can't do
+what is needed, the draft loop takes the way over stored logits, which gives the same. Nothing is
+decided here but which rows pass the gate: what follows from a confidence is the draft loop's.
 """
 
 from dataclasses import dataclass
@@ -111,8 +111,8 @@ class FusedHeads:
             return HeadCheck(token, p, live)
         weight = projection.kernel_weight(x.dtype)
         assert weight is not None, "the projection does not run kernels"
-        # A row that is promoted overwrites its logits at its next head; those of one that stops
-        # are never read. The draft loop compares p with its threshold.
+        # A row that goes to the next exit overwrites its logits there; those of one that stops are
+        # never read. The draft loop compares p with its threshold.
         drawn = head_sample(
             x,
             weight,

@@ -1,6 +1,6 @@
-"""What is changed in vLLM so that counts reach its `/metrics` and log, and drafts its scheduler.
+"""What is changed in vLLM so that counts reach its metrics and log, draft tokens its scheduler.
 
-Each side of vLLM has its own rows, applied where its modules are needed anyway: they are heavy, and
+Each side of vLLM has its rows, applied where its modules are needed anyway: they are heavy, and
 worker processes have no use for them.
 """
 
@@ -68,17 +68,17 @@ PATCHES = (
     Patch(
         "scheduler-statistics",
         "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
-        "the statistics of a step are made from its outputs by the scheduler itself, and drafts "
-        "may come with them; a scheduler class of our own would be announced as unsupported and "
-        "take the place of the user's",
+        "the statistics of a step are made from its outputs by the scheduler itself, and draft "
+        "tokens may come with them; a scheduler class of our own would be announced as "
+        "unsupported and take the place of the user's",
         When.ENGINE,
         _update_from_output,
     ),
     Patch(
         "draft-ids",
         "vllm.v1.engine.core:EngineCore.post_step",
-        "without async scheduling the engine asks the worker for drafts after every step, a round "
-        "trip between processes, also where they have come with the step's output",
+        "without async scheduling the engine asks the worker for draft tokens after every step, a "
+        "round trip between processes, also where they have come with the step's output",
         When.ENGINE,
         _post_step,
     ),

@@ -2,62 +2,51 @@
 
 A case calls the function that vLLM wraps around a kernel, on inputs drawn from a fixed seed. So
 grids, block sizes and the order of arguments are vLLM's own. ``compare.py`` runs every case twice.
-
-Importing this module imports nothing of vLLM: pytest reads the names of the cases from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
+from vllm.v1.worker.gpu.input_batch import (
+    combine_sampled_and_draft_tokens,
+    expand_idx_mapping,
+    get_num_sampled_and_rejected,
+    post_update_num_computed_tokens,
+    prepare_pos_seq_lens,
+    prepare_prefill_inputs,
+)
+from vllm.v1.worker.gpu.input_batch import post_update as function
+from vllm.v1.worker.gpu.metrics.logits import get_num_nans
+from vllm.v1.worker.gpu.sample import gumbel
+from vllm.v1.worker.gpu.sample.bad_words import apply_bad_words
+from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
+from vllm.v1.worker.gpu.sample.logit_bias import apply_logit_bias
+from vllm.v1.worker.gpu.sample.logprob import LogprobTokenIdsState, compute_topk_scores
+from vllm.v1.worker.gpu.sample.min_p import apply_min_p
+from vllm.v1.worker.gpu.sample.output import SamplingMaskTensors
+from vllm.v1.worker.gpu.sample.penalties import apply_penalties, bincount
+from vllm.v1.worker.gpu.sample.prompt_logprob import get_prompt_logprobs_token_ids
+from vllm.v1.worker.gpu.sample.thinking_budget import apply_thinking_budget
+from vllm.v1.worker.gpu.sample.trace_replay import apply_trace_tokens
+from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import gather_draft_sampled
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
+from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
-Outputs = dict[str, torch.Tensor]
+from tests.kernels.registry import SUMS, Cases, Outputs, floats
 
-
-@dataclass(frozen=True)
-class Case:
-    run: Callable[[torch.Generator], Outputs]
-    # Kernels below vllm.v1.worker.gpu that the case launches.
-    kernels: tuple[str, ...]
-    # Integers must be equal; floats may differ by what another order of a sum of a few thousand
-    # fp32 terms makes.
-    tolerance: float = 0.0
-
-
-CASES: dict[str, Case] = {}
-
-# Sums over a vocabulary, and the logarithms of the noise.
-SUM_TOLERANCE = 2e-5
-
-
-def case(
-    *kernels: str, tolerance: float = 0.0, **variants: dict[str, Any]
-) -> Callable[[Callable[..., Outputs]], Callable[..., Outputs]]:
-    """Declare a case, or one case for every named set of keyword arguments."""
-
-    def declare(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
-        for variant, kwargs in (variants or {"": {}}).items():
-            name = f"{function.__name__}-{variant}" if variant else function.__name__
-
-            def run(rng: torch.Generator, kwargs: dict[str, Any] = kwargs) -> Outputs:
-                return function(rng, **kwargs)
-
-            CASES[name] = Case(run, kernels, tolerance)
-        return function
-
-    return declare
+CASES = Cases()
+case = CASES.declare
 
 
 def ints(rng: torch.Generator, low: int, high: int, *shape: int, dtype: Any = torch.int32) -> Any:
     return torch.randint(low, high, shape, generator=rng, dtype=dtype)
-
-
-def floats(rng: torch.Generator, *shape: int, scale: float = 1.0) -> torch.Tensor:
-    return torch.randn(shape, generator=rng) * scale
 
 
 def slots(rng: torch.Generator, num_reqs: int, max_num_reqs: int = 12) -> torch.Tensor:
@@ -76,8 +65,6 @@ def cumulative(lengths: list[int], padding: int = 0) -> torch.Tensor:
 
 @case("input_batch._prepare_prefill_inputs_kernel", one={"lookahead": 1}, three={"lookahead": 3})
 def prefill_inputs(rng: torch.Generator, lookahead: int) -> Outputs:
-    from vllm.v1.worker.gpu.input_batch import prepare_prefill_inputs
-
     # A decode row, a chunk in the middle, one that ends the prompt, a long one, a resumed one.
     lengths, computed, prefill = [1, 7, 5, 1500, 2], [9, 4, 3, 0, 20], [9, 40, 8, 1501, 23]
     idx = slots(rng, 5)
@@ -106,8 +93,6 @@ def prefill_inputs(rng: torch.Generator, lookahead: int) -> Outputs:
     single={"lengths": [1]},
 )
 def pos_seq_lens(rng: torch.Generator, lengths: list[int]) -> Outputs:
-    from vllm.v1.worker.gpu.input_batch import prepare_pos_seq_lens
-
     pos = torch.full((1300,), -7, dtype=torch.int64)
     seq_lens = torch.full((12,), -7, dtype=torch.int32)
     idx = slots(rng, len(lengths))
@@ -126,8 +111,6 @@ def pos_seq_lens(rng: torch.Generator, lengths: list[int]) -> Outputs:
 def combine(
     rng: torch.Generator, drafts: list[int], queries: list[int], num_new: int = 1
 ) -> Outputs:
-    from vllm.v1.worker.gpu.input_batch import combine_sampled_and_draft_tokens
-
     idx = slots(rng, 4)
     # Row 0 decodes, row 1 has one draft before the end of its prefill, row 2 ends its prefill,
     # row 3 is in the middle of it.
@@ -153,8 +136,6 @@ def combine(
 
 @case("input_batch._get_num_sampled_and_rejected_kernel")
 def num_sampled_and_rejected(rng: torch.Generator) -> Outputs:
-    from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
-
     idx = slots(rng, 4)
     prefill_len = ints(rng, 5, 15, 12)
     sampled, rejected = get_num_sampled_and_rejected(
@@ -181,8 +162,6 @@ def post_update(
     counts: bool = True,
     starts: bool = True,
 ) -> Outputs:
-    from vllm.v1.worker.gpu.input_batch import post_update as function
-
     idx = slots(rng, 5)
     if sentinel:
         idx[[1, 4]] = -1
@@ -217,8 +196,6 @@ def post_update(
 
 @case("input_batch._post_update_num_computed_tokens_kernel")
 def post_update_num_computed(rng: torch.Generator) -> Outputs:
-    from vllm.v1.worker.gpu.input_batch import post_update_num_computed_tokens
-
     num_computed = ints(rng, 5, 20, 12)
     post_update_num_computed_tokens(slots(rng, 3), num_computed, cumulative([1, 5, 3], 2))
     return {"num_computed": num_computed}
@@ -226,8 +203,6 @@ def post_update_num_computed(rng: torch.Generator) -> Outputs:
 
 @case("input_batch._expand_idx_mapping_kernel")
 def expand(rng: torch.Generator) -> Outputs:
-    from vllm.v1.worker.gpu.input_batch import expand_idx_mapping
-
     idx, local_pos = expand_idx_mapping(slots(rng, 4), 11, cumulative([1, 5, 2, 3]), 5)
     return {"idx": idx, "local_pos": local_pos}
 
@@ -237,8 +212,6 @@ def expand(rng: torch.Generator) -> Outputs:
 
 @case("buffer_utils._apply_write_kernel")
 def staged_writes(rng: torch.Generator) -> Outputs:
-    from vllm.v1.worker.gpu.buffer_utils import FusedStagedWriter, StagedWriteTensor
-
     device = torch.device("cpu")
     table = StagedWriteTensor((6, 2000), torch.int32, device, uva_instead_of_gpu=True)
     table.stage_write(4, 0, ints(rng, 0, 99, 1500).tolist())
@@ -279,8 +252,6 @@ def staged_writes(rng: torch.Generator) -> Outputs:
 def block_tables(
     rng: torch.Generator, lengths: list[int], num_groups: int = 1, sentinel: bool = False
 ) -> Outputs:
-    from vllm.v1.worker.gpu.block_table import BlockTables
-
     tables = BlockTables(
         block_sizes=[16, 32][:num_groups],
         max_num_reqs=8,
@@ -319,8 +290,6 @@ def block_tables(
 
 @case("sample.gumbel._temperature_kernel")
 def temperature(rng: torch.Generator) -> Outputs:
-    from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
-
     logits = floats(rng, 5, 300)
     temperatures = torch.tensor([0.0, 1.0, 0.7, 3.0] * 3)
     apply_temperature(logits, slots(rng, 5), temperatures)
@@ -329,7 +298,7 @@ def temperature(rng: torch.Generator) -> Outputs:
 
 @case(
     "sample.gumbel._gumbel_sample_kernel",
-    tolerance=SUM_TOLERANCE,
+    tolerance=SUMS,
     greedy={"temperatures": [0.0]},
     greedy_bf16={"temperatures": [0.0], "dtype": torch.bfloat16},
     one_block={"temperatures": [0.8], "vocab_size": 300},
@@ -357,8 +326,6 @@ def gumbel_sample(
     scale: bool = False,
     cache: str | None = None,
 ) -> Outputs:
-    from vllm.v1.worker.gpu.sample import gumbel
-
     idx = slots(rng, 6)
     if sentinel:
         idx[[2, 5]] = -1
@@ -406,8 +373,6 @@ def gumbel_sample(
 
 @case("sample.min_p._min_p_kernel")
 def min_p(rng: torch.Generator) -> Outputs:
-    from vllm.v1.worker.gpu.sample.min_p import apply_min_p
-
     logits = floats(rng, 5, 2500, scale=3)
     apply_min_p(logits, slots(rng, 5), torch.tensor([0.0, 0.05, 0.5, 1.0] * 3))
     return {"logits": logits}
@@ -421,9 +386,6 @@ def min_p(rng: torch.Generator) -> Outputs:
     drafts={"drafts": [0, 3, 2, 4]},
 )
 def penalties(rng: torch.Generator, drafts: list[int]) -> Outputs:
-    from vllm.v1.worker.gpu.input_batch import expand_idx_mapping
-    from vllm.v1.worker.gpu.sample.penalties import apply_penalties, bincount
-
     vocab_size = 333
     idx = slots(rng, 4)
     prompt_len, prefill_len = ints(rng, 1, 1500, 12), torch.zeros(12, dtype=torch.int32)
@@ -457,8 +419,6 @@ def penalties(rng: torch.Generator, drafts: list[int]) -> Outputs:
     restore={"restore": True},
 )
 def logit_bias(rng: torch.Generator, restore: bool) -> Outputs:
-    from vllm.v1.worker.gpu.sample.logit_bias import apply_logit_bias
-
     vocab_size, width = 500, 8
     token_ids = torch.stack([torch.randperm(vocab_size, generator=rng)[:width] for _ in range(36)])
     allowed, biased, stops = token_ids.to(torch.int32).reshape(3, 12, width)
@@ -489,9 +449,6 @@ def logit_bias(rng: torch.Generator, restore: bool) -> Outputs:
 
 @case("sample.bad_words._bad_words_kernel")
 def bad_words(rng: torch.Generator) -> Outputs:
-    from vllm.v1.worker.gpu.input_batch import expand_idx_mapping
-    from vllm.v1.worker.gpu.sample.bad_words import apply_bad_words
-
     # A small alphabet, so that prefixes do match, in committed tokens and across drafts.
     vocab_size, num_logits = 4, [1, 4, 2, 5]
     idx = slots(rng, 4)
@@ -524,9 +481,6 @@ def bad_words(rng: torch.Generator) -> Outputs:
 def thinking_budget(
     rng: torch.Generator, markers: tuple[list[int], list[int], list[int]]
 ) -> Outputs:
-    from vllm.v1.worker.gpu.input_batch import expand_idx_mapping
-    from vllm.v1.worker.gpu.sample.thinking_budget import apply_thinking_budget
-
     start, natural_end, end = (torch.tensor(m, dtype=torch.int32) for m in markers)
     vocab_size, num_logits = 4, [1, 4, 2, 5]
     all_token_ids = ints(rng, 0, vocab_size, 12, 3000)
@@ -559,10 +513,6 @@ def thinking_budget(
 
 @case("structured_outputs._apply_grammar_bitmask_kernel")
 def grammar_bitmask(rng: torch.Generator) -> Outputs:
-    from types import SimpleNamespace
-
-    from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
-
     # 3000 is no multiple of 32: the mask's last word is padded.
     vocab_size = 3000
     worker = StructuredOutputsWorker(16, vocab_size, torch.device("cpu"), 5, 1)
@@ -584,14 +534,12 @@ def grammar_bitmask(rng: torch.Generator) -> Outputs:
 @case(
     "sample.logprob._topk_log_softmax_kernel",
     "sample.logprob._ranks_kernel",
-    tolerance=SUM_TOLERANCE,
+    tolerance=SUMS,
     fp32={"dtype": torch.float32},
     bf16={"dtype": torch.bfloat16},
     sampled_only={"dtype": torch.float32, "num_logprobs": 0},
 )
 def topk_scores(rng: torch.Generator, dtype: torch.dtype, num_logprobs: int = 5) -> Outputs:
-    from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
-
     logits = floats(rng, 4, 2500, scale=3).to(dtype)
     scores = compute_topk_scores(logits, num_logprobs, ints(rng, 0, 2500, 4, dtype=torch.int64))
     outputs = {"logprobs": scores.logprobs}
@@ -605,15 +553,11 @@ def topk_scores(rng: torch.Generator, dtype: torch.dtype, num_logprobs: int = 5)
     "sample.logprob._topk_log_softmax_kernel",
     "sample.logprob._ranks_kernel",
     "sample.logprob._fill_logprob_token_ids_kernel",
-    tolerance=SUM_TOLERANCE,
+    tolerance=SUMS,
     with_topk={"num_logprobs": 3},
     alone={"num_logprobs": 0},
 )
 def logprob_token_ids(rng: torch.Generator, num_logprobs: int) -> Outputs:
-    from types import SimpleNamespace
-
-    from vllm.v1.worker.gpu.sample.logprob import LogprobTokenIdsState, compute_topk_scores
-
     state = LogprobTokenIdsState(12, torch.device("cpu"))
     idx = slots(rng, 4)
     for slot, tokens in zip(idx.tolist(), ([1, 2, 3, 4, 5], [], [7], []), strict=True):
@@ -633,8 +577,6 @@ def logprob_token_ids(rng: torch.Generator, num_logprobs: int) -> Outputs:
 
 @case("sample.prompt_logprob._prompt_logprobs_token_ids_kernel")
 def prompt_token_ids(rng: torch.Generator) -> Outputs:
-    from vllm.v1.worker.gpu.sample.prompt_logprob import get_prompt_logprobs_token_ids
-
     idx, num_computed = slots(rng, 3), ints(rng, 0, 5, 12)
     token_ids = get_prompt_logprobs_token_ids(
         1213, cumulative([1, 1200, 12], 2), idx, num_computed, ints(rng, 0, 99, 12, 1300)
@@ -648,8 +590,6 @@ def prompt_token_ids(rng: torch.Generator) -> Outputs:
     drafts={"rows": 4},
 )
 def sampling_mask(rng: torch.Generator, rows: int) -> Outputs:
-    from vllm.v1.worker.gpu.sample.output import SamplingMaskTensors
-
     logits = floats(rng, 3 * rows, 1003)
     logits[logits < 1.5] = float("-inf")
     num_sampled = torch.tensor([rows, 0, 1], dtype=torch.int32)
@@ -666,8 +606,6 @@ def sampling_mask(rng: torch.Generator, rows: int) -> Outputs:
 
 @case("sample.trace_replay._trace_replay_kernel")
 def trace_replay(rng: torch.Generator) -> Outputs:
-    from vllm.v1.worker.gpu.sample.trace_replay import apply_trace_tokens
-
     idx = slots(rng, 6)
     idx[2] = -1
     sampled = ints(rng, 0, 99, 6, dtype=torch.int64)
@@ -685,8 +623,6 @@ def trace_replay(rng: torch.Generator) -> Outputs:
 
 @case("metrics.logits._num_nans_kernel")
 def nans(rng: torch.Generator) -> Outputs:
-    from vllm.v1.worker.gpu.metrics.logits import get_num_nans
-
     logits = floats(rng, 3, 9000)
     logits[1, ::7] = float("nan")
     return {"nans": get_num_nans(logits)}
@@ -699,9 +635,6 @@ _UTILS = "spec_decode.rejection_sampler_utils"
 
 @case("spec_decode.rejection_sampler._gather_draft_sampled_kernel")
 def draft_sampled(rng: torch.Generator) -> Outputs:
-    from vllm.v1.worker.gpu.input_batch import expand_idx_mapping
-    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import gather_draft_sampled
-
     idx = slots(rng, 4)
     expanded, local_pos = expand_idx_mapping(idx, 12, cumulative([1, 4, 2, 5]), 5)
     tokens, pos = gather_draft_sampled(
@@ -717,8 +650,6 @@ def draft_sampled(rng: torch.Generator) -> Outputs:
 
 @case("spec_decode.rejection_sampler._flatten_sampled_kernel")
 def flatten(rng: torch.Generator) -> Outputs:
-    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
-
     flat = torch.zeros(12, dtype=torch.int64)
     sampled = ints(rng, 1, 99, 4, 5, dtype=torch.int64)
     num_sampled = torch.tensor([1, 4, 0, 3], dtype=torch.int32)
@@ -747,9 +678,6 @@ def rejection(
     block: bool = False,
     use_fp64: bool = False,
 ) -> Outputs:
-    from vllm.v1.worker.gpu.input_batch import expand_idx_mapping
-    from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
-
     steps, num_logits = 4, [5, 1, 3, 5, 2, 5, 4, 5, 5, 5]
     total = sum(num_logits)
     idx = slots(rng, len(num_logits))
