@@ -12,8 +12,7 @@ ARGS ?=
 # Processes of `make test`.
 WORKERS ?= 2
 
-.PHONY: help setup demo bench-quick demo-model heads-report kernel-report baselines bench \
-  threshold-sweep sanity test test-all lint
+.PHONY: help setup demo bench-quick demo-model baselines bench paper kernels test test-all lint
 .DELETE_ON_ERROR:
 
 help:
@@ -26,9 +25,8 @@ help:
 	@echo "make demo-model     train the demo model again"
 	@echo "make baselines      train Medusa, EAGLE-3 and draft model drafters for the demo model"
 	@echo "make bench          compare all methods on the demo model: results/compare (docs/benchmarks.md)"
-	@echo "make threshold-sweep, make sanity   the paper's experiments on the demo model (docs/benchmarks.md)"
-	@echo "make heads-report   what the demo model's heads are worth: results/heads.json"
-	@echo "make kernel-report  check and compile the Triton kernels (no GPU needed): results/kernels.json"
+	@echo "make paper          the paper's experiments on the demo model: results/paper (docs/benchmarks.md)"
+	@echo "make kernels        check and compile the Triton kernels (no GPU needed): results/kernels.json"
 
 setup: $(INSTALLED)
 
@@ -73,17 +71,11 @@ SERVE_ARGS := --serve-args="--enforce-eager --kv-cache-memory-bytes 134217728"
 bench: setup
 	$(SERVED) benchmarks.compare $(SERVE_ARGS) $(ARGS)
 
-threshold-sweep: setup
-	$(SERVED) benchmarks.threshold_sweep $(SERVE_ARGS) $(ARGS)
+paper: setup
+	$(SERVED) benchmarks.paper $(SERVE_ARGS) $(ARGS)
 
-sanity: setup
-	$(SERVED) benchmarks.sanity $(SERVE_ARGS) $(ARGS)
-
-heads-report: setup
-	$(BIN)/python -m benchmarks.demo.heads_report $(ARGS)
-
-kernel-report: setup
-	$(BIN)/python -m benchmarks.kernel_report $(ARGS)
+kernels: setup
+	$(BIN)/python -m benchmarks.kernels check $(ARGS)
 
 # Each file of tests stays in one process, which keeps its engines.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15

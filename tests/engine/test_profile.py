@@ -46,7 +46,7 @@ def test_every_request_does_the_same(
 def test_costs_are_differences_of_rounds() -> None:
     # Without drafts, in vain, a draft at each of three exits, in vain with open gates.
     table = [(1, [10.0, 11.0, 20.0, 10.0, 60.0, 15.0]), (4, [20.0, 19.0, 70.0, 20.0, 60.0, 29.0])]
-    found = _costs(table, drafts=5, exits=3, real=REAL, gated=True)
+    found = _costs(table, drafts=5, real=REAL)
     assert found == RoundCosts(
         batch_sizes=(1, 4),
         plain=(10.0, 20.0),
@@ -56,7 +56,7 @@ def test_costs_are_differences_of_rounds() -> None:
         check=(2.0, 5.0),
     )
     without_gates = [(size, times[:-1]) for size, times in table]
-    assert _costs(without_gates, 5, 3, REAL, gated=False).check == (0.0, 0.0)
+    assert _costs(without_gates, 5, REAL).check == (0.0, 0.0)
 
 
 def _budget(worker: Any) -> dict[str, Any]:

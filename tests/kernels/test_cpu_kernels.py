@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.kernels.cpu.cases import CASES
-from tests.kernels.cpu.running import compare_apart
+from tests.kernels.cpu.running import compare_apart, launched_kernels
 from vllm_adadecode.cpu.install import import_replacements
 from vllm_adadecode.cpu.registry import argument_mismatch
 from vllm_adadecode.cpu.support import WITHOUT_REPLACEMENT
@@ -42,23 +41,11 @@ def test_every_replacement_has_a_case() -> None:
 
 
 def _kernels() -> dict[str, list[str]]:
-    """Every kernel that vLLM launches below PACKAGE -> its arguments. Read, not imported."""
+    """Every kernel that vLLM launches below PACKAGE -> its arguments."""
     vllm = find_spec("vllm")
     assert vllm is not None
     assert vllm.origin is not None
-    root = Path(vllm.origin).parent / "v1/worker/gpu"
-    functions: dict[str, list[str]] = {}
-    launched: set[str] = set()
-    for path in root.rglob("*.py"):
-        module = ".".join(path.relative_to(root).with_suffix("").parts)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and any(
-                "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
-            ):
-                functions[f"{module}.{node.name}"] = [arg.arg for arg in node.args.args]
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                launched.add(ast.unparse(node.func.value).rpartition(".")[2])
-    return {k: v for k, v in functions.items() if k.rpartition(".")[2] in launched}
+    return launched_kernels(Path(vllm.origin).parent / "v1/worker/gpu")
 
 
 def test_no_kernel_is_missing() -> None:

@@ -4,7 +4,6 @@ plain torch, and every kernel compiled for sm_80 and sm_90.
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch
 import tests.kernels.head_cases as head_cases
 import tests.kernels.loop_cases as loop_cases
 from tests.gpu.device import on_device
-from tests.kernels.cpu.running import compare_apart
+from tests.kernels.cpu.running import compare_apart, launched_kernels
 from tests.kernels.registry import CASES, floats
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.kernels import gate, merge, sampling
@@ -68,22 +67,8 @@ def test_a_reference_that_does_nothing_is_noticed(comparison: dict[str, Any]) ->
     assert set(comparison["noticed"]) == set(REFERENCES)
 
 
-def _launched_kernels() -> set[str]:
-    """Every kernel that a wrapper launches, read from the source."""
-    jitted, launched = set(), set()
-    for path in (ROOT / "kernels").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and any(
-                "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
-            ):
-                jitted.add(f"{PACKAGE}{path.stem}.{node.name}")
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                launched.add(f"{PACKAGE}{path.stem}.{ast.unparse(node.func.value)}")
-    return jitted & launched
-
-
 def test_every_kernel_has_a_reference_and_a_case() -> None:
-    assert _launched_kernels() == set(REFERENCES)
+    assert {PACKAGE + name for name in launched_kernels(ROOT / "kernels")} == set(REFERENCES)
     assert {PACKAGE + name for case in CASES.values() for name in case.kernels} == set(REFERENCES)
 
 

@@ -170,11 +170,10 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
     speculator = runner.speculator
     ledger = speculator.ledger
     real: ExitThresholds = ledger.thresholds
-    exits = real.num_used_exits
     rounds = WARM_ROUNDS + TIMED_ROUNDS
-    settings = [NO_DRAFTS, all_alike(real), *(all_alike(real, e) for e in range(exits))]
-    gated = any(real.uses_gate(e) for e in range(exits))
-    if gated:
+    settings = [NO_DRAFTS, all_alike(real)]
+    settings += [all_alike(real, e) for e in range(real.num_used_exits)]
+    if any(gate is not None for gate in real.gate):
         settings.append(all_alike(real, open_gates=True))
     if len(PROMPT) + (1 + rounds) * (1 + runner.num_speculative_steps) >= runner.max_model_len:
         return None
@@ -192,7 +191,7 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
     if not table:
         return None
     drafts = min(MOST_DRAFTS, speculator.num_speculative_steps)
-    costs = rank_0(_costs(table, drafts, exits, real, gated))
+    costs = rank_0(_costs(table, drafts, real))
     logger.info("Measured rounds of %s requests in %.1f s", costs.batch_sizes, spent)
     return costs
 
@@ -209,14 +208,9 @@ def _timed(worker: Any, size: int, thresholds: ExitThresholds, rounds: int) -> f
         requests.end()
 
 
-def _costs(
-    table: list[tuple[int, list[float]]],
-    drafts: int,
-    exits: int,
-    real: ExitThresholds,
-    gated: bool,
-) -> RoundCosts:
+def _costs(table: list[tuple[int, list[float]]], drafts: int, real: ExitThresholds) -> RoundCosts:
     """Differences of whole rounds; one that noise has made negative counts as nothing."""
+    exits = real.num_used_exits
     used = [e for e in range(exits) if real.uses(e)]
     plain, failed, check, extended = [], [], [], []
     for _, (without, in_vain, *rest) in table:
@@ -230,7 +224,8 @@ def _costs(
                 deepest = max(deepest, (rest[e] - without) / drafts)
             row.append(deepest)
         extended.append(tuple(row))
-        check.append(max(0.0, rest[exits] - in_vain) / len(used) if gated else 0.0)
+        # The last, where there are gates: in vain, with all heads evaluated.
+        check.append(max(0.0, rest[exits] - in_vain) / len(used) if rest[exits:] else 0.0)
     return RoundCosts(
         batch_sizes=tuple(size for size, _ in table),
         plain=tuple(plain),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -48,6 +49,25 @@ def difference(expected: torch.Tensor, found: torch.Tensor, tolerance: float) ->
     except AssertionError as error:
         return str(error)
     return ""
+
+
+def launched_kernels(root: Path) -> dict[str, list[str]]:
+    """Every Triton kernel that is launched below a folder, and its arguments; read, not imported.
+
+    By names of modules relative to the folder.
+    """
+    functions: dict[str, list[str]] = {}
+    launched: set[str] = set()
+    for path in root.rglob("*.py"):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(
+                "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
+            ):
+                functions[f"{module}.{node.name}"] = [arg.arg for arg in node.args.args]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launched.add(ast.unparse(node.func.value).rpartition(".")[2])
+    return {k: v for k, v in functions.items() if k.rpartition(".")[2] in launched}
 
 
 def run(case: Any, replacements: Mapping[str, Callable[..., None]]) -> tuple[Any, set[str]]:
