@@ -84,7 +84,7 @@ class TestCosts:
     def test_costs_of_another_depth(self) -> None:
         of_32 = COSTLY.model_copy(update={"num_layers": 32})
         with pytest.raises(AdaDecodeError, match="costs are of 32 layers"):
-            measure([random_trace(0, 50)], Setting.uniform(3), of_32)
+            measure([random_trace(0, 50)], Setting((0.75,) * 3), of_32)
 
     def test_files(self, tmp_path: Path) -> None:
         file = tmp_path / "costs.json"
@@ -138,7 +138,7 @@ class TestMetrics:
         other = trace.final.copy()
         other[:5] += 1
         fields = {**vars(trace), "final": other}
-        assert measure([Trace(**fields)], Setting.uniform(3), FREE).own_text == 0.5
+        assert measure([Trace(**fields)], Setting((0.75,) * 3), FREE).own_text == 0.5
 
     def test_nothing_to_measure(self) -> None:
         with pytest.raises(AdaDecodeError, match="no output tokens"):
