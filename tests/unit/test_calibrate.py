@@ -84,7 +84,7 @@ class TestCosts:
     def test_costs_of_another_depth(self) -> None:
         of_32 = COSTLY.model_copy(update={"num_layers": 32})
         with pytest.raises(AdaDecodeError, match="costs are of 32 layers"):
-            measure([random_trace(0, 50)], Setting.uniform(3), of_32)
+            measure([random_trace(0, 50)], Setting((0.75,) * 3), of_32)
 
     def test_files(self, tmp_path: Path) -> None:
         file = tmp_path / "costs.json"
@@ -138,7 +138,7 @@ class TestMetrics:
         other = trace.final.copy()
         other[:5] += 1
         fields = {**vars(trace), "final": other}
-        assert measure([Trace(**fields)], Setting.uniform(3), FREE).own_text == 0.5
+        assert measure([Trace(**fields)], Setting((0.75,) * 3), FREE).own_text == 0.5
 
     def test_nothing_to_measure(self) -> None:
         with pytest.raises(AdaDecodeError, match="no output tokens"):
@@ -169,13 +169,13 @@ class TestSearch:
         # Below 0.6 drafts are wrong, above it right ones are given away.
         assert found.setting.thresholds[1] == 0.6
         prediction = found.predictions["a"]
-        assert prediction.calibrated.draft_acceptance_rate == 1.0
-        assert prediction.paper.ideal_speedup < 1.0 < prediction.calibrated.ideal_speedup
+        assert prediction["calibrated"].draft_acceptance_rate == 1.0
+        assert prediction["paper"].ideal_speedup < 1.0 < prediction["calibrated"].ideal_speedup
 
     def test_predicts_on_the_half_that_did_not_choose(self) -> None:
         traces = [known(i) for i in range(4)]
         found = calibrate({"a": traces}, COSTLY)
-        assert found.predictions["a"].calibrated == measure(traces[1::2], found.setting, COSTLY)
+        assert found.predictions["a"]["calibrated"] == measure(traces[1::2], found.setting, COSTLY)
         changed = [traces[0], known(11), traces[2], known(13)]
         assert calibrate({"a": changed}, COSTLY).setting == found.setting
 
@@ -185,8 +185,8 @@ class TestSearch:
         found = calibrate({"a": [known(i) for i in range(4)]}, dear)
         assert not found.pays
         assert found.setting.used == (False,) * 3
-        assert found.predictions["a"].calibrated.ideal_speedup_with_head_cost == 1.0
-        assert found.predictions["a"].paper.ideal_speedup_with_head_cost < 1.0
+        assert found.predictions["a"]["calibrated"].ideal_speedup_with_head_cost == 1.0
+        assert found.predictions["a"]["paper"].ideal_speedup_with_head_cost < 1.0
 
     def test_no_set_is_sacrificed_to_another(self) -> None:
         # In "b" the head that is right in "a" is confident and wrong.
@@ -194,7 +194,7 @@ class TestSearch:
         bad = [make_trace(t.confidence, np.zeros((3, 300)), (2, 4, 6), 8) for t in good]
         found = calibrate({"a": good, "b": bad}, FREE)
         for prediction in found.predictions.values():
-            assert prediction.calibrated.ideal_speedup_with_head_cost >= 1.0
+            assert prediction["calibrated"].ideal_speedup_with_head_cost >= 1.0
 
     def test_settles_for_less_where_the_best_do_not_hold(self) -> None:
         # What the choosing half finds best keeps half of its drafts on the other one.
@@ -202,7 +202,7 @@ class TestSearch:
         found = calibrate({"a": traces}, FREE, least_acceptance=0.95)
         assert found.pays
         assert found.setting.thresholds[1] >= 0.75
-        assert (found.predictions["a"].calibrated.draft_acceptance_rate or 0.0) > 0.9
+        assert (found.predictions["a"]["calibrated"].draft_acceptance_rate or 0.0) > 0.9
 
     @pytest.mark.parametrize("seed", range(2))
     @pytest.mark.parametrize("head", [0.2, 0.8, 2.5])
@@ -210,7 +210,7 @@ class TestSearch:
         costs = Costs(num_layers=8, head=head, gate=0.05, lm_head=1.0)
         traces = [random_trace(50 * seed + i, 40) for i in range(6)]
         found = calibrate({"a": traces}, costs, has_gate=True)
-        assert found.predictions["a"].calibrated.ideal_speedup_with_head_cost >= 1.0
+        assert found.predictions["a"]["calibrated"].ideal_speedup_with_head_cost >= 1.0
         assert found.pays == any(found.setting.used)
 
     def test_a_gate_that_knows_is_used(self) -> None:
@@ -224,8 +224,8 @@ class TestSearch:
         without = calibrate({"a": traces}, costs)
         assert with_gate.setting.gate_thresholds is not None
         assert 0.2 <= with_gate.setting.gate_thresholds[0] < 0.8
-        better = with_gate.predictions["a"].calibrated.ideal_speedup_with_head_cost
-        assert better > without.predictions["a"].calibrated.ideal_speedup_with_head_cost
+        better = with_gate.predictions["a"]["calibrated"].ideal_speedup_with_head_cost
+        assert better > without.predictions["a"]["calibrated"].ideal_speedup_with_head_cost
 
     def test_no_more_drafts_than_wanted(self) -> None:
         traces = [known(i) for i in range(4)]

@@ -81,9 +81,10 @@ class TestTogether:
             (tmp_path / name).write_bytes(b"old")
         return tmp_path
 
-    def test_others_stay(self, folder: Path) -> None:
+    def test_others_stay(self, folder: Path, umask: None) -> None:
         write_together(folder, self.NEW)
         assert contents(folder) == {"a": b"new", "c": b"new", "other": b"old"}
+        assert (folder / "a").stat().st_mode & 0o777 == 0o640
 
     @pytest.mark.parametrize("failing_call", range(2))
     @pytest.mark.parametrize("function", ["replace", "fsync", "unlink"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +16,7 @@ from tests.support.engines import DEMO_MODEL
 from tests.support.training_samples import VOCAB, random_sequences, tiny_target
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import target_fingerprint
+from vllm_adadecode.heads.target import target_digest
 from vllm_adadecode.training import json_lines
 from vllm_adadecode.training.batches import TokenRow, micro_batches, step_rows, token_rows
 from vllm_adadecode.training.prompts import load_data, prompts_of, sequences_of
@@ -30,7 +30,6 @@ from vllm_adadecode.training.sequences import (
     split_held_out,
     write_sequences,
 )
-from vllm_adadecode.training.target_digest import target_digest
 from vllm_adadecode.training.target_model import load_tokenizer
 
 
@@ -91,23 +90,6 @@ def test_no_sequences(tmp_path: Path) -> None:
             read_sequences(tmp_path / "s.jsonl")
     with pytest.raises(AdaDecodeError, match="can't be read"):
         read_sequences(tmp_path / "absent.jsonl")
-
-
-def test_a_failed_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "s.jsonl"
-    write_sequences(file, random_sequences(2))
-    before = file.read_bytes()
-
-    def refuse(source: Any, destination: Any) -> None:
-        raise OSError("no")
-
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="no"):
-        write_sequences(file, random_sequences(3))
-    assert file.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["s.jsonl"]
 
 
 def test_split_depends_on_the_prompt_alone() -> None:

@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="smallest share of drafts that must be accepted on every set (default 0: speed alone)",
+        help="smallest draft acceptance rate, on every set (default 0: speed alone)",
     )
     parser.add_argument(
         "--most-drafts",
@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from vllm_adadecode.evaluation import report
-    from vllm_adadecode.evaluation.calibrate import calibrate, paper_setting
+    from vllm_adadecode.evaluation.calibrate import calibrate
     from vllm_adadecode.evaluation.costs import choose_costs
-    from vllm_adadecode.evaluation.publish import publish, with_setting
+    from vllm_adadecode.evaluation.publish import publish
     from vllm_adadecode.heads.checkpoint import check_output
     from vllm_adadecode.training.provenance import provenance
 
@@ -72,14 +72,10 @@ def run(args: argparse.Namespace) -> int:
             args.most_drafts,
         )
     exits = session.config.exit_layers
-    paper = paper_setting(exits, session.config.target.num_hidden_layers)
-    result = report.calibration_json(found, paper, session.setting, exits)
+    result = report.calibration_json(found, exits)
     result |= {"notes": notes, "data": args.data, "made_with": provenance()}
-    config = with_setting(
-        session.folder, session.config, found.setting, result, args.output, session.target.name
-    )
     with disk_errors():
-        publish(session.folder, config, args.output, result)
+        publish(session, found.setting, args.output, result)
     if args.json:
         print(json.dumps(result, indent=2))
         return 0

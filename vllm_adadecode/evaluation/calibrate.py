@@ -7,7 +7,7 @@ every set; if none does, drafting is turned off, which costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -41,31 +41,28 @@ UNDER = 1e-6
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """One set's numbers on the half that did not choose."""
-
-    calibrated: Metrics
-    paper: Metrics
-    current: Metrics
-
-
-@dataclass(frozen=True)
 class Calibration:
     """What was chosen and what is to be expected of it.
 
     Attributes:
-        setting: the choice; thresholds of 1 throughout if nothing pays.
+        settings: by name: ``calibrated``, the choice, thresholds of 1 throughout if nothing pays;
+            ``paper``; ``before``, the heads' own.
         pays: whether anything does.
         costs: the prices it is chosen for.
-        predictions: by name of set.
+        predictions: by name of set, then of setting, on the half that did not choose.
         settings_tried: evaluated in all.
     """
 
-    setting: Setting
+    settings: dict[str, Setting]
     pays: bool
     costs: Costs
-    predictions: dict[str, Prediction]
+    predictions: dict[str, dict[str, Metrics]]
     settings_tried: int
+
+    @property
+    def setting(self) -> Setting:
+        """The choice."""
+        return self.settings["calibrated"]
 
 
 def paper_setting(exit_layers: Sequence[int], num_layers: int) -> Setting:
@@ -87,7 +84,6 @@ def calibrate(
     has_gate: bool = False,
     least_acceptance: float = 0.0,
     most_drafts: int | None = None,
-    advance: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Choose the setting with the most expected tokens a unit of cost.
 
@@ -102,7 +98,6 @@ def calibrate(
         least_acceptance: smallest draft acceptance rate, on every set. What costs most at batch 1
             is layers run, which rejected draft tokens hardly add to; in large batches they do.
         most_drafts: largest K; None: any that is tried. K tokens of every request are reserved.
-        advance: called after every setting that was tried.
 
     Raises:
         AdaDecodeError: there is no set, one has fewer than two sequences, or ``least_acceptance``
@@ -124,19 +119,20 @@ def calibrate(
     checking = {name: Measurer(traces[1::2], costs) for name, traces in sets.items()}
     first = next(iter(sets.values()))[0]
     num_exits = len(first.exit_layers)
-    search = _Search(
-        list(choosing.values()), num_exits, has_gate, least_acceptance, most_drafts, advance
-    )
+    search = _Search(list(choosing.values()), num_exits, has_gate, least_acceptance, most_drafts)
     check = partial(score, list(checking.values()), least_acceptance - ACCEPTANCE_SLACK)
     setting = next((s for s in search.ranked() if check(s) > 1.0), None)
-    pays = setting is not None
-    setting = setting or Setting.off(num_exits)
     paper = paper_setting(first.exit_layers, first.num_layers)
-    predictions = {
-        name: Prediction(m.measure(setting), m.measure(paper), m.measure(current or paper))
-        for name, m in checking.items()
+    settings = {
+        "calibrated": setting or Setting.off(num_exits),
+        "paper": paper,
+        "before": current or paper,
     }
-    return Calibration(setting, pays, costs, predictions, len(search.scores))
+    predictions = {
+        name: {which: measurer.measure(s) for which, s in settings.items()}
+        for name, measurer in checking.items()
+    }
+    return Calibration(settings, setting is not None, costs, predictions, len(search.scores))
 
 
 def score(measurers: Sequence[Measurer], least_acceptance: float, setting: Setting) -> float:
@@ -162,9 +158,8 @@ class _Search:
         has_gate: bool,
         least_acceptance: float,
         most_drafts: int | None,
-        advance: Callable[[], None],
     ) -> None:
-        self.num_exits, self.has_gate, self.advance = num_exits, has_gate, advance
+        self.num_exits, self.has_gate = num_exits, has_gate
         self.coarse, self.fine = (_up_to(most_drafts, k) for k in (COARSE_DRAFTS, FINE_DRAFTS))
         self.score = partial(score, measurers, least_acceptance)
         self.scores: dict[Setting, float] = {}
@@ -182,7 +177,6 @@ class _Search:
     def _score(self, setting: Setting) -> float:
         if setting not in self.scores:
             self.scores[setting] = self.score(setting)
-            self.advance()
         return self.scores[setting]
 
     def _grid(self) -> Iterator[Setting]:

@@ -87,21 +87,19 @@ class Metrics:
 
 
 class Measurer:
-    """Measures one set of traces under as many settings as wanted; without ``costs``, layers are
-    all that costs.
+    """Measures one set of traces under as many settings as wanted.
 
     Raises:
         AdaDecodeError: there is nothing to measure.
     """
 
-    def __init__(self, traces: Sequence[Trace], costs: Costs | None = None) -> None:
+    def __init__(self, traces: Sequence[Trace], costs: Costs) -> None:
         self.simulator = Simulator(traces)
-        num_layers, self.sequences = self.simulator.num_layers, len(traces)
-        self.costs = costs or Costs(num_layers=num_layers, head=0.0, lm_head=0.0)
-        if self.costs.num_layers != num_layers:
+        self.costs, self.sequences = costs, len(traces)
+        if costs.num_layers != self.simulator.num_layers:
             raise AdaDecodeError(
-                f"costs are of {self.costs.num_layers} layers, the target has {num_layers}: give "
-                "costs of this target"
+                f"costs are of {costs.num_layers} layers, the target has "
+                f"{self.simulator.num_layers}: give costs of this target"
             )
         # [E, total positions], [total positions]
         self.agrees = np.concatenate([t.token == t.final for t in traces], axis=1)
@@ -154,7 +152,7 @@ class Measurer:
         )
 
 
-def measure(traces: Sequence[Trace], setting: Setting, costs: Costs | None = None) -> Metrics:
+def measure(traces: Sequence[Trace], setting: Setting, costs: Costs) -> Metrics:
     """`Measurer.measure` for a single setting."""
     return Measurer(traces, costs).measure(setting)
 

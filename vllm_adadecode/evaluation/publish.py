@@ -1,4 +1,4 @@
-"""Calibrated heads as a folder of their own: the same weights, another config, and why.
+"""Calibrated heads as a folder: the same weights, another config, and why.
 
 Owns what is written; the choice is `calibrate.py`'s.
 """
@@ -12,14 +12,14 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from vllm_adadecode.evaluation.session import Session
 from vllm_adadecode.evaluation.simulate import Setting
 from vllm_adadecode.heads import HeadsConfig, save_heads
 from vllm_adadecode.heads.config import WEIGHTS_NAME
 from vllm_adadecode.heads.resolve import is_relative
+from vllm_adadecode.training.card import CARD_NAME
 
 RESULT_NAME = "calibration.json"
-CARD_NAME = "README.md"
-
 _SECTION = """
 ## Calibrated
 
@@ -29,67 +29,54 @@ simulated at batch 1, greedy, heads counted ({source}):
 
 | data | calibrated | paper's setting | before |
 | --- | --- | --- | --- |
-{rows}
 """
 
 
-def publish(source: Path, config: HeadsConfig, output: Path, result: Mapping[str, Any]) -> None:
-    """Write the heads of ``source`` with ``config``, ``calibration.json`` and the model card.
+def publish(session: Session, setting: Setting, output: Path, result: Mapping[str, Any]) -> None:
+    """Write the session's heads with another setting, ``calibration.json`` and the model card.
 
-    A new folder appears whole; in one that holds heads already each file is replaced in one step.
+    All of it or nothing, see `save_heads`.
 
     Args:
-        source: the heads folder that was calibrated.
-        config: its config with the new setting, see `with_setting`.
-        output: the folder to write, may be ``source``.
-        result: of `report.calibration_json`, with ``made_with``.
+        session: the heads that were calibrated.
+        setting: the choice.
+        output: the folder to write, may be that of the session.
+        result: of `report.calibration_json`, with ``data`` and ``made_with``.
 
     Raises:
         AdaDecodeError: the folder holds something else.
         OSError: the disk refuses.
     """
-    weights = source / WEIGHTS_NAME
+    weights, card = session.folder / WEIGHTS_NAME, session.folder / CARD_NAME
     tensors = load_file(weights) if weights.is_file() else {}
-    card = source / CARD_NAME
     beside = {RESULT_NAME: (json.dumps(result, indent=2) + "\n").encode()}
     if card.is_file():
         before = card.read_text(encoding="utf-8").partition("\n## Calibrated\n")[0].rstrip()
         beside[CARD_NAME] = (before + "\n" + card_section(result)).encode()
-    save_heads(output, config, tensors, beside)
+    save_heads(output, _with_setting(session, setting, output, result), tensors, beside)
 
 
 def card_section(result: Mapping[str, Any]) -> str:
     """What is added to the model card."""
-    rows = []
+    text = _SECTION.format(command=result["made_with"]["command"], source=result["costs"]["source"])
     for name, predicted in result["predictions"].items():
         cells = (
             f"{predicted[setting]['ideal_speedup_with_head_cost']:.3f}"
             for setting in ("calibrated", "paper", "before")
         )
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return _SECTION.format(
-        command=result["made_with"]["command"],
-        source=result["costs"]["source"],
-        rows="\n".join(rows),
-    )
+        text += f"| {name} | {' | '.join(cells)} |\n"
+    return text
 
 
-def with_setting(
-    source: Path,
-    config: HeadsConfig,
-    setting: Setting,
-    result: Mapping[str, Any],
-    output: Path,
-    target: str,
+def _with_setting(
+    session: Session, setting: Setting, output: Path, result: Mapping[str, Any]
 ) -> HeadsConfig:
-    """The config of ``source`` with another setting, for the folder ``output``.
+    """The config for ``output``, see `publish`.
 
-    How the setting came about goes to its provenance. A target that ``source`` names relative to
-    itself is named by its absolute path unless the relative name holds from ``output``, too.
-
-    Args:
-        target: folder or hub id of the target.
+    A target that the heads name relative to their folder is named by its absolute path unless the
+    relative name holds from ``output``, too.
     """
+    source, config, target = session.folder, session.config, session.target.name
     data = config.model_dump(mode="json")
     data["confidence_threshold"] = list(setting.thresholds)
     if config.gate and setting.gate_thresholds is not None:

@@ -101,37 +101,30 @@ def setting_line(setting: Setting, exit_layers: Sequence[int]) -> str:
 def calibration_table(found: Calibration) -> Table:
     """Predictions: the choice beside the paper's setting and the heads' own so far."""
     more = ("layers alone", "mean acceptance length", "draft acceptance rate")
-    columns = ("calibrated", "paper", "before", *more)
-    table = _table("Ideal speed-up, heads counted", "set", columns)
-    for name, p in found.predictions.items():
+    table = _table("Ideal speed-up, heads counted", "set", (*found.settings, *more))
+    for name, predicted in found.predictions.items():
+        chosen = predicted["calibrated"]
         table.add_row(
             name,
-            *(f"{m.ideal_speedup_with_head_cost:.3f}" for m in (p.calibrated, p.paper, p.current)),
-            f"{p.calibrated.ideal_speedup:.3f}",
-            f"{p.calibrated.mean_acceptance_length:.2f}",
-            _share(p.calibrated.draft_acceptance_rate),
+            *(f"{m.ideal_speedup_with_head_cost:.3f}" for m in predicted.values()),
+            f"{chosen.ideal_speedup:.3f}",
+            f"{chosen.mean_acceptance_length:.2f}",
+            _share(chosen.draft_acceptance_rate),
         )
     return table
 
 
-def calibration_json(
-    found: Calibration, paper: Setting, current: Setting, exit_layers: Sequence[int]
-) -> dict[str, Any]:
+def calibration_json(found: Calibration, exit_layers: Sequence[int]) -> dict[str, Any]:
     """What is written beside calibrated heads."""
-    settings = {"calibrated": found.setting, "paper": paper, "before": current}
     return {
         "pays": found.pays,
         "setting": setting_json(found.setting, exit_layers),
         "costs": found.costs.model_dump(),
         "settings_tried": found.settings_tried,
-        "settings": {name: setting_json(s, exit_layers) for name, s in settings.items()},
+        "settings": {name: setting_json(s, exit_layers) for name, s in found.settings.items()},
         "predictions": {
-            name: {
-                "calibrated": p.calibrated.as_dict(),
-                "paper": p.paper.as_dict(),
-                "before": p.current.as_dict(),
-            }
-            for name, p in found.predictions.items()
+            name: {which: metrics.as_dict() for which, metrics in predicted.items()}
+            for name, predicted in found.predictions.items()
         },
     }
 

@@ -39,11 +39,6 @@ class Setting:
     gate_thresholds: tuple[float, ...] | None = None
 
     @classmethod
-    def uniform(cls, num_exits: int, threshold: float = 0.75, max_drafts: int = 5) -> Setting:
-        """One threshold for all exits; the defaults are the paper's (section "Confidence")."""
-        return cls((threshold,) * num_exits, max_drafts)
-
-    @classmethod
     def off(cls, num_exits: int) -> Setting:
         """No drafting at all."""
         return cls((1.0,) * num_exits, 1)

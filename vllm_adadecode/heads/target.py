@@ -1,7 +1,9 @@
 """What can be said about a target from its files alone, without loading it.
 
-Owns what its config.json says, where its weights are found in safetensors files, and a digest of a
-few of them by which heads recognise their target, also as a copy in another precision.
+Owns what its config.json says, where its weights are found in safetensors files, and two digests: a
+fingerprint of a few weights, by which heads recognise their target, also as a copy in another
+precision; and one of all files, the key of what is cached for a target, since fine-tuning may have
+left those few as they were.
 """
 
 import hashlib
@@ -10,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -26,6 +28,12 @@ INDEX_NAME = "model.safetensors.index.json"
 SAMPLE_ROWS = (0, 3, 17, 101, 251, 499, 997, 1999, 4001, 9973, 20011, 50021, 100003)
 # A bfloat16 value from here up is exact in float16; below, float16 may drop bits.
 SMALLEST = 2.0**-14
+
+# Of the beginning, the middle and the end of each tensor. Training changes all values of a tensor,
+# or at least all of a row.
+SAMPLE_BYTES = 4096
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_OTHERS = (".json", ".jinja", ".model", ".txt")
 
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
 _NORM_NAMES = tuple(f"{prefix}norm.weight" for prefix in _PREFIXES)
@@ -159,6 +167,35 @@ def target_fingerprint(model_path: str | Path) -> str | None:
     return f"sha256:{digest.hexdigest()}"
 
 
+def target_digest(target: str | Path) -> str:
+    """``"sha256:<hex>"`` of a target's config, tokenizer and weights.
+
+    Files are read whole but for safetensors, of which the header and parts of every tensor are.
+
+    Args:
+        target: folder, or hub id that is in the local cache.
+
+    Raises:
+        AdaDecodeError: there are no files to read.
+    """
+    folder = local_folder(target)
+    files = sorted(p for p in folder.iterdir() if p.is_file()) if folder else []
+    weights = [p for p in files if p.suffix in _WEIGHTS]
+    if not weights:
+        raise AdaDecodeError(f"{target} has no weights here: give the folder or hub id of a model")
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix not in _WEIGHTS + _OTHERS:
+            continue
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with open(file, "rb") as stream:
+            if file.suffix == ".safetensors":
+                _update_samples(digest, stream, file)
+            else:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
 def local_folder(model: str | Path, revision: str | None = None) -> Path | None:
     """The folder of a local model or of an already cached hub model; None if there is neither."""
     if Path(model).is_dir():
@@ -193,3 +230,23 @@ def _update(digest: Any, tensor: torch.Tensor) -> None:
     # Adding zero makes -0.0 the same as 0.0.
     values = torch.where(values.abs() < SMALLEST, 0.0, values) + 0.0
     digest.update(values.contiguous().numpy().tobytes())
+
+
+def _update_samples(digest: Any, stream: BinaryIO, file: Path) -> None:
+    """The header of a safetensors file (8 bytes of length, JSON) and samples of its tensors."""
+    try:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length)
+        spans = [
+            entry["data_offsets"]
+            for name, entry in sorted(json.loads(header).items())
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise AdaDecodeError(f"{file} is no safetensors file: copy it again") from None
+    digest.update(header)
+    for start, end in spans:
+        middle = (start + end - SAMPLE_BYTES) // 2
+        for offset in (start, max(start, middle), max(start, end - SAMPLE_BYTES)):
+            stream.seek(8 + length + offset)
+            digest.update(stream.read(min(SAMPLE_BYTES, end - offset)))

@@ -22,9 +22,9 @@ from typing import IO, Any
 from rich.progress import Progress
 
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.heads.target import target_digest
 from vllm_adadecode.training.json_lines import write_json_lines
 from vllm_adadecode.training.sequences import Sequence, read_sequences
-from vllm_adadecode.training.target_digest import target_digest
 from vllm_adadecode.training.target_model import load_tokenizer
 
 Prompt = tuple[tuple[int, ...], str]  # token ids, source

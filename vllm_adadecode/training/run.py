@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import HeadsConfig, head_tensors, make_heads, save_heads
 from vllm_adadecode.heads.checkpoint import DRAFT_VOCAB, check_output
-from vllm_adadecode.heads.target import fetch
+from vllm_adadecode.heads.target import fetch, target_digest
 from vllm_adadecode.training.batches import TokenRow, token_rows
 from vllm_adadecode.training.card import CARD_NAME, make_card
 from vllm_adadecode.training.distributions import Distributions
@@ -42,7 +42,6 @@ from vllm_adadecode.training.sequences import (
     split_held_out,
 )
 from vllm_adadecode.training.state import RunState
-from vllm_adadecode.training.target_digest import target_digest
 from vllm_adadecode.training.target_model import load_target, load_tokenizer
 from vllm_adadecode.training.trainer import TrainSettings, evaluate, train_gates, train_heads
 
