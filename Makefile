@@ -61,7 +61,7 @@ bench-quick: setup
 
 # What the shipped heads are worth, by set of prompts that they were not trained on.
 heads-report: setup
-	$(BIN)/adadecode eval benchmarks/demo/model/adadecode --max-tokens 128 $(ARGS) \
+	$(BIN)/adadecode eval benchmarks/demo/model/adadecode --dtype float32 --max-tokens 128 $(ARGS) \
 	  --data $(foreach set,head_held_out unseen prose c_headers,benchmarks/demo/eval_prompts/$(set).jsonl:$(set))
 
 demo-model: setup
