@@ -1,8 +1,8 @@
 """Overlapped rounds: verified by batches that were prepared before anyone knew their draft tokens.
 
 The same engine serves with rounds overlapping and with each one waited for, which must not be told
-apart by anything but the waiting. tests/unit/test_draft_round.py has what needs no engine; whatever
-else happens to requests is in test_schedule.py.
+apart by anything but the waiting. tests/unit/test_round_states.py has what needs no engine;
+whatever else happens to requests is in test_schedule.py.
 
 Starts three engines of its own (WIDE, NARROW, and one with synthetic acceptance), and uses vanilla
 and the engine with recorded graphs of test_graphs.py.

@@ -14,7 +14,7 @@ import torch
 
 from vllm_adadecode.draft.buffers import LoopBuffers, padded_size, pass_states
 from vllm_adadecode.draft.device_loop import DeviceLoop
-from vllm_adadecode.draft.heads import Heads, StoredHeads
+from vllm_adadecode.draft.head_evaluation import Heads, StoredHeads
 from vllm_adadecode.draft.host_loop import HostLoop
 from vllm_adadecode.draft.readback import RoundReadback
 from vllm_adadecode.draft.result import DraftResult, DraftState

@@ -16,7 +16,7 @@ import torch
 from vllm.v1.utils import record_function_or_nullcontext
 
 from vllm_adadecode.draft.buffers import LoopBuffers, padded_size
-from vllm_adadecode.draft.heads import Heads
+from vllm_adadecode.draft.head_evaluation import Heads
 from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.deferred import DeferredStates

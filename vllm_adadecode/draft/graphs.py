@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 
 from vllm_adadecode.draft.buffers import padded_size
 from vllm_adadecode.draft.device_loop import DeviceLoop, Steps
-from vllm_adadecode.draft.heads import Heads
+from vllm_adadecode.draft.head_evaluation import Heads
 from vllm_adadecode.heads.thresholds import ExitThresholds
 
 # Larger batches draft without graphs, if at all: there the passes, not their launches, take time.

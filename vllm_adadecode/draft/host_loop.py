@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from vllm.v1.utils import record_function_or_nullcontext
 
-from vllm_adadecode.draft.heads import Heads
+from vllm_adadecode.draft.head_evaluation import Heads
 from vllm_adadecode.draft.result import DraftResult, DraftState, ExitCounts
 from vllm_adadecode.heads.thresholds import ExitThresholds
 from vllm_adadecode.kernels.deferred import DeferredStates

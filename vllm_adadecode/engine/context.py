@@ -10,7 +10,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_adadecode.draft.heads import Heads, make_heads
+from vllm_adadecode.draft.head_evaluation import Heads, make_heads
 from vllm_adadecode.engine.ledger import RoundLedger
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.model.draft_sampler import DraftSampler

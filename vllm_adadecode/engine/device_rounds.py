@@ -1,7 +1,7 @@
 """Rounds whose draft loop is on the device: when the host waits for one, and when it need not.
 
 Owns the queue of rounds that the host has not recorded yet, and moves each through its states
-(draft_round.py). In the order in which the model runner calls: `overlap` decides whether the next
+(round_states.py). In the order in which the model runner calls: `overlap` decides whether the next
 batch verifies the last round before the host knows it; `plan` and `verify` do so; `propose` starts
 the next round; `resolve` records rounds that have ended, and waits only for those whose windows or
 draft tokens are needed. A round that drafts nothing is recorded whenever its copy has come.
@@ -21,8 +21,8 @@ from vllm.v1.worker.workspace import use_workspace_lane
 from vllm_adadecode.draft.device_loop import DeviceLoop, StepGraphs
 from vllm_adadecode.draft.readback import RoundReadback
 from vllm_adadecode.engine.context import DraftContext
-from vllm_adadecode.engine.draft_round import DraftRound, IllegalTransitionError, RoundState
 from vllm_adadecode.engine.next_batch import NextBatch
+from vllm_adadecode.engine.round_states import DraftRound, IllegalTransitionError, RoundState
 from vllm_adadecode.kernels.draft_state import STOPPED
 from vllm_adadecode.spans.ragged import CHECK_KV_BOUNDS
 from vllm_adadecode.verify.overlapped_plan import MOST_TOKEN_SLOTS, OverlappedPlan

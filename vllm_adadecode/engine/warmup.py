@@ -13,7 +13,7 @@ from vllm.triton_utils import HAS_TRITON
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 
 from vllm_adadecode.draft.device_loop import DeviceLoop
-from vllm_adadecode.draft.heads import Heads
+from vllm_adadecode.draft.head_evaluation import Heads
 from vllm_adadecode.engine.context import DraftContext
 from vllm_adadecode.kernels.tuning import ROW_BUCKETS
 from vllm_adadecode.model.fused_head import FusedHeads

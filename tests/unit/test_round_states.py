@@ -11,8 +11,8 @@ from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 
 from vllm_adadecode.draft.windows import PendingWindow
 from vllm_adadecode.engine.device_rounds import DeviceRounds
-from vllm_adadecode.engine.draft_round import DraftRound, IllegalTransitionError, RoundState
 from vllm_adadecode.engine.next_batch import NextBatch
+from vllm_adadecode.engine.round_states import DraftRound, IllegalTransitionError, RoundState
 from vllm_adadecode.metrics.counters import Counters
 from vllm_adadecode.spans.padded import in_any_order
 from vllm_adadecode.spans.shapes import PrefillPart
