@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from vllm_adadecode.evaluation.session import Session
 
 DESCRIPTION = (
-    "Measure heads on data, simulating the engine's decode steps at batch 1, greedy: per exit layer "
-    "agreement with the last layer, coverage, precision and calibration error; draft acceptance "
-    "rate, mean acceptance length, and the ideal speed-up with and without the cost of heads."
+    "Measure heads on data, simulating the engine's decode steps at batch 1, greedy: for each exit "
+    "layer agreement with the last layer, coverage, precision and calibration error; draft "
+    "acceptance rate, mean acceptance length, and the ideal speed-up with and without the cost of "
+    "heads."
 )
 
 
