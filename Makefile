@@ -12,7 +12,7 @@ ARGS ?=
 # Processes of `make test`.
 WORKERS ?= 2
 
-.PHONY: help setup demo bench-quick demo-model baselines bench paper kernels test test-all lint
+.PHONY: help setup demo bench-quick demo-model heads-report baselines bench paper kernels test test-all lint
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test-all       lint, then every test, the slow ones among them"
 	@echo "make lint           ruff and mypy"
 	@echo "make demo-model     train the demo model again"
+	@echo "make heads-report   what the demo model's heads are worth, on prompts they were not trained on"
 	@echo "make baselines      train Medusa, EAGLE-3 and draft model drafters for the demo model"
 	@echo "make bench          compare all methods on the demo model: results/compare (docs/benchmarks.md)"
 	@echo "make paper          the paper's experiments on the demo model: results/paper (docs/benchmarks.md)"
@@ -57,6 +58,11 @@ demo: setup
 
 bench-quick: setup
 	$(BIN)/python -m benchmarks.quick $(ARGS)
+
+# What the shipped heads are worth, by set of prompts that they were not trained on.
+heads-report: setup
+	$(BIN)/adadecode eval benchmarks/demo/model/adadecode --max-tokens 128 $(ARGS) \
+	  --data $(foreach set,head_held_out unseen prose c_headers,benchmarks/demo/eval_prompts/$(set).jsonl:$(set))
 
 demo-model: setup
 	$(BIN)/python -m benchmarks.demo.train $(ARGS)

@@ -78,15 +78,13 @@ class HostLoop:
             rows = rows[result.used_exits[rows] > exit_index]
             if rows.size == 0:
                 return
-            hidden, residual = self._run_span(result.state, exit_index, rows, offset)
+            newest = self._run_span(result.state, exit_index, rows, offset)
             counts.span_passes[exit_index] += 1
             counts.rows[exit_index] += len(rows)
             if not self.thresholds.uses(exit_index):
                 continue
             with record_function_or_nullcontext(f"adadecode: head {exit_index + 1}"):
-                evaluated, confident, tokens = self._evaluate(
-                    exit_index, rows, offset, hidden, residual
-                )
+                evaluated, confident, tokens = self._evaluate(exit_index, offset, *newest)
             counts.heads_evaluated[exit_index] += int(evaluated.sum())
             counts.head_batches[exit_index] += bool(evaluated.any())
             counts.draft_tokens[exit_index] += int(confident.sum())
@@ -97,33 +95,35 @@ class HostLoop:
     def _evaluate(
         self,
         exit_index: int,
-        rows: np.ndarray,
         offset: int,
-        # [len(rows), hidden_size]
+        # [num_rows, hidden_size]
         hidden: torch.Tensor,
-        # [len(rows), hidden_size]
+        # [num_rows, hidden_size]
         residual: torch.Tensor,
+        # [num_rows] request slots
+        slots: torch.Tensor,
+        # [num_rows] int64
+        positions: torch.Tensor,
     ) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-        """Gate and head of every row.
+        """Gate and head of every row, from its newest token.
 
         Returns:
-            bool ``[len(rows)]`` each, whether a row's head was evaluated and whether its prediction
-            is accepted, and int64 ``[len(rows)]`` tokens, of no meaning where it was not evaluated.
+            bool ``[num_rows]`` each, whether a row's head was evaluated and whether its prediction
+            is accepted, and int64 ``[num_rows]`` tokens, of no meaning where it was not evaluated.
         """
-        rows_device = torch.from_numpy(rows).to(self._first_pos.device)
         check = self.heads.check(
             exit_index,
             hidden,
             residual,
-            slots=self._slots_device[rows_device],
-            positions=self._first_pos[rows_device] + offset,
+            slots=slots,
+            positions=positions,
             draft=offset,
             gate_threshold=self.thresholds.gate[exit_index],
         )
         confident = self._confident(exit_index, check.p)
         # The one host synchronisation of a head.
         if check.live is None:
-            return np.ones(len(rows), dtype=bool), confident.cpu().numpy(), check.token
+            return np.ones(len(slots), dtype=bool), confident.cpu().numpy(), check.token
         evaluated, accepted = torch.stack([check.live, confident & check.live]).cpu().numpy()
         return evaluated, accepted, check.token
 
@@ -160,11 +160,12 @@ class HostLoop:
 
     def _run_span(
         self, state: DraftState, span: int, rows: np.ndarray, offset: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Take each row's tokens at depth ``span``, up to its newest, one span deeper.
 
         Returns:
-            (hidden, residual) of the newest tokens, ``[len(rows), hidden_size]`` each.
+            (hidden, residual) of the newest tokens, ``[len(rows), hidden_size]`` each, their
+            request slots and positions, ``[len(rows)]`` each.
         """
         device = self._first_pos.device
         # Depths never increase along a window, so tokens at this depth are its end.
@@ -177,6 +178,7 @@ class HostLoop:
         rows_device = torch.from_numpy(token_rows).to(device)
         offsets_device = torch.from_numpy(offsets).to(device)
         slots_device = self._slots_device[rows_device]
+        positions = self._first_pos[rows_device] + offsets_device
         if span == 0:
             hidden = self.staged.embed(state.tokens[rows_device, offsets_device].to(torch.int32))
             residual = None
@@ -187,11 +189,11 @@ class HostLoop:
             slots=self._slots[rows],
             num_tokens=counts,
             seq_lens_upper=self._upper[rows] + offset + 1,
-            positions=self._first_pos[rows_device] + offsets_device,
+            positions=positions,
             hidden=hidden,
             residual=residual,
         )
         self.deferred.store(slots_device, offsets_device, hidden, residual)
         state.depths[token_rows, offsets] = span + 1
         newest = torch.from_numpy(ends - 1).to(device)
-        return hidden[newest], residual[newest]
+        return hidden[newest], residual[newest], slots_device[newest], positions[newest]
