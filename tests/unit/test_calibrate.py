@@ -231,7 +231,7 @@ class TestSearch:
         traces = [known(i) for i in range(4)]
         assert calibrate({"a": traces}, FREE).setting.max_drafts > 3
         assert calibrate({"a": traces}, FREE, most_drafts=3).setting.max_drafts <= 3
-        with pytest.raises(AdaDecodeError, match="most drafts must be at least 1"):
+        with pytest.raises(AdaDecodeError, match="--most-drafts must be at least 1"):
             calibrate({"a": traces}, FREE, most_drafts=0)
 
     def test_too_little_data(self) -> None:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from vllm_adadecode.evaluation.session import Session
 
 DESCRIPTION = (
-    "Measure heads on data, simulating the engine's rounds at batch 1, greedy: per exit layer "
-    "agreement with the last layer, coverage, precision and calibration error; draft acceptance, "
-    "mean acceptance length, and the ideal speed-up with and without the cost of heads."
+    "Measure heads on data, simulating the engine's decode steps at batch 1, greedy: for each exit "
+    "layer agreement with the last layer, coverage, precision and calibration error; draft "
+    "acceptance rate, mean acceptance length, and the ideal speed-up with and without the cost of "
+    "heads."
 )
 
 
@@ -158,7 +159,7 @@ def _print(session: Session, metrics: dict[str, Metrics], costs: Any, notes: lis
         if m.own_text < OWN_TEXT:
             console.print(
                 f"{name}: {1 - m.own_text:.0%} of the text is not what the target would have "
-                "written; drafts are compared with the text, so acceptance is underrated",
+                "written; draft tokens are compared with the text, so acceptance is underrated",
                 markup=False,
             )
     for line in notes:

@@ -104,9 +104,9 @@ def calibrate(
             is no share, or ``most_drafts`` is below 1.
     """
     if most_drafts is not None and most_drafts < 1:
-        raise AdaDecodeError(f"most drafts must be at least 1, not {most_drafts}")
+        raise AdaDecodeError(f"--most-drafts must be at least 1, not {most_drafts}")
     if not 0.0 <= least_acceptance <= 1.0:
-        raise AdaDecodeError(f"least acceptance must lie in [0, 1], not {least_acceptance:g}")
+        raise AdaDecodeError(f"--least-acceptance must lie in [0, 1], not {least_acceptance:g}")
     if not sets:
         raise AdaDecodeError("nothing to calibrate on: give --data")
     for name, traces in sets.items():

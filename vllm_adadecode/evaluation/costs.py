@@ -1,4 +1,4 @@
-"""What the parts of a round cost, in units of one decoder layer of the target.
+"""What the parts of a decode step cost, in units of one decoder layer of the target.
 
 Owns the cost model and its sources: times on this machine, bytes of weights read, which is what a
 decoding step at batch 1 waits for, and a file. A vanilla token costs all layers and one pass of
@@ -33,7 +33,7 @@ Cost = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
 
 
 class Costs(BaseModel):
-    """Costs in passes of one layer of a target of ``num_layers`` layers.
+    """Costs in units of one layer of a target of ``num_layers`` layers.
 
     Raises:
         AdaDecodeError: a field is missing, unknown or out of its range.
@@ -44,8 +44,8 @@ class Costs(BaseModel):
     num_layers: Annotated[int, Field(gt=0, strict=True)] = Field(
         description="Of the model that the costs are of."
     )
-    head: Cost = Field(description="A head check: transform, norm, LM head, confidence.")
-    gate: Cost = Field(default=0.0, description="A gate check.")
+    head: Cost = Field(description="Evaluating a head: transform, norm, LM head, confidence.")
+    gate: Cost = Field(default=0.0, description="Evaluating a gate.")
     lm_head: Cost = Field(description="Final norm and LM head of a vanilla step or verification.")
     verification: Cost = Field(
         default=0.0, description="What a verification costs beside its layers and LM head."
@@ -144,7 +144,7 @@ def costs_from_bytes(shape: ModelShape, heads: HeadsConfig, source: str) -> Cost
 
     Args:
         shape: the target's.
-        heads: say what a head check reads.
+        heads: say what evaluating a head reads.
         source: name of the result.
     """
     d = shape.hidden_size

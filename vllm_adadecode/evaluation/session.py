@@ -37,7 +37,7 @@ class Session:
         folder: of the heads.
         config: of the heads.
         target: frozen.
-        readout: the heads, ready to be asked.
+        readout: the heads, ready to be evaluated.
     """
 
     folder: Path

@@ -107,7 +107,7 @@ class Trace:
 
     Position i is output token i; what is said there is about output token i + 1. The first output
     token comes from the prefill, so a trace of N output tokens has P = N - 1 positions, those at
-    which the engine runs its rounds.
+    which the engine runs its decode steps.
 
     Attributes:
         exit_layers: E exit layers, increasing.

@@ -91,7 +91,7 @@ def _heads(config: HeadsConfig) -> Iterable[Sequence[str]]:
     rank = f", rank {config.rank}" if config.rank else ""
     yield "transform T", f"{config.transform}{rank}; the target's final norm: {config.norm} T"
     yield "confidence threshold", _numbers(config.thresholds)
-    yield "most drafts in a window (K)", str(config.num_speculative_tokens)
+    yield "draft tokens in a step, at most (K)", str(config.num_speculative_tokens)
     if config.gate_thresholds is not None:
         yield "gate threshold", _numbers(config.gate_thresholds)
     if config.draft_vocab_size is not None:
@@ -119,7 +119,7 @@ def _gates(held_out: dict[str, Any], config: HeadsConfig) -> str:
         [e, *(f"{found[name]:.1%}" for name in ("coverage", "gate_passed", "gate_recall"))]
         for e, found in held_out["exits"].items()
     ]
-    table = _table(["exit layer", "coverage", "gate passes", "of the covered"], rows)
+    table = _table(["exit layer", "coverage", "gate open", "of the covered"], rows)
     return f"\nThe gates, at gate threshold 0.5:\n\n{table}\n"
 
 
