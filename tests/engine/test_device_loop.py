@@ -213,15 +213,17 @@ def test_work_does_not_depend_on_data(always: list[Round]) -> None:
     assert first_difference(two.trace.allocated, four.trace.allocated)
 
 
+@pytest.mark.parametrize(
+    "asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sync", "async"]
+)
 def test_output_is_vanillas_in_crowded_batches(
-    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+    engines: EnginePool, prompts: list[str], monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
-    """Chunked prefill beside drafting, and more requests than rows; rounds are recorded late.
-
-    test_overlapped_rounds.py has the same with async scheduling.
-    """
+    """Chunked prefill beside drafting, and more requests than rows; rounds are recorded late."""
     monkeypatch.setattr(RoundReadback, "has_arrived", lambda _: False)
-    engine = engines.get(speculative_config=DEVICE_LOOP, max_num_seqs=6, max_num_batched_tokens=64)
+    crowded: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 64}
+    options: dict[str, Any] = {"async_scheduling": True} if asynchronous else {}
+    engine = engines.get(speculative_config=DEVICE_LOOP, **crowded, **options)
     params = [greedy(6 + 3 * i) for i in range(9)]
     outputs = generate(engine, prompts[:9], params)
     vanilla = engines.get()

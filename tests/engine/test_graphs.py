@@ -29,8 +29,13 @@ from vllm_adadecode.verify.passes import VerificationPasses
 
 @pytest.mark.parametrize(
     ("loop", "asynchronous"),
-    [("host", False), ("device", False), ("device", True)],
-    ids=["host", "device", "device-async"],
+    [
+        ("host", False),
+        pytest.param("host", True, marks=pytest.mark.slow),
+        ("device", False),
+        ("device", True),
+    ],
+    ids=["host", "host-async", "device", "device-async"],
 )
 def test_output_is_vanillas(
     engines: EnginePool, prompts: list[str], loop: str, asynchronous: bool

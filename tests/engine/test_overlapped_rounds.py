@@ -132,23 +132,32 @@ def assert_same_as_waiting(
     return outputs, counts
 
 
-def test_nothing_but_the_waiting_differs(engines: EnginePool, prompts: list[str]) -> None:
+@pytest.mark.parametrize(
+    "method", ["probabilistic", pytest.param("greedy", marks=pytest.mark.slow)]
+)
+def test_nothing_but_the_waiting_differs(
+    engines: EnginePool, prompts: list[str], method: str
+) -> None:
     """In batches that get smaller."""
-    engine = get_engine(engines, WIDE)
+    engine = get_engine(engines, WIDE, draft_sample_method=method)
     _, counts = assert_same_as_waiting(engine, prompts[:9], all_kinds(), nullcontext())
     decoding = counts["deferred_steps"] + counts["plain_steps"]
     assert counts["overlapped_steps"] > 0.9 * decoding
 
 
+@pytest.mark.parametrize(
+    "method", ["probabilistic", pytest.param("greedy", marks=pytest.mark.slow)]
+)
 def test_prompts_go_through_beside_overlapped_rounds(
-    engines: EnginePool, prompts: list[str]
+    engines: EnginePool, prompts: list[str], method: str
 ) -> None:
     """Requests that come while others decode, their prompts in chunks; few seats.
 
     Attention backends keep room for rows of as many requests as there may be; each request's tokens
     are together.
     """
-    engine, vanilla = get_engine(engines, NARROW), engines.get()
+    engine = get_engine(engines, NARROW, draft_sample_method=method)
+    vanilla = engines.get()
     params = [p for _ in range(2) for p in all_kinds()]
     texts = [prompts[i] * (1 + i % 3) for i in range(len(params))]
     run_rows, rows = PaddedSpans.run_rows, []

@@ -1,6 +1,7 @@
 """The optional parts of heads: gate, draft vocabulary, quantisation; module and file."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,17 @@ def test_logit_lens_may_be_quantised() -> None:
     )
     load_heads(None, config, torch.float32, "cpu")
     assert load_draft_vocab(None, config) is None
+
+
+def test_heads_without_weights_do_not_lie_beside_those_of_others(tmp_path: Path) -> None:
+    folder, config, _ = make_heads(tmp_path / "heads", transform="identity", rank=None)
+    assert load_heads(folder, config, torch.float32, "cpu").keys() == {1, 3}
+    other, _, _ = make_heads(tmp_path / "other")
+    shutil.copy(other / "model.safetensors", folder)
+    with pytest.raises(AdaDecodeError, match=r"has the unexpected exit_1\.down"):
+        check_weights(folder, config)
+    with pytest.raises(AdaDecodeError, match=r"has the unexpected exit_1\.down"):
+        load_heads(folder, config, torch.float32, "cpu")
 
 
 BAD_TENSORS = [

@@ -175,15 +175,17 @@ class AdaptiveDraftLength:
         until = self._rounds + (REUSE if self._knows else 1)
         return _Plan(until, choice, less, more, every(less), every(more), seconds)
 
-    def round_ended(self, requests: Sequence[str] | None) -> None:
+    def round_ended(self, requests: Sequence[str] | None, overlapped: bool = False) -> None:
         """A draft loop is over.
 
         Args:
             requests: as for `RoundClock.ended`.
+            overlapped: whether the next batch was prepared before. Such a round ends later, so its
+                time is told by another of its kind alone.
         """
         num_reqs, choice, expected = self._now
         self._now = 0, self.most, 0.0
-        taken = self._clock.ended(requests if num_reqs else None, choice)
+        taken = self._clock.ended(requests if num_reqs else None, (choice, overlapped))
         if taken is not None:
             self.times.add(num_reqs, choice.drafts > 0, expected, taken)
 

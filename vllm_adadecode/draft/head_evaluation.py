@@ -55,7 +55,7 @@ class StoredHeads:
         if live is None:
             return HeadCheck(*self._evaluate(exit_index, draft, *rows), live)
         if not self.picks_rows:
-            if self.sampler is not None:
+            if self.sampler is not None and gate_threshold is not None:
                 # Logits are cached for these rows alone.
                 rows = hidden, residual, torch.where(live, slots, -1), positions
             return HeadCheck(*self._evaluate(exit_index, draft, *rows), live)

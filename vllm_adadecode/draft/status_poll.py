@@ -51,15 +51,6 @@ class StatusPoll:
         numbers = self._read()
         return numbers[len(numbers) // 2 :]
 
-    def any(
-        self,
-        # [num_rows] bool
-        rows: torch.Tensor,
-    ) -> bool:
-        """Whether there is a row; in the midst of a step, where it is captured by no graph."""
-        self.synchronisations += 1
-        return bool(rows.any())
-
     def _read(self) -> list[int]:
         if self._numbers is None:
             assert self._status is not None

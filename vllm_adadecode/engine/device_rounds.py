@@ -299,7 +299,7 @@ class DeviceRounds:
         buffers = this.run.buffers if this.run is not None else None
         num_reqs = this.input_batch.num_reqs
         this.readback = RoundReadback.start(num_reqs, buffers, this.num_sampled, this.used_exits)
-        self.context.ledger.round_ended(this.input_batch, this.timed)
+        self.context.ledger.round_ended(this.input_batch, this.timed, this.plan is not None)
 
     @torch.inference_mode()
     def resolve(self, wait: bool = True, everything: bool = False) -> None:

@@ -177,12 +177,16 @@ class RoundLedger:
         self.last_req_ids = list(input_batch.req_ids)
         self.last_drafts = [[]] * input_batch.num_reqs
 
-    def round_ended(self, input_batch: InputBatch, timed: bool = True) -> None:
+    def round_ended(
+        self, input_batch: InputBatch, timed: bool = True, overlapped: bool = False
+    ) -> None:
         """Tell adaptive draft length that all of a round's drafting is queued.
 
         Args:
             timed: whether all requests did as it said.
+            overlapped: as for `AdaptiveDraftLength.round_ended`.
         """
         if self.draft_length is not None:
             timed &= not input_batch.has_prefill
-            self.draft_length.round_ended(input_batch.req_ids if timed else None)
+            requests = input_batch.req_ids if timed else None
+            self.draft_length.round_ended(requests, overlapped)

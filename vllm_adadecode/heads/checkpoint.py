@@ -157,7 +157,7 @@ def load_heads(
     for head in heads.values():
         head.requires_grad_(False)
     shapes = tensor_shapes(config)
-    if not shapes:
+    if not shapes and (directory is None or not (Path(directory) / WEIGHTS_NAME).exists()):
         return heads
     with _open_weights(directory, config) as (source, weights):
         for exit_layer, head in heads.items():
@@ -210,7 +210,9 @@ def check_weights(directory: str | Path, config: HeadsConfig) -> None:
         AdaDecodeError: the file is missing, damaged or no safetensors file, holds other tensors
             or shapes than its config says, or a draft vocabulary that can't be right.
     """
-    if shapes := tensor_shapes(config):
+    shapes = tensor_shapes(config)
+    # Heads without weights need no file; one that is there belongs to others.
+    if shapes or (Path(directory) / WEIGHTS_NAME).exists():
         with _open_weights(directory, config) as (source, weights):
             for name, shape in shapes.items():
                 _check_shape(source, name, weights.get_slice(name).get_shape(), shape)

@@ -7,8 +7,6 @@ benchmarks; counting never touches the device.
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-import numpy as np
-
 
 @dataclass
 class ExitCounters:
@@ -67,10 +65,6 @@ class Counters:
     @classmethod
     def create(cls, num_layers: int, exit_layers: tuple[int, ...]) -> "Counters":
         return cls(num_layers=num_layers, exits={e: ExitCounters() for e in exit_layers})
-
-    def heads_evaluated(self, num_exits: int) -> np.ndarray:
-        """Heads evaluated at each of the first exits, by requests, ``[num_exits]``."""
-        return np.array([e.heads_evaluated for e in self.exits.values()][:num_exits])
 
     def __bool__(self) -> bool:
         """Whether anything was counted."""

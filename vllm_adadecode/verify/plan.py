@@ -92,6 +92,10 @@ def count_step(
         counters.deferred_steps += 1
     else:
         counters.plain_steps += 1
+        # Most steps where drafting does not pay: as little as can be.
+        counters.verification_layers += spans[-1][1] * bool(len(depths))
+        counters.verify_token_layers += spans[-1][1] * len(depths)
+        return
     for span, (start, stop) in enumerate(spans):
         num_layers, tokens = stop - start, int((depths <= span).sum())
         if not num_prefilled:
