@@ -36,6 +36,7 @@ def rows(result: Any, method: str) -> list[dict[str, Any]]:
     return [row for row in result["rows"] if row["method"] == method and row["repetitions"]]
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_in_every_setting(result: Any) -> None:
     settings = {
         (part, temperature, at_once)
@@ -51,12 +52,14 @@ def test_every_method_is_measured_in_every_setting(result: Any) -> None:
         assert all(r["memory_gib"] > 1 / 8 and r["startup_s"] > 0 for r in found)
 
 
+@pytest.mark.slow
 def test_outputs_are_vanillas(result: Any) -> None:
     for method in ("adadecode", "ngram"):
         greedy = [r for r in rows(result, method) if r["temperature"] == 0]
         assert [(r["identical"], r["compared"]) for r in greedy] == [(3, 3)] * 4
 
 
+@pytest.mark.slow
 def test_counts_come_from_the_servers(result: Any) -> None:
     assert all(r["mean_acceptance_length"] == 1 for r in rows(result, "vanilla"))
     found = rows(result, "adadecode")
@@ -70,6 +73,7 @@ def test_counts_come_from_the_servers(result: Any) -> None:
     assert len({round(r["mean_acceptance_length"], 6) for r in greedy}) == 1
 
 
+@pytest.mark.slow
 def test_costs_are_counted_alone(result: Any) -> None:
     """One row a method and setting with one request at a time, nothing unaccounted for."""
     methods = ("vanilla", "adadecode", "ngram")
@@ -83,11 +87,13 @@ def test_costs_are_counted_alone(result: Any) -> None:
     assert all(cost["flops"]["of_vanilla"] > 1 for cost in found["ngram"])
 
 
+@pytest.mark.slow
 def test_each_runner_is_named(result: Any) -> None:
     runners = {row["method"]: row["runner"] for row in result["rows"] if row["runner"]}
     assert runners == {"vanilla": "V2", "adadecode": "V2", "ngram": "V1"}
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_is_reported(result: Any) -> None:
     assert not rows(result, "eagle3")
     assert list(result["failed"]) == ["eagle3"]
@@ -97,6 +103,7 @@ def test_a_server_that_does_not_start_is_reported(result: Any) -> None:
     assert not result["complete"]
 
 
+@pytest.mark.slow
 def test_all_files_are_there(result: Any) -> None:
     names = {path.name for path in result["out"].iterdir()}
     wanted = {"compare.json", "compare.html", "speedup.png", "serving.png"}

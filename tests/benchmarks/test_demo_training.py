@@ -141,6 +141,7 @@ def test_heads_learn_from_text_and_from_the_target_itself() -> None:
     assert "".join(map(chr, found[4].ids)) in "".join(map(chr, tokens["one"]))
 
 
+@pytest.mark.slow
 def test_a_whole_run_makes_a_loadable_folder(corpus: text.Corpus, tmp_path: Path) -> None:
     # Files long enough for every prompt length, few enough to be quick; one that heads may learn
     # from, one that chooses their setting.

@@ -346,6 +346,7 @@ def test_place_is_the_callers() -> None:
 # --- all of it ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part, with real servers, at the tiny size."""
     monkeypatch.chdir(tmp_path)

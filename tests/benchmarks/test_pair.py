@@ -286,6 +286,7 @@ def test_demo(
         assert text in printed
 
 
+@pytest.mark.slow
 def test_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both servers on a target that is hardly widened; compared with itself, nothing is worse."""
     small = Shape(1024, 704, 8, 8, 2, 64, 2100, True)

@@ -136,6 +136,7 @@ def test_gate(heads: Heads, plain: dict[str, Any]) -> None:
     assert total(counts, "gates_evaluated") > 100
 
 
+@pytest.mark.slow
 def test_gate_threshold_of_the_user(heads: Heads, plain: dict[str, Any]) -> None:
     """0 evaluates no gate, even a closed one; 1 turns the exits off, even with an open gate."""
     engine = heads.engine(gate=True, spec={"gate_threshold": 0})
@@ -216,10 +217,10 @@ def test_all_parts_at_once(heads: Heads) -> None:
 @pytest.mark.parametrize(
     ("parts", "method"),
     [
-        ("plain", "greedy"),
-        ("int8", "greedy"),
+        pytest.param("plain", "greedy", marks=pytest.mark.slow),
+        pytest.param("int8", "greedy", marks=pytest.mark.slow),
         ("gate", "greedy"),
-        ("plain", "probabilistic"),
+        pytest.param("plain", "probabilistic", marks=pytest.mark.slow),
         ("all", "probabilistic"),
     ],
 )

@@ -268,7 +268,9 @@ def generate_mixed(
     return engine, rounds, outputs
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "asynchronous", [pytest.param(False, marks=pytest.mark.slow), True], ids=["sync", "async"]
+)
 def test_every_layer_once_beside_prefill(
     engines: EnginePool, prompts: list[str], asynchronous: bool
 ) -> None:

@@ -176,7 +176,7 @@ class DeviceRounds:
         last = self._last
         if last is not None and last.state not in (RoundState.READBACK, RoundState.RESOLVED):
             raise IllegalTransitionError(f"no round can start while the last is {last.state.name}")
-        this = self._last = DraftRound(
+        this = DraftRound(
             input_batch,
             num_sampled,
             samples,
@@ -186,9 +186,9 @@ class DeviceRounds:
             previous=last if last is not None and last.plan is not None else None,
         )
         ledger.in_verification = {}
-        self._unresolved.append(this)
         if not caps.any():
             # As quick as can be: this is every round where drafting does not pay.
+            self._begin(this)
             ledger.keep_nothing(input_batch)
             self._read_back(this)
             return context.no_drafts(num_reqs)
@@ -211,6 +211,7 @@ class DeviceRounds:
                 graphs=graphs,
             )
         this.caps = dict(zip(input_batch.req_ids, caps.tolist(), strict=True))
+        self._begin(this)
         if CHECK_KV_BOUNDS:
             this.kv_capacity = self.loop.spans.spans.kv_capacity(input_batch.idx_mapping_np)
         if self.passes is not None:
@@ -219,6 +220,12 @@ class DeviceRounds:
         self._read_back(this)
         # A copy: vLLM may write to it.
         return this.run.buffers.rows.tokens[:num_reqs, 1:].clone()
+
+    def _begin(self, this: DraftRound) -> None:
+        # Not before its first step is queued: with async scheduling the next batch comes before an
+        # error in that step is told, and must not hide it by one of its own.
+        self._last = this
+        self._unresolved.append(this)
 
     def _allowed(
         self,
