@@ -29,10 +29,21 @@ LEGAL = {
 }
 
 
+NUMBERS = np.array([1, 1])
+BATCH: Any = SimpleNamespace(
+    req_ids=["a", "b"],
+    num_reqs=2,
+    idx_mapping=torch.tensor([0, 1]),
+    idx_mapping_np=np.array([0, 1]),
+    num_computed_prefill_tokens_np=NUMBERS,
+    num_scheduled_tokens=NUMBERS,
+    prefill_len_np=NUMBERS,
+)
+
+
 def make_round(state: RoundState = DRAFTING) -> DraftRound:
     anything: Any = None
-    batch: Any = SimpleNamespace(req_ids=["a", "b"], num_reqs=2)
-    return DraftRound(batch, anything, np.array([True, True]), 1, True, {}, state=state)
+    return DraftRound(BATCH, anything, np.array([True, True]), 1, True, {}, state=state)
 
 
 @pytest.mark.parametrize(("before", "after"), list(product(RoundState, RoundState)))
@@ -79,15 +90,35 @@ def test_what_the_model_runner_calls_out_of_order_is_refused(
             rounds.verify(anything)
     if state in (DRAFTING, OVERLAPPED, VERIFYING):
         monkeypatch.setattr(rounds, "_allowed", lambda *_: (np.zeros(2), 1, True))
-        numbers = np.array([1, 1])
-        batch: Any = SimpleNamespace(
-            num_reqs=2,
-            num_computed_prefill_tokens_np=numbers,
-            num_scheduled_tokens=numbers,
-            prefill_len_np=numbers,
-        )
         with pytest.raises(IllegalTransitionError, match=f"while the last is {state.name}"):
-            rounds.propose(batch, anything, anything, anything, anything, 5)
+            rounds.propose(BATCH, anything, anything, anything, anything, 5)
+
+
+def test_a_round_that_could_not_start_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With async scheduling the next batch comes before vLLM hears of the error."""
+
+    class FailingLoop:
+        def start(self, *_: Any, **__: Any) -> None:
+            raise ValueError("out of memory")
+
+    zeros = torch.zeros(2)
+    ledger = SimpleNamespace(
+        in_verification={}, thresholds=None, last_starts=lambda slots: np.array([9, 9])
+    )
+    context: Any = SimpleNamespace(
+        ledger=ledger,
+        req_states=SimpleNamespace(num_computed_tokens=SimpleNamespace(gpu=zeros)),
+        temperature=zeros,
+        seeds=zeros.clone(),
+        device_heads=lambda: None,
+    )
+    loop: Any = FailingLoop()
+    rounds = DeviceRounds(context, loop, passes=SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setattr(rounds, "_allowed", lambda *_: (np.ones(2), 1, True))
+    with pytest.raises(ValueError, match="out of memory"):
+        rounds.propose(BATCH, torch.ones(2), zeros[:, None], zeros, zeros, 5)
+    assert (rounds._last, list(rounds._unresolved)) == (None, [])
+    assert not rounds.overlap(scheduled({"a": 5, "b": 5}))
 
 
 # --- which batches ------------------------------------------------------------------------------
