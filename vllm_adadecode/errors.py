@@ -33,3 +33,8 @@ def one_line(error: ValidationError) -> str:
             message = f"{entry['msg'][0].lower()}{entry['msg'][1:]}, not {entry['input']!r}"
         parts.append(f"{path} {message}" if path else message)
     return "; ".join(parts)
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says first; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.errors import AdaDecodeError, first_line
 
 # Read once: asking for it changes it for a moment, for all threads.
 _UMASK = os.umask(0)
@@ -34,8 +34,9 @@ def read_json(file: Path) -> Any:
     except FileNotFoundError:
         raise AdaDecodeError(f"{file} does not exist: give the folder that holds it") from None
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise AdaDecodeError(f"{file} can't be read as JSON ({reason}): copy it again") from None
+        raise AdaDecodeError(
+            f"{file} can't be read as JSON ({first_line(error)}): copy it again"
+        ) from None
 
 
 def write_file(path: Path, fill: Callable[[Path], object]) -> Path:

@@ -20,6 +20,7 @@ from typing import Any
 
 from vllm_adadecode.cli.checks import Check, all_ok, print_checks
 from vllm_adadecode.constants import METHOD
+from vllm_adadecode.errors import first_line
 
 ENTRY_POINT_GROUP = "vllm.general_plugins"
 DISTRIBUTION = "vllm-adadecode"
@@ -210,11 +211,6 @@ CHECKS: dict[str, Callable[[], Outcome]] = {
     "kernels": check_kernels,
     "plugin": check_plugin,
 }
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, else its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _version(distribution: str) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.errors import AdaDecodeError, first_line
 from vllm_adadecode.files import write_together
 from vllm_adadecode.heads.config import CONFIG_NAME, WEIGHTS_NAME, HeadsConfig, is_heads_folder
 from vllm_adadecode.heads.head import EarlyHead, make_heads, tensor_name
@@ -275,9 +275,8 @@ def _open_weights(directory: str | Path | None, config: HeadsConfig) -> Iterator
                 )
             yield str(file), weights
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AdaDecodeError(
-            f"{file} is damaged or no safetensors file ({reason}): copy it again"
+            f"{file} is damaged or no safetensors file ({first_line(error)}): copy it again"
         ) from None
 
 

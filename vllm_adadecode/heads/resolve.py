@@ -12,7 +12,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from vllm_adadecode.constants import METHOD
-from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.errors import AdaDecodeError, first_line
 from vllm_adadecode.heads.config import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -212,8 +212,7 @@ def _download(model: str, revision: str | None, *files: str) -> Path:
     except HFValidationError:
         reason = "there is no such folder"
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = f"no such folder, and not from the hub: {reason}"
+        reason = f"no such folder, and not from the hub: {first_line(error)}"
     raise AdaDecodeError(
         f"heads {model} not found ({reason}): give the folder or hub id of a heads checkpoint"
     )

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.errors import AdaDecodeError, first_line
 from vllm_adadecode.training.json_lines import BadLineError, complaint, read_json_lines
 from vllm_adadecode.training.records import Record, RecordReader
 from vllm_adadecode.training.sequences import Sequence
@@ -212,8 +212,7 @@ def _hub_rows(name: str, config: str | None, split: str) -> Iterable[Any]:
         rows: Iterable[Any] = load_dataset(name, config, split=split)
     except Exception as error:
         # datasets raises errors of a dozen libraries.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdaDecodeError(
-            f"data {name} is no file here, and no data set that can be loaded: {reason}"
+            f"data {name} is no file here, and no data set that can be loaded: {first_line(error)}"
         ) from None
     return rows

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.errors import AdaDecodeError, first_line
 from vllm_adadecode.training.json_lines import BadLineError
 from vllm_adadecode.training.sequences import parse_sequence
 
@@ -127,8 +127,7 @@ class RecordReader:
             )
         except Exception as error:
             # A template is a program of the model's author, and may refuse in any way.
-            reason = str(error).strip().splitlines()
-            raise BadLineError(f"chat template: {reason[0] if reason else error!r}") from None
+            raise BadLineError(f"chat template: {first_line(error)}") from None
         return tuple(ids)
 
     def _tokenizer(self) -> Any:

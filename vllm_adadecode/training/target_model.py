@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.errors import AdaDecodeError, first_line
 
 
 class FrozenTarget:
@@ -135,7 +135,7 @@ def load_target(
             model = model.to("cuda")
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise AdaDecodeError(
-            f"target {path} can't be loaded ({_first_line(error)}): give the folder or hub id of "
+            f"target {path} can't be loaded ({first_line(error)}): give the folder or hub id of "
             "a causal language model"
         ) from None
     return FrozenTarget(model, load_tokenizer(path), str(path))
@@ -150,7 +150,3 @@ def load_tokenizer(path: str | Path) -> Any | None:
     # Some classes make an empty tokenizer of missing files.
     empty = set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids)
     return None if empty else tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
