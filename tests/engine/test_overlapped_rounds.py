@@ -494,7 +494,14 @@ def test_padding_is_no_draft_token(engines: EnginePool, prompts: list[str]) -> N
         assert token_ids(generate(engine, prompts[:4], greedy(30))) != expected
 
 
-@pytest.mark.parametrize("wrong", ["depths", "lengths", "tokens"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "depths",
+        pytest.param("lengths", marks=pytest.mark.slow),
+        pytest.param("tokens", marks=pytest.mark.slow),
+    ],
+)
 def test_a_wrong_plan_shows(engines: EnginePool, prompts: list[str], wrong: str) -> None:
     """Controls: states at another depth, attention to one token less, another round's drafts."""
     engine, vanilla = get_engine(engines, WIDE), engines.get()

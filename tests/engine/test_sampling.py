@@ -161,7 +161,7 @@ ALL, SOME = (0.0, 0.0, 0.0), (0.3, 0.25, 0.1)
         ("greedy", SOME, *SETTINGS[0]),
         pytest.param("greedy", ALL, *SETTINGS[1], marks=pytest.mark.slow),
         pytest.param("probabilistic", ALL, *SETTINGS[0], marks=pytest.mark.slow),
-        ("probabilistic", SOME, *SETTINGS[1]),
+        pytest.param("probabilistic", SOME, *SETTINGS[1], marks=pytest.mark.slow),
     ],
     ids=["greedy-some-plain", "greedy-all-top_k_top_p", "all-plain", "some-top_k_top_p"],
 )

@@ -264,9 +264,10 @@ def test_drafts_by_batch_size(
     assert counts["plain_steps"] > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draft_sample_method", "loop"),
-    [("greedy", "host"), pytest.param("probabilistic", "device", marks=pytest.mark.slow)],
+    [("greedy", "host"), ("probabilistic", "device")],
     ids=["greedy", "probabilistic-device-async"],
 )
 def test_seeded_sampling_in_another_schedule(

@@ -95,12 +95,13 @@ def see_copies_at_different_times(worker: Any) -> None:
         draft_length.round_ended = late
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "of_the_demo"),
     [
-        pytest.param({}, False, marks=pytest.mark.slow),
+        ({}, False),
         # With a draft vocabulary, whose copy of the LM head is spread over the ranks.
-        pytest.param({"draft_sample_method": "probabilistic"}, True, marks=pytest.mark.slow),
+        ({"draft_sample_method": "probabilistic"}, True),
         ({"draft_loop": "device", "cost_aware": True}, True),
     ],
     ids=["own-lm-head", "copy", "device"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.engines import (
     DEMO_MODEL,
     EnginePool,
@@ -27,6 +29,7 @@ ENGINE = {
 }
 
 
+@pytest.mark.slow
 def test_trained_heads_serve_their_target(
     engines: EnginePool, prompts: list[str], tmp_path: Path
 ) -> None:
