@@ -19,7 +19,7 @@ help:
 	@echo "make setup          install everything into $(VENV) (Python 3.11 or 3.12; PYTHON=... names one)"
 	@echo "make demo           serve the demo model with and without AdaDecode and compare"
 	@echo "make bench-quick    compare on a target bound by memory: results/bench-quick.json"
-	@echo "make test           lint, then the tests that CI runs: at most 15 minutes on two cores"
+	@echo "make test           lint, then the tests that CI runs: about 15 minutes on two cores"
 	@echo "make test-all       lint, then every test, the slow ones among them"
 	@echo "make lint           ruff and mypy"
 	@echo "make demo-model     train the demo model again"
