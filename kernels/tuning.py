@@ -49,11 +49,6 @@ class HeadBlocks:
     num_stages: int
 
 
-def row_bucket(num_rows: int) -> int:
-    """The width of the row tile for a batch: the smallest bucket that holds it, or the largest."""
-    return next((b for b in ROW_BUCKETS if num_rows <= b), ROW_BUCKETS[-1])
-
-
 def dtype_name(weight: torch.Tensor) -> str:
     """The weights' dtype as it stands in file names, e.g. ``bfloat16`` or ``int8``."""
     return str(weight.dtype).removeprefix("torch.")
