@@ -20,6 +20,11 @@ def gather_block_tables(
     num_blocks_stride: int,
     num_reqs: int,
     BLOCK_SIZE: int,
+    # From vLLM 0.33 on
+    num_computed_tokens_ptr: torch.Tensor | None = None,  # [max_num_reqs]
+    sliding_window_reach_ptr: torch.Tensor | None = None,  # [num_kv_cache_groups], 0: no window
+    block_sizes_ptr: torch.Tensor | None = None,  # [num_kv_cache_groups]
+    MASK_SLIDING_WINDOW: bool = False,
 ) -> None:
     req_idx = batch_idx_to_req_idx.numpy()
     all_num_blocks = num_blocks_ptr.numpy()
@@ -31,7 +36,7 @@ def gather_block_tables(
         all_num_blocks,
         strict=True,
     )
-    for src_address, dst_address, stride, num_blocks in groups:
+    for group, (src_address, dst_address, stride, num_blocks) in enumerate(groups):
         src = int32_table(src_address, stride, max_num_reqs)
         dst = int32_table(dst_address, stride, max_num_reqs)
         # Past a row's own blocks the kernel leaves what was there; nothing reads it, so one copy as
@@ -41,6 +46,16 @@ def gather_block_tables(
         # The number of padded rows is in the grid, which a replacement is not given: clear all of
         # them.
         dst[num_reqs:] = 0
+        if not MASK_SLIDING_WINDOW:
+            continue
+        assert num_computed_tokens_ptr is not None
+        assert sliding_window_reach_ptr is not None
+        assert block_sizes_ptr is not None
+        if reach := int(sliding_window_reach_ptr[group]):
+            # Blocks wholly below the window may be another request's by now.
+            below = num_computed_tokens_ptr.numpy()[req_idx] - reach
+            num_null = np.maximum(below, 0) // int(block_sizes_ptr[group])
+            dst[:num_reqs, :width][np.arange(width) < num_null[:, None]] = 0
 
 
 @replacement("block_table._compute_slot_mappings_kernel")
