@@ -138,6 +138,11 @@ def build_config(
             raise AdaDecodeError(f"cost_aware must be true or false, not {cost_aware!r}")
         fields["cost_aware"] = cost_aware
     fields["draft_loop"] = _draft_loop(options.get("draft_loop"))
+    if options.get("rejection_sample_method") == "fly":
+        raise AdaDecodeError(
+            "adadecode is lossless, which rejection_sample_method 'fly' is not: use 'standard' or "
+            "'block'"
+        )
     fields |= {name: options[name] for name in PASSED_ON & set(options)}
     try:
         if (schedule := options.get("num_speculative_tokens_per_batch_size")) is not None:

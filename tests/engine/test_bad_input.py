@@ -136,6 +136,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     # vLLM's options, checked by vLLM's rules.
     ({"draft_sample_method": "random"}, ["draft_sample_method", "'greedy' or 'probabilistic'"]),
     ({"rejection_sample_method": "never"}, ["rejection_sample_method", "'standard'", "'never'"]),
+    ({"rejection_sample_method": "fly"}, ["lossless", "'fly'", "use 'standard' or 'block'"]),
     ({"rejection_sample_method": "synthetic"}, ["requires exactly one", "acceptance_rates"]),
     ({"synthetic_acceptance_rates": [0.5] * 5}, ["only valid with rejection_sample_method"]),
     (

@@ -129,6 +129,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.block_tables,
             self.kv_cache_config,
             self.attn_groups,
+            self.req_states.num_computed_tokens.gpu,
         )
         self.host_rounds = HostRounds(self.context, self.spans)
         self.device_rounds = self.verification_passes = None

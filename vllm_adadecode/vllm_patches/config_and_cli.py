@@ -200,6 +200,7 @@ PATCHES = (
         "async scheduling is allowed by method name",
         When.PLUGIN,
         _async_methods,
+        until="0.32",
     ),
     Patch(
         "command-line",

@@ -53,6 +53,14 @@ PATCHES = (
         _triton_not_needed,
     ),
     Patch(
+        "cpu-worker-without-triton",
+        "vllm.v1.worker.gpu_worker:HAS_TRITON",
+        "the same once more, in the worker; the module reads the name for nothing else",
+        When.CPU,
+        _triton_not_needed,
+        since="0.33",
+    ),
+    Patch(
         "cpu-limits",
         "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",
         "models whose kernels have no replacement stay on the V1 runner, as without us",

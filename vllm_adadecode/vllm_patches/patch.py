@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.versions import SUPPORTED_VLLM, vllm_version
+from vllm_adadecode.versions import SUPPORTED_VLLM, as_release, vllm_release, vllm_version
 
 
 class When(Enum):
@@ -35,6 +35,7 @@ class Patch:
         target: what is replaced, ``module:attribute.path``; of an instance, as its class has it.
         why: why upstream can't be extended otherwise.
         when: when it is applied.
+        since, until: the first and the last release of vLLM that need it ("0.33"), "" for all.
         make: builds the replacement from the original, and from what `apply` is given. None for
             instances, whose replacement is handed to `apply_to`.
     """
@@ -44,6 +45,15 @@ class Patch:
     why: str
     when: When
     make: Callable[..., Any] | None = None
+    since: str = ""
+    until: str = ""
+
+    def is_needed(self) -> bool:
+        """Whether this vLLM is one of those that need it."""
+        release = vllm_release()
+        return (not self.since or as_release(self.since) <= release) and (
+            not self.until or release <= as_release(self.until)
+        )
 
     def resolve(self) -> tuple[Any, str, Any]:
         """The object that holds the target, the attribute's name and its present value.
@@ -70,7 +80,7 @@ class Patch:
         Args:
             given: more arguments of ``make``.
         """
-        if self.name in _applied:
+        if self.name in _applied or not self.is_needed():
             return
         assert self.make is not None, f"{self.name} is applied to instances"
         holder, attribute, original = self.resolve()
