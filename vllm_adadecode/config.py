@@ -5,6 +5,7 @@ checks that need no weights are here, so that a mistake is one line in the front
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import ValidationError
@@ -19,6 +20,8 @@ from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_
 from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError, one_line
 from vllm_adadecode.heads import HeadsConfig, check_fits, check_weights, find_heads
+from vllm_adadecode.heads.config import is_heads_folder
+from vllm_adadecode.heads.hub import HubOptions, commit_of
 from vllm_adadecode.model.target import check_architectures
 
 # Under vLLM's logger, whose level and format users know.
@@ -97,6 +100,7 @@ def build_config(
     parallel_config: ParallelConfig,
     *,
     enable_lora: bool = False,
+    download_dir: str | None = None,
 ) -> AdaDecodeSpeculativeConfig:
     """Check the user's options against the target and resolve them.
 
@@ -104,6 +108,8 @@ def build_config(
         options: the ``speculative_config`` mapping, method included.
         model_config, parallel_config: the target's.
         enable_lora: whether the engine was asked to serve LoRA adapters.
+        download_dir: where the target's weights, and heads, are downloaded to; None: the hub's
+            usual cache.
 
     Raises:
         AdaDecodeError: one line that says what is wrong and what to do.
@@ -115,12 +121,14 @@ def build_config(
             f"known: {', '.join(sorted(USER_OPTIONS))}"
         )
     _check_engine(model_config, parallel_config, enable_lora)
-    heads, heads_path = _load_heads(options, model_config)
+    hub_options = HubOptions.of_target(model_config, download_dir)
+    heads, heads_path = _load_heads(options, model_config, hub_options)
     if (exit_layers := options.get("exit_layers")) is not None:
         heads = _select_exits(heads, exit_layers)
     fields = {
         "method": METHOD,
-        "model": heads_path or model_config.model,
+        # As named: workers on other machines look there.
+        "model": options.get("model") or model_config.model,
         "num_speculative_tokens": _num_speculative_tokens(
             options.get("num_speculative_tokens"), heads
         ),
@@ -144,6 +152,8 @@ def build_config(
             "'block'"
         )
     fields |= {name: options[name] for name in PASSED_ON & set(options)}
+    if options.get("model") and heads_path and (commit := commit_of(Path(heads_path))):
+        fields["revision"] = commit
     try:
         if (schedule := options.get("num_speculative_tokens_per_batch_size")) is not None:
             # vLLM itself looks at it in the scheduler only.
@@ -208,18 +218,16 @@ def check_runner(vllm_config: VllmConfig) -> None:
 
 
 def _load_heads(
-    options: Mapping[str, Any], model_config: ModelConfig
+    options: Mapping[str, Any], model_config: ModelConfig, hub_options: HubOptions
 ) -> tuple[HeadsConfig, str | None]:
     """The heads given, else those beside the target, else the logit lens."""
     for name in ("model", "revision"):
         if not isinstance(options.get(name), str | None):
             raise AdaDecodeError(f"{name} must be a string, not {options[name]!r}")
-    path = find_heads(options.get("model"), model_config.model, options.get("revision"))
-    shape = {
-        "hidden_size": model_config.get_hidden_size(),
-        "vocab_size": model_config.get_vocab_size(),
-        "num_hidden_layers": model_config.get_total_num_hidden_layers(),
-    }
+    path = find_heads(
+        options.get("model"), model_config.model, options.get("revision"), hub_options
+    )
+    shape = _shape(model_config)
     if path is None:
         heads = HeadsConfig.logit_lens(**shape, exit_layers=options.get("exit_layers"))
         logger.warning(
@@ -230,9 +238,52 @@ def _load_heads(
         )
         return heads, None
     heads = HeadsConfig.load(path)
-    check_fits(heads, **shape, target_path=model_config.model)
+    check_fits(heads, **shape, target_path=model_config.model, options=hub_options)
     check_weights(path, heads)
     return heads, str(path)
+
+
+def _shape(model_config: ModelConfig) -> dict[str, int]:
+    return {
+        "hidden_size": model_config.get_hidden_size(),
+        "vocab_size": model_config.get_vocab_size(),
+        "num_hidden_layers": model_config.get_total_num_hidden_layers(),
+    }
+
+
+def heads_of_worker(vllm_config: VllmConfig) -> str | None:
+    """The heads' folder on the machine of a worker whose target is loaded, so that its files are
+    here; None: the logit lens.
+
+    Raises:
+        AdaDecodeError: they are not here and can't be had, or are not for this target.
+    """
+    spec = vllm_config.speculative_config
+    assert isinstance(spec, AdaDecodeSpeculativeConfig)
+    if spec.heads_path is None:
+        return None
+    target = spec.target_model_config
+    hub_options = HubOptions.of_target(target, vllm_config.load_config.download_dir)
+    path = spec.heads_path
+    if not is_heads_folder(path):
+        # Found by the front end on another machine.
+        named = spec.model if spec.model != target.model else None
+        found = find_heads(named, target.model, spec.revision, hub_options)
+        if found is None:
+            raise AdaDecodeError(
+                f"heads {path} are not on the machine of this worker: every machine needs them at "
+                "this place, or name a hub repository"
+            )
+        path = str(found)
+    heads = HeadsConfig.load(path)
+    shape = _shape(target)
+    if not check_fits(heads, **shape, target_path=target.model, options=hub_options):
+        logger.warning_once(
+            "Nothing tells whether the heads were trained on %s or another model of its shape: "
+            "its weights are not read from safetensors files",
+            target.model,
+        )
+    return path
 
 
 def _select_exits(heads: HeadsConfig, exit_layers: Any) -> HeadsConfig:

@@ -464,7 +464,7 @@ def test_revision_is_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(config, "find_heads", find_heads)
     create(DEMO_MODEL, {"model": "org/heads", "revision": "v2"})
-    assert seen == [("org/heads", str(DEMO_MODEL), "v2")]
+    assert [args[:3] for args in seen] == [("org/heads", str(DEMO_MODEL), "v2")]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

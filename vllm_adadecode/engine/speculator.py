@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_adadecode.config import resolve_draft_loop
+from vllm_adadecode.config import heads_of_worker, resolve_draft_loop
 from vllm_adadecode.draft.buffers import LoopBuffers, pass_states
 from vllm_adadecode.draft.device_loop import DeviceLoop
 from vllm_adadecode.draft.graphs import DraftGraphs
@@ -29,7 +29,12 @@ from vllm_adadecode.engine.host_rounds import HostRounds
 from vllm_adadecode.engine.ledger import RoundLedger
 from vllm_adadecode.engine.warmup import launch_kernels, register_warmup, run_everything
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
+from vllm_adadecode.heads import (
+    EarlyHead,
+    HeadsConfig,
+    load_configured_heads,
+    load_draft_vocab,
+)
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.model.draft_lm_head import HeadProjection
 from vllm_adadecode.model.draft_sampler import draft_columns
@@ -80,10 +85,11 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> StagedTarget:
-        config, heads = load_configured_heads(self.speculative_config, self.dtype, self.device)
+        self.heads_path = heads_of_worker(self.vllm_config)
+        config, heads = self._load_heads()
         projection = HeadProjection(
             target_model,
-            load_draft_vocab(self.speculative_config.heads_path, config),
+            load_draft_vocab(self.heads_path, config),
             config.lm_head_quantization,
             self.vllm_config.model_config.head_dtype,
         )
@@ -108,10 +114,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
 
         A deep sleep gives up their memory as well.
         """
-        _, heads = load_configured_heads(self.speculative_config, self.dtype, self.device)
+        _, heads = self._load_heads()
         for ours, stored in zip(self.model.heads, heads.values(), strict=True):
             ours.load_state_dict(stored.state_dict())
         self.model.projection.refresh()
+
+    def _load_heads(self) -> tuple[HeadsConfig, dict[int, EarlyHead]]:
+        return load_configured_heads(
+            self.heads_path, self.speculative_config, self.dtype, self.device
+        )
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         # All layers are the target's: to the runner we have no attention layers of our own.

@@ -73,7 +73,11 @@ def _build(engine_args: Any, options: dict[str, Any], model_config: Any, paralle
                 )
             options[key] = value
     config = build_config(
-        options, model_config, parallel, enable_lora=bool(engine_args.enable_lora)
+        options,
+        model_config,
+        parallel,
+        enable_lora=bool(engine_args.enable_lora),
+        download_dir=engine_args.download_dir,
     )
     platform = "CPU" if current_platform.is_cpu() else "GPU"
     WORKER_CLASS.apply_to(parallel, f"vllm_adadecode.engine.worker.AdaDecode{platform}Worker")
