@@ -14,6 +14,7 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConf
 from vllm.config.speculative import SpeculativeMethod
 from vllm.config.utils import config
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.hashing import safe_hash
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
@@ -49,6 +50,9 @@ USER_OPTIONS = PASSED_ON | {
     "cost_aware",
     "draft_loop",
 }
+# KV connectors that were tried. Another one may take what is generated layer by layer as a batch
+# runs, and a verification leaves layers out.
+KV_CONNECTORS = ("ExampleConnector", "OffloadingConnector")
 
 
 @config
@@ -187,6 +191,10 @@ def _check_engine(
         )
     if enable_lora:
         raise AdaDecodeError("adadecode does not support LoRA: drop --enable-lora or the method")
+    if model_config.enable_prompt_embeds:
+        raise AdaDecodeError(
+            "adadecode does not serve prompt embeddings: drop --enable-prompt-embeds or the method"
+        )
     if parallel_config.decode_context_parallel_size > 1:
         raise AdaDecodeError("adadecode does not support decode context parallelism")
     if parallel_config.prefill_context_parallel_size > 1:
@@ -214,6 +222,28 @@ def check_runner(vllm_config: VllmConfig) -> None:
         raise AdaDecodeError(
             "adadecode needs Model Runner V2, which does not support "
             f"{', '.join(reasons) or 'this machine'} yet: drop that or the method"
+        )
+
+
+def check_kv_connector(vllm_config: VllmConfig) -> None:
+    """Refuse KV connectors that were not tried, and the one that vLLM has for GPUs on a CPU.
+
+    Raises:
+        AdaDecodeError: one line with the connector.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
+        return
+    if transfer.kv_connector not in KV_CONNECTORS:
+        raise AdaDecodeError(
+            f"adadecode was not tried with {transfer.kv_connector}: drop it or the method, or use "
+            f"one of {', '.join(KV_CONNECTORS)}"
+        )
+    spec = transfer.get_from_extra_config("spec_name", "CPUOffloadingSpec")
+    offloads = transfer.kv_connector == "OffloadingConnector" and spec == "CPUOffloadingSpec"
+    if offloads and current_platform.is_cpu():
+        raise AdaDecodeError(
+            "vLLM offloads KV from GPUs only: drop --kv-offloading-size or OffloadingConnector"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save_file
 from transformers import GPT2Config, PreTrainedConfig, WhisperConfig
 from vllm import LLM, EngineArgs, envs
-from vllm.config import ModelConfig, SpeculativeConfig
+from vllm.config import KVTransferConfig, ModelConfig, SpeculativeConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import registry
@@ -339,6 +339,9 @@ def test_damaged_config(target: Path, tmp_path: Path) -> None:
 # --- what the method can't be combined with ----------------------------------------------------
 
 
+NIXL = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -352,13 +355,23 @@ def test_damaged_config(target: Path, tmp_path: Path) -> None:
         ),
         ({"enable_dbo": True}, ["microbatches", "drop --enable-dbo"]),
         ({"ubatch_size": 2}, ["microbatches", "--ubatch-size"]),
-        # vLLM would choose its V1 runner, and the worker would break.
-        ({"enable_prompt_embeds": True}, ["Model Runner V2", "prompt embeddings", "drop"]),
+        ({"enable_prompt_embeds": True}, ["prompt embeddings: drop --enable-prompt-embeds"]),
+        ({"kv_transfer_config": NIXL}, ["not tried with NixlConnector", "one of ExampleConnector"]),
+        ({"kv_offloading_size": 1.0}, ["from GPUs only", "drop --kv-offloading-size"]),
     ],
     ids=str,
 )
 def test_combinations(options: dict[str, Any], words: list[str]) -> None:
     refused(words, **options)
+
+
+def test_runner_v1_chosen() -> None:
+    """By vLLM, for what its V2 runner lacks; the worker would break."""
+    refused(
+        ["Model Runner V2", "watermarking", "drop"],
+        spec={"draft_sample_method": "probabilistic"},
+        watermark_config={"key": 1, "algorithm": "dual_key_gumbel"},
+    )
 
 
 def test_runner_v1_forced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,9 +523,10 @@ def test_sampling_options_that_vllm_refuses(
 
 def test_one_line_for_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
-    for option in ("enable_lora", "enable_prompt_embeds"):
+    # One is refused with the method, the other when all of the configuration is there.
+    for options in ({"enable_lora": True}, {"kv_transfer_config": NIXL}):
         with pytest.raises(SystemExit) as stop:
-            create(DEMO_MODEL, {}, **{option: True})
+            create(DEMO_MODEL, {}, **options)
         assert str(stop.value.code).startswith("vllm: error: adadecode ")
         assert "\n" not in str(stop.value.code)
         assert stop.value.__suppress_context__

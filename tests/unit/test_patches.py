@@ -57,6 +57,7 @@ def registered() -> None:
     """Everything applied, as where front end, engine and worker share a process."""
     plugin.register()
     runtime.SPECULATOR.apply(AdaDecodeSpeculator)
+    cpu_runner.TABLE_ADDRESSES.apply()
     patch.apply(TABLE, When.ENGINE, When.FRONT_END)
 
 

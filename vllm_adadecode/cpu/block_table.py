@@ -28,7 +28,6 @@ def gather_block_tables(
 ) -> None:
     req_idx = batch_idx_to_req_idx.numpy()
     all_num_blocks = num_blocks_ptr.numpy()
-    max_num_reqs = all_num_blocks.shape[1]
     groups = zip(
         src_block_table_ptrs.tolist(),
         dst_block_table_ptrs.tolist(),
@@ -37,8 +36,8 @@ def gather_block_tables(
         strict=True,
     )
     for group, (src_address, dst_address, stride, num_blocks) in enumerate(groups):
-        src = int32_table(src_address, stride, max_num_reqs)
-        dst = int32_table(dst_address, stride, max_num_reqs)
+        src = int32_table(src_address, stride)
+        dst = int32_table(dst_address, stride)
         # Past a row's own blocks the kernel leaves what was there; nothing reads it, so one copy as
         # wide as the widest row serves all rows.
         width = int(num_blocks[req_idx].max(initial=0))
@@ -106,7 +105,7 @@ def compute_slot_mappings(
             continue
         block_table = int32_table(address, stride)
         block_idx, block_offset = np.divmod(positions, block_size)
-        # Row -1 of the view is not memory of ours, so such rows look up row 0 instead.
+        # Row -1 of the view would be its last, so such rows look up row 0 instead.
         rows = np.maximum(req_idx, 0) if any_without_blocks else req_idx
         if any_without_blocks:
             block_idx[no_blocks] = 0

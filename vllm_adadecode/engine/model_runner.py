@@ -83,6 +83,7 @@ class AdaDecodeRunnerMixin(_Base):
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         finally:
             self.decode_query_len = decode_query_len
+        self.speculator.kv_connector = self.kv_connector
         assert self.cudagraph_manager is not None
         self._keep_from_replay(self.cudagraph_manager)
         speculator = self.speculator

@@ -25,7 +25,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_adadecode.model.target import StagedTarget
 
 # Tests switch this on: every position written is checked against the blocks the scheduler gave.
-CHECK_KV_BOUNDS = os.environ.get("VLLM_ADADECODE_CHECK_KV", "0") == "1"
+CHECK_KV_BOUNDS = os.environ.get("ADADECODE_CHECK_KV", "0") == "1"
 
 
 def run_span(

@@ -89,9 +89,10 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(*args: Any, **kwargs: Any) -> Any:
         config = original(*args, **kwargs)
         if config.speculative_config is not None and config.speculative_config.method == METHOD:
-            from vllm_adadecode.config import check_device_loop, check_runner
+            from vllm_adadecode.config import check_device_loop, check_kv_connector, check_runner
 
             check_runner(config)
+            check_kv_connector(config)
             check_device_loop(config)
             apply(scheduler_and_metrics.PATCHES, When.ENGINE, When.FRONT_END)
         return config

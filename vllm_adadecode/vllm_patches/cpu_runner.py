@@ -4,7 +4,7 @@ Also owns where that is needed: on a CPU platform without a Triton of its own.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_adadecode.vllm_patches.patch import Patch, When
@@ -31,8 +31,21 @@ def _register_triton_kernel_overrides(original: Any) -> Any:
 
         original.__func__(cls)
         install_replacements()
+        TABLE_ADDRESSES.apply()
 
     return classmethod(register_triton_kernel_overrides)
+
+
+def _make_ptr_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _make_ptr_tensor(self: Any, x: Iterable[Any]) -> Any:
+        from vllm_adadecode.cpu.memory import note_tables
+
+        tables = list(x)
+        note_tables(tables)
+        return original(self, tables)
+
+    return _make_ptr_tensor
 
 
 def _with_next_power_of_2(triton: Any) -> Any:
@@ -43,7 +56,15 @@ def _with_next_power_of_2(triton: Any) -> Any:
     return triton
 
 
+TABLE_ADDRESSES = Patch(
+    "cpu-table-addresses",
+    "vllm.v1.worker.gpu.block_table:BlockTables._make_ptr_tensor",
+    "kernels are handed block tables as bare addresses, which do not tell how many rows there are",
+    When.WORKER,
+    _make_ptr_tensor,
+)
 PATCHES = (
+    TABLE_ADDRESSES,
     Patch(
         "cpu-without-triton",
         "vllm.config.vllm:HAS_TRITON",

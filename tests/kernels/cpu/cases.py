@@ -40,6 +40,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sam
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
 from tests.kernels.registry import SUMS, Cases, Outputs, floats
+from vllm_adadecode.cpu.memory import note_tables
 
 # vLLM 0.33 or later.
 IS_033 = hasattr(gumbel, "spec_step_seed")
@@ -230,6 +231,7 @@ def staged_writes(rng: torch.Generator) -> Outputs:
     groups[0].stage_write(2, 1, [5, 6])
     groups[1].stage_write(5, 3, [7, 8, 9])
     groups[1].stage_write(0, 0, [1])
+    note_tables(t.gpu for t in groups)
     FusedStagedWriter(device, 12).apply(
         groups,
         torch.tensor([t.gpu.data_ptr() for t in groups], dtype=torch.uint64),

@@ -75,7 +75,9 @@ def main() -> None:
 
     from tests.kernels.cpu.cases import CASES
     from vllm_adadecode.cpu.install import fitted_replacements
+    from vllm_adadecode.vllm_patches.cpu_runner import TABLE_ADDRESSES
 
+    TABLE_ADDRESSES.apply()
     _interpretable()
     replacements = fitted_replacements()
     differences, noticed = compare_all(CASES, replacements, "vllm.v1.worker.gpu")
