@@ -23,6 +23,8 @@ class When(Enum):
     ENGINE = "in the engine's process, and where an engine is configured"
     FRONT_END = "where an engine is configured"
     WORKER = "in worker processes"
+    CPU_WORKER = "the same, on a CPU without a Triton of its own"
+    CPU_RUNNER = "the same, when a worker is made that runs Model Runner V2 there"
     INSTANCE = "on one object of an engine with the method, when that object is made"
 
 
@@ -84,7 +86,13 @@ class Patch:
             return
         assert self.make is not None, f"{self.name} is applied to instances"
         holder, attribute, original = self.resolve()
-        setattr(holder, attribute, self.make(original, *given))
+        try:
+            replacement = self.make(original, *given)
+        except (AttributeError, TypeError) as error:
+            raise self._moved("another kind of") from error
+        if type(replacement) is not type(original):
+            raise self._moved("another kind of")
+        setattr(holder, attribute, replacement)
         _applied.add(self.name)
 
     def apply_to(self, instance: Any, replacement: Any) -> Any:
@@ -101,9 +109,9 @@ class Patch:
         setattr(instance, attribute, replacement)
         return original
 
-    def _moved(self) -> AdaDecodeError:
+    def _moved(self, has: str = "no") -> AdaDecodeError:
         return AdaDecodeError(
-            f"vLLM {vllm_version()} has no {self.target}, which patch {self.name!r} replaces; "
+            f"vLLM {vllm_version()} has {has} {self.target}, which patch {self.name!r} replaces; "
             f"install a supported vLLM ({SUPPORTED_VLLM}) or a newer vllm-adadecode"
         )
 
