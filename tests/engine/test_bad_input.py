@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load, save_file
 from transformers import GPT2Config, PreTrainedConfig, WhisperConfig
 from vllm import LLM, EngineArgs, envs
-from vllm.config import KVTransferConfig, ModelConfig, SpeculativeConfig
+from vllm.config import KVTransferConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -34,7 +34,7 @@ from tests.support.engines import (
     stats,
 )
 from tests.support.heads_samples import edit_config, heads_fields, make_heads, make_target
-from vllm_adadecode import config, engine_args, plugin
+from vllm_adadecode import config, plugin
 from vllm_adadecode.engine_args import ALLOWED, TESTED_VALUES, check_engine_args
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import target_fingerprint
@@ -364,12 +364,9 @@ def test_combinations(options: dict[str, Any], words: list[str]) -> None:
 
 def test_runner_v1_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """By vLLM, for what its V2 runner lacks; the worker would break."""
-    monkeypatch.setattr(engine_args, "ALLOWED", ALLOWED | {"watermark_config"})
-    refused(
-        ["Model Runner V2", "watermarking", "drop"],
-        spec={"draft_sample_method": "probabilistic"},
-        watermark_config={"key": 1, "algorithm": "dual_key_gumbel"},
-    )
+    lacks = "_get_v2_model_runner_unsupported_features"
+    monkeypatch.setattr(VllmConfig, lacks, lambda config: ["what is new"])
+    refused(["Model Runner V2", "does not support what is new", "drop"])
 
 
 # What its users would miss if it were not refused, and one of each kind.

@@ -6,6 +6,7 @@ Checked are README.md, CONTRIBUTING.md and docs/; CHANGELOG.md also names what i
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,12 @@ def test_every_metric_is_documented_and_no_other() -> None:
     documented = first_cells("metrics.md")
     ranges = {name for name in documented if name.startswith("adadecode: ")}
     assert documented - ranges == {f"{name}_total" for name in names}
+
+
+def test_no_merge_is_half_done() -> None:
+    """No file of the repository has git's conflict markers."""
+    found = subprocess.run(
+        ["git", "grep", "-lE", "^(<{7}|>{7})( |$)"], cwd=ROOT, capture_output=True, text=True
+    )
+    # 1: nothing found.
+    assert found.returncode == 1, found.stdout + found.stderr
