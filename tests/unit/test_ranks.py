@@ -9,8 +9,9 @@ import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_adadecode.adaptive import profile, ranks
-from vllm_adadecode.adaptive.ranks import LateFactors, on_all_ranks
+from vllm_adadecode.adaptive.ranks import LateFactors
 from vllm_adadecode.adaptive.step_times import Factors
+from vllm_adadecode.engine import worker
 from vllm_adadecode.heads.thresholds import ExitThresholds
 
 
@@ -48,40 +49,9 @@ def test_nobody_waits_for_what_was_just_sent(
 def test_one_rank_has_nobody_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "get_tp_group", lambda: SimpleNamespace(world_size=1))
     assert LateFactors()(1, Factors(7.0, None)) == Factors(7.0, None)
-    with pytest.raises(ValueError, match="out of memory"), on_all_ranks():
-        raise ValueError("out of memory")
 
 
-@pytest.mark.parametrize("failed", ["nobody", "the other", "this"])
-def test_a_step_that_fails_on_one_rank_fails_on_all(
-    monkeypatch: pytest.MonkeyPatch, second_rank: None, failed: str
-) -> None:
-    told: list[str | None] = []
-
-    def all_gather_object(errors: list[str | None], own: str | None, group: Any) -> None:
-        told.append(own)
-        errors[:] = ["ValueError('on rank 0')" if failed == "the other" else None, own]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-
-    def step() -> None:
-        with on_all_ranks():
-            if failed == "this":
-                raise ValueError("here")
-
-    if failed == "nobody":
-        step()
-    elif failed == "the other":
-        with pytest.raises(RuntimeError, match="on rank 0"):
-            step()
-    else:
-        with pytest.raises(ValueError, match="here"):
-            step()
-    assert told == ["ValueError('here')" if failed == "this" else None]
-
-
-def test_requests_of_the_profile_end_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+def test_requests_of_the_profile_end_whatever_fails() -> None:
     seen: list[SchedulerOutput] = []
 
     def execute_model(output: SchedulerOutput) -> None:
@@ -96,9 +66,28 @@ def test_requests_of_the_profile_end_whatever_fails(monkeypatch: pytest.MonkeyPa
             ledger=SimpleNamespace(), block_tables=SimpleNamespace(block_sizes=[16])
         ),
     )
-    worker = SimpleNamespace(model_runner=runner, execute_model=execute_model)
+    ours = SimpleNamespace(model_runner=runner, execute_model=execute_model)
     with pytest.raises(ValueError, match="out of memory"):
-        profile._timed(worker, 4, ExitThresholds((), ()), rounds=2)
+        profile._timed(ours, 4, ExitThresholds((), ()), rounds=2)
     first, last = seen
     assert last.finished_req_ids == {r.req_id for r in first.scheduled_new_reqs}
     assert len(last.finished_req_ids) == 4
+
+
+@pytest.mark.parametrize(("num_ranks", "error"), [(1, ValueError), (2, SystemExit)])
+def test_a_rank_that_fails_ends(
+    monkeypatch: pytest.MonkeyPatch, num_ranks: int, error: type[BaseException]
+) -> None:
+    """The others wait for it, where no error of its own would reach them."""
+
+    def measure_round_costs(_: Any) -> None:
+        raise ValueError("out of memory")
+
+    monkeypatch.setattr(worker, "measure_round_costs", measure_round_costs)
+    parallel = SimpleNamespace(tensor_parallel_size=num_ranks)
+    this: Any = SimpleNamespace(
+        model_runner=SimpleNamespace(kv_connector=None),
+        vllm_config=SimpleNamespace(parallel_config=parallel),
+    )
+    with pytest.raises(error):
+        worker.AdaDecodeGPUWorker._measure_round_costs(this)

@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from vllm_adadecode.adaptive.draft_length import RoundCosts
-from vllm_adadecode.adaptive.ranks import on_all_ranks, rank_0
+from vllm_adadecode.adaptive.ranks import rank_0
 from vllm_adadecode.heads.thresholds import ExitThresholds
 
 # Under vLLM's logger, whose level and format users know.
@@ -205,14 +205,9 @@ def _timed(worker: Any, size: int, thresholds: ExitThresholds, rounds: int) -> f
     The quickest: whatever else a machine does while a server starts only ever adds."""
     worker.model_runner.speculator.ledger.thresholds = thresholds
     requests = Requests(worker, size, rounds)
-    seconds: list[float] = []
     try:
-        with on_all_ranks():
-            requests.start()
-        for _ in range(rounds):
-            with on_all_ranks():
-                seconds.append(requests.round())
-        return min(seconds[WARM_ROUNDS:])
+        requests.start()
+        return min([requests.round() for _ in range(rounds)][WARM_ROUNDS:])
     finally:
         requests.end()
 

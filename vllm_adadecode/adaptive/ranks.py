@@ -1,13 +1,11 @@
 """What tensor-parallel ranks tell each other, so that all come to the same choices.
 
-Owns the exchanges of the start-up profile, which wait, and the one while serving, which must not.
+Owns the exchange of the start-up profile, which waits, and the one while serving, which must not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,25 +18,6 @@ def rank_0(value: Any) -> Any:
     """The value of the first rank: all must come to the same choices."""
     group = get_tp_group()
     return value if group.world_size == 1 else group.broadcast_object(value, src=0)
-
-
-@contextmanager
-def on_all_ranks() -> Iterator[None]:
-    """Have a step that fails on one rank fail on all, which would wait for it in the next."""
-    error = None
-    try:
-        yield
-    except Exception as found:
-        error = found
-    group = get_tp_group()
-    if group.world_size > 1:
-        errors: list[str | None] = [None] * group.world_size
-        own = None if error is None else repr(error)
-        torch.distributed.all_gather_object(errors, own, group=group.cpu_group)
-        if error is None and any(errors):
-            raise RuntimeError(f"rounds could not be measured; by rank: {errors}")
-    if error is not None:
-        raise error
 
 
 class LateFactors:

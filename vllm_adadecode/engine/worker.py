@@ -6,10 +6,11 @@ Owns the worker classes that the configuration names (``worker_cls``), and the R
 from copy import deepcopy
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength
+from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength, RoundCosts
 from vllm_adadecode.adaptive.profile import measure_round_costs
 from vllm_adadecode.adaptive.ranks import LateFactors
 from vllm_adadecode.engine.kv_transfer import hidden_from
@@ -19,6 +20,9 @@ from vllm_adadecode.metrics.counters import Counters
 from vllm_adadecode.vllm_patches.config_and_cli import check_not_refused
 from vllm_adadecode.vllm_patches.runtime import CPU_RUNNER, SPECULATOR
 from vllm_adadecode.vllm_patches.table import apply_on_load
+
+# Under vLLM's logger, whose level and format users know.
+logger = init_logger(f"vllm.{__name__}")
 
 # vLLM only logs a plugin that fails to load, and a vLLM that has moved makes it refuse the method;
 # a worker that is ours must not start in either case.
@@ -49,8 +53,7 @@ class _AdaDecodeWorkerMixin(Worker):
         times = super().compile_or_warm_up_model()
         ledger, costs = self.model_runner.speculator.ledger, None
         if self.vllm_config.speculative_config.cost_aware and ledger.thresholds.num_used_exits:
-            with hidden_from(self.model_runner.kv_connector):
-                costs = measure_round_costs(self)
+            costs = self._measure_round_costs()
             # As at the end of vLLM's own warm-up: what ran until here must not be seen in samples.
             set_random_seed(
                 self.model_config.seed, self.vllm_config.parallel_config.data_parallel_index
@@ -63,6 +66,18 @@ class _AdaDecodeWorkerMixin(Worker):
                 costs, ledger.max_drafts, ledger.thresholds.num_used_exits, LateFactors()
             )
         return times
+
+    def _measure_round_costs(self) -> RoundCosts | None:
+        try:
+            with hidden_from(self.model_runner.kv_connector):
+                return measure_round_costs(self)
+        except Exception:
+            if self.vllm_config.parallel_config.tensor_parallel_size == 1:
+                raise
+            # The other ranks wait for this one, and vLLM for the first of them to answer; a worker
+            # that has ended it sees at once.
+            logger.exception("adadecode could not measure rounds")
+            raise SystemExit(1) from None
 
     def sleep(self, level: int = 1) -> None:
         # The KV cache, and with level 2 the weights, that the deferred states belong to go away.
