@@ -21,7 +21,6 @@ from vllm import LLM, EngineArgs, envs
 from vllm.config import KVTransferConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import registry
 
 from tests.support.engines import (
@@ -572,17 +571,6 @@ def test_tokens_per_batch_size(engines: EnginePool, prompts: list[str], asynchro
         if most:
             # Threshold 0 drafts to the limit.
             assert counts["draft_tokens"] > (most - 1) * counts["verification_steps"]
-
-
-@pytest.mark.parametrize("options", [{"min_p": 0.1}, {"logit_bias": {1: 1.0}}], ids=str)
-def test_sampling_options_that_vllm_refuses(
-    engines: EnginePool, prompts: list[str], options: dict[str, Any]
-) -> None:
-    """By vLLM's rule for all speculative methods; the request fails, the engine lives."""
-    engine = engines.get(speculative_config=speculative())
-    with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
-        generate(engine, prompts[:1], greedy(4, temperature=1.0, **options))
-    assert generate(engine, prompts[:1], greedy(4))[0].finished
 
 
 # --- the command -------------------------------------------------------------------------------

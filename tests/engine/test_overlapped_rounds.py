@@ -78,11 +78,11 @@ def all_kinds() -> list[SamplingParams]:
         {},
         {"logprobs": 3, "prompt_logprobs": 2},
         {"temperature": 0.8, "seed": 1},
-        {"temperature": 1.2, "seed": 2, "top_p": 0.9, "logprobs": 2},
+        {"temperature": 1.2, "seed": 2, "top_p": 0.9, "min_p": 0.05, "logprobs": 2},
         {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.3},
         {"temperature": 0.7, "seed": 3, "presence_penalty": 1.0},
-        {"bad_words": ["self", "return", " ="]},
-        {"min_tokens": 20, "stop_token_ids": list(range(300, 400))},
+        {"bad_words": ["self", "return", " ="], "logprob_token_ids": [5, 300, 1000, 7, 11]},
+        {"min_tokens": 20, "stop_token_ids": list(range(300, 400)), "logit_bias": {300: 3.0}},
         {"temperature": 0.8, "seed": 4, "top_k": 8},
     ]
     return [greedy(14 + 5 * i, **options) for i, options in enumerate(kinds)]

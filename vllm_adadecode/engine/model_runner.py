@@ -30,10 +30,12 @@ from vllm_adadecode.metrics.prometheus import UnsentCounts, attach_counts
 from vllm_adadecode.verify.forward import VerificationForward
 from vllm_adadecode.verify.overlapped_plan import OverlappedPlan
 from vllm_adadecode.verify.plan import VerificationPlan, count_step, make_plan
+from vllm_adadecode.verify.rejection_sampler import NamedLogprobsRejectionSampler
 from vllm_adadecode.vllm_patches.runtime import (
     CUDAGRAPH_DISPATCH,
     MODEL_FORWARD,
     PREPARE_ATTENTION,
+    REJECTION_SAMPLER,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class AdaDecodeRunnerMixin(_Base):
         # vLLM calls the model it loaded. Batches that start at a depth run as spans from now on;
         # all others, prefill among them, are vanilla's: the same compiled code, the same graphs.
         self._all_layers = MODEL_FORWARD.apply_to(self.model, self._forward)
+        REJECTION_SAMPLER.apply_to(self.rejection_sampler, NamedLogprobsRejectionSampler)
         # Here, for this is once: KV caches are initialised twice where vLLM profiles graphs.
         self._prepare_all_attention = PREPARE_ATTENTION.apply_to(
             self.model_state, self._prepare_attention

@@ -98,10 +98,19 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             check_runner(config)
             check_kv_connector(config)
             check_device_loop(config)
-            apply(scheduler_and_metrics.PATCHES, When.ENGINE, When.FRONT_END)
+            apply((*PATCHES, *scheduler_and_metrics.PATCHES), When.ENGINE, When.FRONT_END)
         return config
 
     return _one_line_at_command_line(create_engine_config)
+
+
+def _validate_spec_decode(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if getattr(speculative_config, "method", None) != METHOD:
+            original(self, speculative_config)
+
+    return _validate_spec_decode
 
 
 def _num_lookahead_tokens(original: property) -> property:
@@ -195,6 +204,14 @@ PATCHES = (
         "takes from the working directory",
         When.PLUGIN,
         _serve_heads_folder,
+    ),
+    Patch(
+        "sampling-options",
+        "vllm.sampling_params:SamplingParams._validate_spec_decode",
+        "min_p and logit_bias are refused whatever the method; the V2 runner's rejection sampler "
+        "applies them to every verified token",
+        When.FRONT_END,
+        _validate_spec_decode,
     ),
     Patch(
         "lookahead",

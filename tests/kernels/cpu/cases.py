@@ -579,12 +579,13 @@ def logprob_token_ids(rng: torch.Generator, num_logprobs: int) -> Outputs:
         state.add_request(slot, SimpleNamespace(logprob_token_ids=tokens))
     state.token_ids.gpu.copy_(ints(rng, 0, 2500, *state.token_ids.gpu.shape))
     state.num_token_ids.copy_to_uva()
+    # More rows than slots, as in a verification.
     scores = compute_topk_scores(
-        floats(rng, 4, 2500, scale=3),
+        floats(rng, 16, 2500, scale=3),
         num_logprobs,
-        ints(rng, 0, 2500, 4, dtype=torch.int64),
+        ints(rng, 0, 2500, 16, dtype=torch.int64),
         logprob_token_ids_state=state,
-        expanded_idx_mapping=idx,
+        expanded_idx_mapping=idx.repeat_interleave(4),
         max_per_req_token_ids=5,
     )
     return {"token_ids": scores.logprob_token_ids, "logprobs": scores.logprobs}
