@@ -11,12 +11,10 @@ from vllm_adadecode.errors import AdaDecodeError
 
 # With engines, by themselves or as what they stand for; or checked where the value is known.
 TESTED = """
-    async_scheduling block_size compilation_config cudagraph_capture_sizes data_parallel_address
-    data_parallel_external_lb data_parallel_hybrid_lb data_parallel_multi_port_external_lb
-    data_parallel_rank data_parallel_rpc_port data_parallel_size data_parallel_size_local
-    data_parallel_start_rank disable_custom_all_reduce dtype enable_chunked_prefill
-    enable_prefix_caching enable_prompt_embeds enable_sleep_mode enforce_eager
-    gpu_memory_utilization kv_cache_memory_bytes kv_transfer_config logprobs_mode
+    async_scheduling block_size compilation_config cudagraph_capture_sizes
+    disable_custom_all_reduce dtype enable_chunked_prefill enable_prefix_caching
+    enable_prompt_embeds enable_sleep_mode enforce_eager gpu_memory_utilization
+    kv_cache_memory_bytes kv_offloading_size kv_transfer_config logprobs_mode
     long_prefill_token_threshold max_cudagraph_capture_size max_logprobs max_model_len
     max_num_batched_tokens max_num_seqs num_gpu_blocks_override optimization_level quantization
     quantization_config runner scheduling_policy seed spec_method spec_model spec_tokens

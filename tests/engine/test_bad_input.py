@@ -18,10 +18,9 @@ import torch
 from safetensors.torch import load, save_file
 from transformers import GPT2Config, PreTrainedConfig, WhisperConfig
 from vllm import LLM, EngineArgs, envs
-from vllm.config import ModelConfig, SpeculativeConfig
+from vllm.config import KVTransferConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import registry
 
 from tests.support.engines import (
@@ -141,6 +140,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     # vLLM's options, checked by vLLM's rules.
     ({"draft_sample_method": "random"}, ["draft_sample_method", "'greedy' or 'probabilistic'"]),
     ({"rejection_sample_method": "never"}, ["rejection_sample_method", "'standard'", "'never'"]),
+    ({"rejection_sample_method": "fly"}, ["lossless", "'fly'", "use 'standard' or 'block'"]),
     ({"rejection_sample_method": "synthetic"}, ["requires exactly one", "acceptance_rates"]),
     ({"synthetic_acceptance_rates": [0.5] * 5}, ["only valid with rejection_sample_method"]),
     (
@@ -343,18 +343,29 @@ def test_damaged_config(target: Path, tmp_path: Path) -> None:
 # --- what the method can't be combined with ----------------------------------------------------
 
 
+NIXL = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"runner": "pooling"}, ["not pooling", "drop the method"]),
         ({"enable_lora": True}, ["not tested with --enable-lora:", "leave that out"]),
-        # vLLM would choose its V1 runner, and the worker would break.
-        ({"enable_prompt_embeds": True}, ["Model Runner V2", "prompt embeddings", "drop"]),
+        ({"enable_prompt_embeds": True}, ["prompt embeddings: drop --enable-prompt-embeds"]),
+        ({"kv_transfer_config": NIXL}, ["not tried with NixlConnector", "one of ExampleConnector"]),
+        ({"kv_offloading_size": 1.0}, ["from GPUs only", "drop --kv-offloading-size"]),
     ],
     ids=str,
 )
 def test_combinations(options: dict[str, Any], words: list[str]) -> None:
     refused(words, **options)
+
+
+def test_runner_v1_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vLLM, for what its V2 runner lacks; the worker would break."""
+    lacks = "_get_v2_model_runner_unsupported_features"
+    monkeypatch.setattr(VllmConfig, lacks, lambda config: ["what is new"])
+    refused(["Model Runner V2", "does not support what is new", "drop"])
 
 
 # What its users would miss if it were not refused, and one of each kind.
@@ -370,7 +381,6 @@ def test_combinations(options: dict[str, Any], words: list[str]) -> None:
         ({"enable_dbo": True}, "--enable-dbo"),
         ({"ubatch_size": 2}, "--ubatch-size 2"),
         ({"nnodes": 2}, "--nnodes 2"),
-        ({"kv_offloading_size": 4.0}, "--kv-offloading-size 4.0"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"cpu_offload_gb": 1}, "--cpu-offload-gb 1"),
         ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
@@ -533,7 +543,7 @@ def test_revision_is_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(config, "find_heads", find_heads)
     create(DEMO_MODEL, {"model": "org/heads", "revision": "v2"})
-    assert seen == [("org/heads", str(DEMO_MODEL), "v2")]
+    assert [args[:3] for args in seen] == [("org/heads", str(DEMO_MODEL), "v2")]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -563,25 +573,15 @@ def test_tokens_per_batch_size(engines: EnginePool, prompts: list[str], asynchro
             assert counts["draft_tokens"] > (most - 1) * counts["verification_steps"]
 
 
-@pytest.mark.parametrize("options", [{"min_p": 0.1}, {"logit_bias": {1: 1.0}}], ids=str)
-def test_sampling_options_that_vllm_refuses(
-    engines: EnginePool, prompts: list[str], options: dict[str, Any]
-) -> None:
-    """By vLLM's rule for all speculative methods; the request fails, the engine lives."""
-    engine = engines.get(speculative_config=speculative())
-    with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
-        generate(engine, prompts[:1], greedy(4, temperature=1.0, **options))
-    assert generate(engine, prompts[:1], greedy(4))[0].finished
-
-
 # --- the command -------------------------------------------------------------------------------
 
 
 def test_one_line_for_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
-    for option in ("enable_lora", "enable_prompt_embeds"):
+    # One is refused with the method, the other when all of the configuration is there.
+    for options in ({"enable_lora": True}, {"kv_transfer_config": NIXL}):
         with pytest.raises(SystemExit) as stop:
-            create(DEMO_MODEL, {}, **{option: True})
+            create(DEMO_MODEL, {}, **options)
         assert str(stop.value.code).startswith("vllm: error: adadecode ")
         assert "\n" not in str(stop.value.code)
         assert stop.value.__suppress_context__

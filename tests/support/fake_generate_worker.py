@@ -24,7 +24,8 @@ class LLM:
             raise ValueError("the engine does not like\nthese arguments")
         if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1":
             raise ValueError("vLLM's V1 runner can't prefill seeded requests in chunks on a CPU")
-        config = SimpleNamespace(max_model_len=options.get("max_model_len", 1000))
+        longest = options["max_model_len"]
+        config = SimpleNamespace(max_model_len=1000 if longest == -1 else longest)
         self.llm_engine = SimpleNamespace(model_config=config)
         self.shards = 0
 
@@ -53,5 +54,5 @@ if __name__ == "__main__":
     vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace
     platforms: Any = ModuleType("vllm.platforms")
     platforms.current_platform = SimpleNamespace(is_cpu=lambda: True)
-    sys.modules.update({"vllm": vllm, "vllm.platforms": platforms})
+    sys.modules |= {"vllm": vllm, "vllm.platforms": platforms}
     generate_worker.main()

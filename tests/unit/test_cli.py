@@ -63,6 +63,14 @@ def test_nothing_heavy_before_a_command_runs() -> None:
     assert not heavy & set(run.stdout.split())
 
 
+def test_a_machine_without_a_gpu_is_nothing_to_warn_of(target: Path) -> None:
+    heads_of(target)
+    command = [sys.executable, "-m", "vllm_adadecode.cli", "info", str(target)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "exit layers" in run.stdout
+    assert "Triton" not in run.stdout + run.stderr
+
+
 # --- info --------------------------------------------------------------------------------------
 
 

@@ -17,10 +17,11 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
-from vllm import EngineArgs, envs
+from vllm import EngineArgs, SamplingParams, envs
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.config import vllm as vllm_config_module
 from vllm.config.speculative import NgramGPUTypes
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.worker.gpu import model_runner
@@ -455,11 +456,13 @@ def test_options_of_the_user_are_left_alone() -> None:
 
 
 def test_async_scheduling_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert get_args(vllm_config_module.NgramGPUTypes) == (*get_args(NgramGPUTypes), METHOD)
     with async_scheduling_on_cpu():
         config = create(speculative(), async_scheduling=True)
         assert config.scheduler_config.async_scheduling
+        if not next(p for p in TABLE if p.name == "async-scheduling").is_needed():
+            return
         # What the patch is for.
+        assert get_args(vllm_config_module.NgramGPUTypes) == (*get_args(NgramGPUTypes), METHOD)
         monkeypatch.setattr(vllm_config_module, "NgramGPUTypes", NgramGPUTypes)
         with pytest.raises(ValueError, match="async scheduling is only supported"):
             create(speculative(), async_scheduling=True)
@@ -472,6 +475,19 @@ def test_speculator_of_other_methods_is_vllms() -> None:
     patched = runtime._init_speculator(lambda *args: args, AdaDecodeSpeculator)
     config: Any = SimpleNamespace(speculative_config=SimpleNamespace(method="eagle3"))
     assert patched(config, "device", "states") == (config, "device", "states")
+
+
+@pytest.mark.parametrize("options", [{"min_p": 0.1}, {"logit_bias": {1: 1.0}}], ids=str)
+def test_other_methods_refuse_what_vllm_refuses(options: dict[str, Any]) -> None:
+    params = SamplingParams(**options)
+    for spec, refused in (
+        (None, nullcontext()),
+        (speculative(), nullcontext()),
+        (dict(NGRAM), pytest.raises(VLLMValidationError, match="not yet supported with spec")),
+    ):
+        config = create(spec)
+        with refused:
+            params.verify(config.model_config, config.speculative_config, None, None)
 
 
 def test_statistics_of_another_type_are_refused() -> None:
@@ -564,6 +580,11 @@ OVERRIDES = [
     # Put in place by patches of instances.
     (f"{MIXIN}._forward", runtime.MODEL_FORWARD.target),
     (f"{MIXIN}._prepare_attention", runtime.PREPARE_ATTENTION.target),
+    *overridden(
+        "vllm_adadecode.verify.rejection_sampler:NamedLogprobsRejectionSampler.",
+        f"{GPU}.spec_decode.rejection_sampler:RejectionSampler.",
+        "__call__ _get_logprobs_tensors",
+    ),
 ]
 if current_platform.is_cpu():
     OVERRIDES += overridden(
@@ -592,6 +613,9 @@ CALLS = {
     f"{GPU}.block_table:BlockTables._make_ptr_tensor": "self x |",
     f"{GPU}.sample.gumbel:gumbel_sample": "logits expanded_idx_mapping temperature seed pos | "
     "apply_temperature is_drafting logits_cache logits_cache_col use_fp64",
+    f"{GPU}.sample.logprob:compute_topk_scores": "logits num_logprobs sampled_token_ids "
+    "cu_num_logits logprob_token_ids_state expanded_idx_mapping max_per_req_token_ids | "
+    "logits_mode",
     "vllm.forward_context:set_forward_context": "attn_metadata vllm_config | num_tokens "
     "cudagraph_runtime_mode batch_descriptor slot_mapping is_padding",
     "vllm.forward_context:BatchDescriptor": "| num_tokens",

@@ -70,4 +70,5 @@ WITHOUT_REPLACEMENT = {
     "spec_decode.ngram.speculator": "another speculative method",
     "spec_decode.standalone_ar.speculator": "another speculative method",
     "spec_decode.target_dependent_ar.speculator": "another speculative method",
+    "spec_decode.xpress.kernels": "another speculative method, from vLLM 0.33 on",
 }

@@ -76,7 +76,12 @@ def _build(
                 )
             options[key] = value
     check_engine_args(engine_args)
-    config = build_config(options, target_model_config, target_parallel_config)
+    config = build_config(
+        options,
+        target_model_config,
+        target_parallel_config,
+        download_dir=engine_args.download_dir,
+    )
     platform = "CPU" if current_platform.is_cpu() else "GPU"
     worker = f"vllm_adadecode.engine.worker.AdaDecode{platform}Worker"
     WORKER_CLASS.apply_to(target_parallel_config, worker)
@@ -88,14 +93,24 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(*args: Any, **kwargs: Any) -> Any:
         config = original(*args, **kwargs)
         if config.speculative_config is not None and config.speculative_config.method == METHOD:
-            from vllm_adadecode.config import check_device_loop, check_runner
+            from vllm_adadecode.config import check_device_loop, check_kv_connector, check_runner
 
             check_runner(config)
+            check_kv_connector(config)
             check_device_loop(config)
-            apply(scheduler_and_metrics.PATCHES, When.ENGINE, When.FRONT_END)
+            apply((*PATCHES, *scheduler_and_metrics.PATCHES), When.ENGINE, When.FRONT_END)
         return config
 
     return _one_line_at_command_line(create_engine_config)
+
+
+def _validate_spec_decode(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if getattr(speculative_config, "method", None) != METHOD:
+            original(self, speculative_config)
+
+    return _validate_spec_decode
 
 
 def _num_lookahead_tokens(original: property) -> property:
@@ -191,6 +206,14 @@ PATCHES = (
         _serve_heads_folder,
     ),
     Patch(
+        "sampling-options",
+        "vllm.sampling_params:SamplingParams._validate_spec_decode",
+        "min_p and logit_bias are refused whatever the method; the V2 runner's rejection sampler "
+        "applies them to every verified token",
+        When.FRONT_END,
+        _validate_spec_decode,
+    ),
+    Patch(
         "lookahead",
         "vllm.config.vllm:VllmConfig.num_lookahead_tokens",
         "KV slots past the scheduled tokens are reserved by method name",
@@ -203,6 +226,7 @@ PATCHES = (
         "async scheduling is allowed by method name",
         When.PLUGIN,
         _async_methods,
+        until="0.32",
     ),
     Patch(
         "command-line",

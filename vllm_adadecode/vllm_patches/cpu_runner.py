@@ -7,7 +7,7 @@ without a Triton of its own.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_adadecode.errors import AdaDecodeError
@@ -42,6 +42,18 @@ def _register_triton_kernel_overrides(original: Any) -> Any:
     return classmethod(register_triton_kernel_overrides)
 
 
+def _make_ptr_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _make_ptr_tensor(self: Any, x: Iterable[Any]) -> Any:
+        from vllm_adadecode.cpu.memory import note_tables
+
+        tables = list(x)
+        note_tables(tables)
+        return original(self, tables)
+
+    return _make_ptr_tensor
+
+
 def _init_worker(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -63,6 +75,13 @@ def _with_next_power_of_2(triton: Any) -> Any:
     return triton
 
 
+TABLE_ADDRESSES = Patch(
+    "cpu-table-addresses",
+    "vllm.v1.worker.gpu.block_table:BlockTables._make_ptr_tensor",
+    "kernels are handed block tables as bare addresses, which do not tell how many rows there are",
+    When.CPU_RUNNER,
+    _make_ptr_tensor,
+)
 CPU_WORKER = Patch(
     "cpu-worker",
     "vllm.v1.worker.cpu_worker:CPUWorker.__init__",
@@ -72,6 +91,7 @@ CPU_WORKER = Patch(
     _init_worker,
 )
 PATCHES = (
+    TABLE_ADDRESSES,
     Patch(
         "cpu-without-triton",
         "vllm.config.vllm:HAS_TRITON",

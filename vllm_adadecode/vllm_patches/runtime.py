@@ -55,4 +55,18 @@ CUDAGRAPH_DISPATCH = Patch(
     "that starts at a depth",
     When.INSTANCE,
 )
-PATCHES = (SPECULATOR, CPU_RUNNER, MODEL_FORWARD, PREPARE_ATTENTION, CUDAGRAPH_DISPATCH)
+REJECTION_SAMPLER = Patch(
+    "rejection-sampler",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__class__",
+    "it gives no log-probabilities of the tokens that a request names, and the runner makes it by "
+    "name while it loads the model",
+    When.INSTANCE,
+)
+PATCHES = (
+    SPECULATOR,
+    CPU_RUNNER,
+    MODEL_FORWARD,
+    PREPARE_ATTENTION,
+    CUDAGRAPH_DISPATCH,
+    REJECTION_SAMPLER,
+)
