@@ -123,7 +123,7 @@ def build_config(
             f"speculative_config has unknown options for adadecode: {', '.join(unknown)}; "
             f"known: {', '.join(sorted(USER_OPTIONS))}"
         )
-    _check_engine(model_config, parallel_config)
+    _check_engine(model_config)
     hub_options = HubOptions.of_target(model_config, download_dir)
     heads, heads_path = _load_heads(options, model_config, hub_options)
     if (exit_layers := options.get("exit_layers")) is not None:
@@ -168,7 +168,7 @@ def build_config(
         raise AdaDecodeError(f"speculative_config: {error}") from None
 
 
-def _check_engine(model_config: ModelConfig, parallel_config: ParallelConfig) -> None:
+def _check_engine(model_config: ModelConfig) -> None:
     """What the method can't be combined with, apart from options (engine_args.py)."""
     if is_newer(version := vllm_version()):
         logger.warning(
@@ -195,8 +195,6 @@ def _check_engine(model_config: ModelConfig, parallel_config: ParallelConfig) ->
         raise AdaDecodeError(
             "adadecode does not serve prompt embeddings: drop --enable-prompt-embeds or the method"
         )
-    if parallel_config.data_parallel_size > 1 and model_config.is_moe:
-        raise AdaDecodeError("adadecode does not support data parallelism for MoE models")
 
 
 def check_runner(vllm_config: VllmConfig) -> None:

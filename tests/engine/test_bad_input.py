@@ -373,6 +373,7 @@ def test_runner_v1_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "flags"),
     [
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"data_parallel_size": 2}, "--data-parallel-size 2"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 2"),
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size 2"),
         ({"enable_expert_parallel": True, "enable_eplb": True}, "--enable-expert-parallel, --enab"),
