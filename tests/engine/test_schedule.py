@@ -72,9 +72,9 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
         case "greedy":
             options["temperature"] = 0.0
         case "top_k":
-            options |= sampling | {"top_k": 1}
+            options |= sampling | {"top_k": 1, "min_p": 0.1}
         case "sampled":
-            options |= sampling | {"temperature": 0.8}
+            options |= sampling | {"temperature": 0.8, "min_p": 0.1}
     if maybe():
         options["presence_penalty"] = float(rng.uniform(-1, 2))
     if maybe():
@@ -93,8 +93,13 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
         options["min_tokens"] = int(rng.integers(1, max_tokens + 1))
     if maybe(0.15):
         options["stop"] = ["\n\n", "):"]
+    if maybe():
+        # Of many tokens, so that some become the best.
+        options["logit_bias"] = {t: float(rng.uniform(-9, 9)) for t in some_tokens(300)}
     if maybe(0.3):
         options["logprobs"] = int(rng.integers(1, 4))
+    elif maybe(0.3):
+        options["logprob_token_ids"] = some_tokens(int(rng.integers(1, 9)))
     return SamplingParams(**options)
 
 
@@ -201,7 +206,7 @@ def test_each_request_as_its_vanilla_reference(
     chosen = [i for i in sorted(finished) if requests_[i].is_deterministic]
     ours, theirs = [finished[i] for i in chosen], [reference[i] for i in chosen]
     assert_same(vanilla, ours, theirs, [requests_[i].params for i in chosen])
-    for a, b in zip(ours, theirs, strict=True):
+    for i, a, b in zip(chosen, ours, theirs, strict=True):
         mine, its = a.outputs[0], b.outputs[0]
         if mine.token_ids != its.token_ids:
             continue  # a tie, allowed by assert_same
@@ -209,6 +214,7 @@ def test_each_request_as_its_vanilla_reference(
         assert (mine.finish_reason, mine.stop_reason) == (its.finish_reason, its.stop_reason)
         assert (mine.logprobs is None) == (its.logprobs is None)
         for x, y in zip(mine.logprobs or (), its.logprobs or (), strict=True):
+            assert not requests_[i].params.logprob_token_ids or x.keys() == y.keys()
             for token in set(x) & set(y):
                 assert x[token].logprob == pytest.approx(y[token].logprob, abs=2e-3)
     for i in set(finished) - set(chosen):

@@ -145,3 +145,28 @@ def test_ranks_decide_alike(
     else:
         assert counts[0]["draft_tokens"] > 100
         assert min(counts[0]["mixed_steps"], counts[0]["deferred_steps"]) > 5
+
+
+def fail_on_the_second_rank(worker: Any) -> None:
+    """Measure rounds as at start, where that rank's first step fails before it tells the other."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from vllm_adadecode.adaptive.profile import Requests
+
+    def start(requests: Requests) -> None:
+        raise ValueError("out of memory")
+
+    if get_tp_group().rank_in_group == 1:
+        patch.object(Requests, "start", start).start()
+    worker.vllm_config.speculative_config.cost_aware = True
+    worker.compile_or_warm_up_model()
+
+
+@pytest.mark.slow
+def test_no_rank_waits_for_one_that_has_failed() -> None:
+    engine = LLM(str(DEMO_MODEL), **OPTIONS, speculative_config=SPEC)
+    try:
+        with pytest.raises(RuntimeError, match=r"cancelled|Executor failed"):
+            engine.collective_rpc(fail_on_the_second_rank)
+    finally:
+        stop(engine)

@@ -6,6 +6,8 @@ on the device. Each extends the requests' windows by draft tokens and leaves the
 deferred states, for verification.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,10 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR, KVConnector
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.workspace import use_workspace_lane
 
 from vllm_adadecode.config import heads_of_worker, resolve_draft_loop
 from vllm_adadecode.draft.buffers import LoopBuffers, pass_states
@@ -26,6 +30,7 @@ from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.engine.context import DraftContext
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.host_rounds import HostRounds
+from vllm_adadecode.engine.kv_transfer import hidden_from
 from vllm_adadecode.engine.ledger import RoundLedger
 from vllm_adadecode.engine.warmup import launch_kernels, register_warmup, run_everything
 from vllm_adadecode.errors import AdaDecodeError
@@ -72,6 +77,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self.verification_passes: VerificationPasses | None = None
         # Of vLLM's workspace: that in which it has draft tokens proposed.
         self.workspace_lane = 0
+        # The runner's.
+        self.kv_connector: KVConnector = NO_OP_KV_CONNECTOR
         # Under these names vLLM's memory profiling finds them, and drops what it has captured.
         self.verification_graphs: VerificationGraphs | None = None
         self.draft_graphs: DraftGraphs | None = None
@@ -140,12 +147,13 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.block_tables,
             self.kv_cache_config,
             self.attn_groups,
+            self.req_states.num_computed_tokens.gpu,
         )
         self.host_rounds = HostRounds(self.context, self.spans)
         self.device_rounds = self.verification_passes = None
         if self.pass_states is not None:
             try:
-                padded = PaddedSpans(self.spans, self.max_model_len)
+                padded = self._make_padded_spans()
             except AdaDecodeError as error:
                 if self.speculative_config.draft_loop != "auto":
                     raise
@@ -153,6 +161,10 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                 self.pass_states = None
             else:
                 self.device_rounds = self._make_device_rounds(padded, self.pass_states)
+
+    def _make_padded_spans(self) -> PaddedSpans:
+        # Not vLLM 0.32's `self.max_model_len`, which is from before it was fitted to the memory.
+        return PaddedSpans(self.spans, self.vllm_config.model_config.max_model_len)
 
     def _make_device_rounds(
         self, padded: PaddedSpans, states: tuple[torch.Tensor, torch.Tensor]
@@ -172,7 +184,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             DeviceLoop(self.model, padded, self.deferred, buffers, StatusPoll()),
             self.verification_passes,
             self.vllm_config.parallel_config.tensor_parallel_size,
-            self.workspace_lane,
+            self.drafting,
         )
 
     def _make_verification_passes(self, padded: PaddedSpans) -> VerificationPasses:
@@ -195,8 +207,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             logger.warning("adadecode runs without CUDA graphs of its own: %s", reason)
             return
         if self.verification_passes is None:
-            padded = PaddedSpans(self.spans, self.max_model_len)
-            self.verification_passes = self._make_verification_passes(padded)
+            self.verification_passes = self._make_verification_passes(self._make_padded_spans())
         self.verification_graphs = VerificationGraphs(
             self.vllm_config, self.device, self.verification_passes
         )
@@ -227,6 +238,12 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         launch_kernels(self.context, num_rows, loop, self.verification_passes)
 
     # --- one round -----------------------------------------------------------------------------
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Where draft passes run, within a call of `propose` or later."""
+        with use_workspace_lane(self.workspace_lane), hidden_from(self.kv_connector):
+            yield
 
     @torch.inference_mode()
     def propose(
@@ -274,7 +291,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             graphs = self.draft_graphs
             fitting = graphs is not None and graphs.fits(self.ledger.thresholds)
             propose = partial(self.device_rounds.propose, graphs=graphs if fitting else None)
-        return propose(input_batch, num_sampled, last_sampled, temperature, seeds, max_drafts)
+        with self.drafting():
+            return propose(input_batch, num_sampled, last_sampled, temperature, seeds, max_drafts)
 
     def resolve(self, wait: bool = True, everything: bool = False) -> None:
         """Record rounds before their windows, draft tokens or counts are used.
