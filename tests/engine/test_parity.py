@@ -6,11 +6,13 @@ And a negative control: with the saved states shifted by one token, it must not.
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
 from tests.support.engines import (
+    DEVICE_LOOP,
     EnginePool,
     assert_same,
     divergences,
@@ -245,6 +247,31 @@ def test_max_model_len_edge(engines: EnginePool, vanilla: LLM, prompts: list[str
     engine = engines.get(speculative_config=THREE_EXITS, **small)
     set_thresholds(engine, 0.3)
     assert_same(engines.get(**small), generate(engine, given, greedy(1000)), reference)
+
+
+def test_max_model_len_auto(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
+    """The limit that vLLM fits to the KV cache, once the speculator is made, is ours as well."""
+    spec = DEVICE_LOOP | {"confidence_threshold": 0.3}
+    # The model's own limit is 1024.
+    options: dict[str, Any] = {"max_model_len": -1, "kv_cache_memory_bytes": 2 << 20}
+    engine = engines.get(speculative_config=spec, block_size=32, **options)
+    fitted = engine.llm_engine.model_config.max_model_len
+    assert 128 <= fitted < 1024
+
+    def limits(worker: Any) -> set[int]:
+        speculator = worker.model_runner.speculator
+        slots = np.arange(2)
+        worker.model_runner.req_states.max_seq_len[slots] = 1 << 20
+        ends = speculator.ledger.last_starts(slots) + 2
+        return {speculator.device_rounds.loop.spans.max_model_len, *ends.tolist()}
+
+    assert engine.collective_rpc(limits) == [{fitted}]
+    ids = [vanilla.get_tokenizer().encode(p * 4)[: fitted - 30] for p in prompts[:4]]
+    given = [{"prompt_token_ids": i} for i in ids]
+    outputs = generate(engine, given, greedy(1000))
+    lengths = [fitted - len(i) for i in ids]
+    assert [len(tokens) for tokens in token_ids(outputs)] == lengths
+    assert_same(vanilla, outputs, generate(vanilla, given, [greedy(n) for n in lengths]))
 
 
 def compare_logprobs(ours: RequestOutput, theirs: RequestOutput) -> None:

@@ -145,3 +145,38 @@ def test_ranks_decide_alike(
     else:
         assert counts[0]["draft_tokens"] > 100
         assert min(counts[0]["mixed_steps"], counts[0]["deferred_steps"]) > 5
+
+
+def fail_on_the_second_rank(worker: Any) -> tuple[str, int]:
+    """The start-up profile, in which that rank fails at the end of a step; requests left over."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from vllm_adadecode.adaptive.profile import measure_round_costs
+
+    def sample_tokens(grammar_output: Any) -> None:
+        type(worker).sample_tokens(worker, grammar_output)
+        raise ValueError("out of memory")
+
+    if get_tp_group().rank_in_group == 1:
+        worker.sample_tokens = sample_tokens
+    error = ""
+    try:
+        measure_round_costs(worker)
+    except Exception as found:
+        error = repr(found)
+    vars(worker).pop("sample_tokens", None)
+    return error, len(worker.model_runner.req_states.req_id_to_index)
+
+
+@pytest.mark.slow
+def test_no_rank_waits_for_one_that_has_failed(engines: EnginePool, prompts: list[str]) -> None:
+    engine = LLM(str(DEMO_MODEL), **OPTIONS, speculative_config=SPEC)
+    try:
+        (first, left), (second, left_too) = engine.collective_rpc(fail_on_the_second_rank)
+        outputs = generate(engine, prompts[:4], greedy(16))
+    finally:
+        stop(engine)
+    assert "by rank: [None, \"ValueError('out of memory')\"]" in first
+    assert second == "ValueError('out of memory')"
+    assert left == left_too == 0
+    assert_same(engines.get(), outputs, generate(engines.get(), prompts[:4], greedy(16)))

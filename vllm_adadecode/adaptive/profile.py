@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from vllm import SamplingParams
-from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from vllm_adadecode.adaptive.draft_length import RoundCosts
+from vllm_adadecode.adaptive.ranks import on_all_ranks, rank_0
 from vllm_adadecode.heads.thresholds import ExitThresholds
 
 # Under vLLM's logger, whose level and format users know.
@@ -70,9 +70,12 @@ class Requests:
     drafts: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        runner = self.worker.model_runner
         self.ids = [f"_adadecode_costs_{i}_" for i in range(self.count)]
         self.computed = [len(PROMPT)] * self.count
+
+    def start(self) -> None:
+        """Prefill, and draft."""
+        runner = self.worker.model_runner
         output = SchedulerOutput.make_empty()
         params = SamplingParams(temperature=0.0, max_tokens=runner.max_model_len, ignore_eos=True)
         blocks = blocks_per_request(runner, self.max_rounds)
@@ -202,8 +205,14 @@ def _timed(worker: Any, size: int, thresholds: ExitThresholds, rounds: int) -> f
     The quickest: whatever else a machine does while a server starts only ever adds."""
     worker.model_runner.speculator.ledger.thresholds = thresholds
     requests = Requests(worker, size, rounds)
+    seconds: list[float] = []
     try:
-        return min([requests.round() for _ in range(rounds)][WARM_ROUNDS:])
+        with on_all_ranks():
+            requests.start()
+        for _ in range(rounds):
+            with on_all_ranks():
+                seconds.append(requests.round())
+        return min(seconds[WARM_ROUNDS:])
     finally:
         requests.end()
 
@@ -233,9 +242,3 @@ def _costs(table: list[tuple[int, list[float]]], drafts: int, real: ExitThreshol
         extended=tuple(extended),
         check=tuple(check),
     )
-
-
-def rank_0(value: Any) -> Any:
-    """The value of the first tensor-parallel rank: all must come to the same choices."""
-    group = get_tp_group()
-    return value if group.world_size == 1 else group.broadcast_object(value, src=0)

@@ -19,6 +19,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.utils import record_function_or_nullcontext
+from vllm.v1.worker.gpu import structured_outputs
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
 else:
     _Base = object
+
+
+# Until vLLM 0.32 a bitmask has a row for each scheduled token. From 0.33 on it has 1 + K for every
+# request, and the kernel leaves out those of tokens that the batch does not have.
+CUTS_GRAMMAR = hasattr(structured_outputs, "_build_grammar_mapping")
 
 
 class AdaDecodeRunnerMixin(_Base):
@@ -80,6 +86,7 @@ class AdaDecodeRunnerMixin(_Base):
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         finally:
             self.decode_query_len = decode_query_len
+        self.speculator.kv_connector = self.kv_connector
         assert self.cudagraph_manager is not None
         self._keep_from_replay(self.cudagraph_manager)
         speculator = self.speculator
@@ -215,7 +222,7 @@ class AdaDecodeRunnerMixin(_Base):
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        if grammar_output is not None and self._placeholders is not None:
+        if CUTS_GRAMMAR and grammar_output is not None and self._placeholders is not None:
             grammar_output = self._cut_grammar(grammar_output)
         output = super().sample_tokens(grammar_output)
         if output is not None:

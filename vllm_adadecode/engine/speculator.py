@@ -6,6 +6,8 @@ on the device. Each extends the requests' windows by draft tokens and leaves the
 deferred states, for verification.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +17,12 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR, KVConnector
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.workspace import use_workspace_lane
 
-from vllm_adadecode.config import resolve_draft_loop
+from vllm_adadecode.config import heads_of_worker, resolve_draft_loop
 from vllm_adadecode.draft.buffers import LoopBuffers, pass_states
 from vllm_adadecode.draft.device_loop import DeviceLoop
 from vllm_adadecode.draft.graphs import DraftGraphs
@@ -26,10 +30,16 @@ from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.engine.context import DraftContext
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.host_rounds import HostRounds
+from vllm_adadecode.engine.kv_transfer import hidden_from
 from vllm_adadecode.engine.ledger import RoundLedger
 from vllm_adadecode.engine.warmup import launch_kernels, register_warmup, run_everything
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
+from vllm_adadecode.heads import (
+    EarlyHead,
+    HeadsConfig,
+    load_configured_heads,
+    load_draft_vocab,
+)
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.model.draft_lm_head import HeadProjection
 from vllm_adadecode.model.draft_sampler import draft_columns
@@ -67,6 +77,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self.verification_passes: VerificationPasses | None = None
         # Of vLLM's workspace: that in which it has draft tokens proposed.
         self.workspace_lane = 0
+        # The runner's.
+        self.kv_connector: KVConnector = NO_OP_KV_CONNECTOR
         # Under these names vLLM's memory profiling finds them, and drops what it has captured.
         self.verification_graphs: VerificationGraphs | None = None
         self.draft_graphs: DraftGraphs | None = None
@@ -80,10 +92,11 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> StagedTarget:
-        config, heads = load_configured_heads(self.speculative_config, self.dtype, self.device)
+        self.heads_path = heads_of_worker(self.vllm_config)
+        config, heads = self._load_heads()
         projection = HeadProjection(
             target_model,
-            load_draft_vocab(self.speculative_config.heads_path, config),
+            load_draft_vocab(self.heads_path, config),
             config.lm_head_quantization,
             self.vllm_config.model_config.head_dtype,
         )
@@ -108,10 +121,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
 
         A deep sleep gives up their memory as well.
         """
-        _, heads = load_configured_heads(self.speculative_config, self.dtype, self.device)
+        _, heads = self._load_heads()
         for ours, stored in zip(self.model.heads, heads.values(), strict=True):
             ours.load_state_dict(stored.state_dict())
         self.model.projection.refresh()
+
+    def _load_heads(self) -> tuple[HeadsConfig, dict[int, EarlyHead]]:
+        return load_configured_heads(
+            self.heads_path, self.speculative_config, self.dtype, self.device
+        )
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         # All layers are the target's: to the runner we have no attention layers of our own.
@@ -129,12 +147,13 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.block_tables,
             self.kv_cache_config,
             self.attn_groups,
+            self.req_states.num_computed_tokens.gpu,
         )
         self.host_rounds = HostRounds(self.context, self.spans)
         self.device_rounds = self.verification_passes = None
         if self.pass_states is not None:
             try:
-                padded = PaddedSpans(self.spans, self.max_model_len)
+                padded = self._make_padded_spans()
             except AdaDecodeError as error:
                 if self.speculative_config.draft_loop != "auto":
                     raise
@@ -142,6 +161,10 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
                 self.pass_states = None
             else:
                 self.device_rounds = self._make_device_rounds(padded, self.pass_states)
+
+    def _make_padded_spans(self) -> PaddedSpans:
+        # Not vLLM 0.32's `self.max_model_len`, which is from before it was fitted to the memory.
+        return PaddedSpans(self.spans, self.vllm_config.model_config.max_model_len)
 
     def _make_device_rounds(
         self, padded: PaddedSpans, states: tuple[torch.Tensor, torch.Tensor]
@@ -161,7 +184,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             DeviceLoop(self.model, padded, self.deferred, buffers, StatusPoll()),
             self.verification_passes,
             self.vllm_config.parallel_config.tensor_parallel_size,
-            self.workspace_lane,
+            self.drafting,
         )
 
     def _make_verification_passes(self, padded: PaddedSpans) -> VerificationPasses:
@@ -184,8 +207,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             logger.warning("adadecode runs without CUDA graphs of its own: %s", reason)
             return
         if self.verification_passes is None:
-            padded = PaddedSpans(self.spans, self.max_model_len)
-            self.verification_passes = self._make_verification_passes(padded)
+            self.verification_passes = self._make_verification_passes(self._make_padded_spans())
         self.verification_graphs = VerificationGraphs(
             self.vllm_config, self.device, self.verification_passes
         )
@@ -216,6 +238,12 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         launch_kernels(self.context, num_rows, loop, self.verification_passes)
 
     # --- one round -----------------------------------------------------------------------------
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Where draft passes run, within a call of `propose` or later."""
+        with use_workspace_lane(self.workspace_lane), hidden_from(self.kv_connector):
+            yield
 
     @torch.inference_mode()
     def propose(
@@ -263,7 +291,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             graphs = self.draft_graphs
             fitting = graphs is not None and graphs.fits(self.ledger.thresholds)
             propose = partial(self.device_rounds.propose, graphs=graphs if fitting else None)
-        return propose(input_batch, num_sampled, last_sampled, temperature, seeds, max_drafts)
+        with self.drafting():
+            return propose(input_batch, num_sampled, last_sampled, temperature, seeds, max_drafts)
 
     def resolve(self, wait: bool = True, everything: bool = False) -> None:
         """Record rounds before their windows, draft tokens or counts are used.

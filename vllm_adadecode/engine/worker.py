@@ -10,7 +10,9 @@ from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength
-from vllm_adadecode.adaptive.profile import measure_round_costs, rank_0
+from vllm_adadecode.adaptive.profile import measure_round_costs
+from vllm_adadecode.adaptive.ranks import LateFactors
+from vllm_adadecode.engine.kv_transfer import hidden_from
 from vllm_adadecode.engine.model_runner import AdaDecodeRunnerMixin
 from vllm_adadecode.engine.speculator import AdaDecodeSpeculator
 from vllm_adadecode.metrics.counters import Counters
@@ -45,18 +47,20 @@ class _AdaDecodeWorkerMixin(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        ledger = self.model_runner.speculator.ledger
+        ledger, costs = self.model_runner.speculator.ledger, None
         if self.vllm_config.speculative_config.cost_aware and ledger.thresholds.num_used_exits:
-            costs = measure_round_costs(self)
-            ledger.windows.clear()
-            self.model_runner.start_counting()
-            if costs is not None:
-                ledger.draft_length = AdaptiveDraftLength(
-                    costs, ledger.max_drafts, ledger.thresholds.num_used_exits, rank_0
-                )
+            with hidden_from(self.model_runner.kv_connector):
+                costs = measure_round_costs(self)
             # As at the end of vLLM's own warm-up: what ran until here must not be seen in samples.
             set_random_seed(
                 self.model_config.seed, self.vllm_config.parallel_config.data_parallel_index
+            )
+        # vLLM's own warm-up runs rounds as well.
+        ledger.windows.clear()
+        self.model_runner.start_counting()
+        if costs is not None:
+            ledger.draft_length = AdaptiveDraftLength(
+                costs, ledger.max_drafts, ledger.thresholds.num_used_exits, LateFactors()
             )
         return times
 

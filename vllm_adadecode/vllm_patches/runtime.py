@@ -14,10 +14,9 @@ from vllm_adadecode.vllm_patches.patch import Patch, When
 
 def _init_speculator(original: Callable[..., Any], speculator: type) -> Callable[..., Any]:
     @functools.wraps(original)
-    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
-        if vllm_config.speculative_config.method != METHOD:
-            return original(vllm_config, device, req_states)
-        return speculator(vllm_config, device, req_states)
+    def init_speculator(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        is_ours = vllm_config.speculative_config.method == METHOD
+        return (speculator if is_ours else original)(vllm_config, *args, **kwargs)
 
     return init_speculator
 
