@@ -12,7 +12,7 @@ ARGS ?=
 # Processes of `make test`.
 WORKERS ?= 2
 
-.PHONY: help setup demo bench-quick demo-model heads-report baselines bench paper kernels test test-all lint
+.PHONY: help setup demo bench-quick demo-model heads-report baselines bench paper kernels test test-all soak lint
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-quick    compare on a target bound by memory: results/bench-quick.json"
 	@echo "make test           lint, then the tests that CI runs: about 15 minutes on two cores"
 	@echo "make test-all       lint, then every test, the slow ones among them"
+	@echo "make soak           10,000 requests in random schedules, compared with plain vLLM's: results/soak"
 	@echo "make lint           ruff and mypy"
 	@echo "make demo-model     train the demo model again"
 	@echo "make heads-report   what the demo model's heads are worth, on prompts they were not trained on"
@@ -91,6 +92,9 @@ test: lint
 
 test-all: lint
 	$(PYTEST) $(ARGS)
+
+soak: setup
+	$(BIN)/python -m tests.soak $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
