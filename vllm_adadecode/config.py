@@ -164,7 +164,7 @@ def build_config(
         return AdaDecodeSpeculativeConfig(**fields)
     except ValidationError as error:
         raise AdaDecodeError(f"speculative_config: {one_line(error)}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise AdaDecodeError(f"speculative_config: {error}") from None
 
 
@@ -351,8 +351,8 @@ def _most_pass_tokens(vllm_config: VllmConfig) -> int:
     return vllm_config.scheduler_config.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
 
 
-def resolve_draft_loop(vllm_config: VllmConfig, device_type: str) -> str:
-    """Who drives the draft loop: "host" or "device".
+def resolve_draft_loop(vllm_config: VllmConfig, device_type: str) -> tuple[str, str]:
+    """Who drives the draft loop, "host" or "device", and why.
 
     "auto" is the device where reading from it would hold a GPU up and the loop can be on it, the
     host everywhere else.
@@ -360,11 +360,20 @@ def resolve_draft_loop(vllm_config: VllmConfig, device_type: str) -> str:
     spec = vllm_config.speculative_config
     assert isinstance(spec, AdaDecodeSpeculativeConfig)
     if spec.draft_loop != "auto":
-        return spec.draft_loop
-    fits = _most_pass_tokens(vllm_config) <= vllm_config.scheduler_config.max_num_batched_tokens
-    captured = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
-    on_device = device_type == "cuda" and captured and fits
-    return "device" if on_device else "host"
+        return spec.draft_loop, "as set"
+    needed = _most_pass_tokens(vllm_config)
+    most = vllm_config.scheduler_config.max_num_batched_tokens
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if device_type != "cuda":
+        return "host", f"nothing to wait for on {device_type}"
+    if not mode.has_full_cudagraphs():
+        return "host", f"cudagraph_mode {mode.name} captures no full graphs"
+    if needed > most:
+        return "host", (
+            f"max_num_seqs x (1 + num_speculative_tokens) is {needed}, above "
+            f"max_num_batched_tokens, which is {most}"
+        )
+    return "device", "a GPU with full CUDA graphs"
 
 
 def _thresholds(

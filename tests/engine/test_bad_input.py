@@ -157,6 +157,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"num_speculative_tokens_per_batch_size": [[2, 4, 5]]}, ["must start at 1"]),
     ({"num_speculative_tokens_per_batch_size": [[1, 4, 5], [3, 8, 2]]}, ["non-overlapping"]),
     ({"num_speculative_tokens_per_batch_size": [[1, 4, -1]]}, ["must be >= 0"]),
+    ({"num_speculative_tokens_per_batch_size": [[1, float("inf"), 2]]}, ["float infinity"]),
 ]
 
 
@@ -213,20 +214,22 @@ def test_where_the_draft_loop_can_be_on_the_device(target: Path) -> None:
 def test_who_drives_the_draft_loop_by_itself(target: Path) -> None:
     """The device, where a GPU would wait for the host and all that it takes is there."""
 
-    def driver(device: str, graphs: bool = True, **options: Any) -> str:
+    def driver(device: str, graphs: bool = True, **options: Any) -> tuple[str, str]:
         made = create(target, {"num_speculative_tokens": 7}, max_num_seqs=16, **options)
         mode = CUDAGraphMode.FULL_AND_PIECEWISE if graphs else CUDAGraphMode.NONE
         made.compilation_config.cudagraph_mode = mode
         return config.resolve_draft_loop(made, device)
 
-    assert driver("cuda") == "device"
-    assert driver("cpu") == "host"
-    assert driver("cuda", graphs=False) == "host"
-    assert driver("cuda", max_num_batched_tokens=127) == "host"
-    assert driver("cuda", tensor_parallel_size=2) == "device"
+    assert driver("cuda") == ("device", "a GPU with full CUDA graphs")
+    assert driver("cpu") == ("host", "nothing to wait for on cpu")
+    assert driver("cuda", graphs=False) == ("host", "cudagraph_mode NONE captures no full graphs")
+    too_many = "max_num_seqs x (1 + num_speculative_tokens) is 128, above max_num_batched_tokens"
+    assert driver("cuda", max_num_batched_tokens=127) == ("host", f"{too_many}, which is 127")
+    assert driver("cuda", tensor_parallel_size=2)[0] == "device"
     for loop in ("host", "device"):
         made = create(target, {"draft_loop": loop}, max_num_seqs=2)
-        assert [config.resolve_draft_loop(made, d) for d in ("cuda", "cpu")] == [loop, loop]
+        found = [config.resolve_draft_loop(made, d) for d in ("cuda", "cpu")]
+        assert found == [(loop, "as set")] * 2
 
 
 @pytest.mark.parametrize(

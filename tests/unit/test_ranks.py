@@ -75,19 +75,16 @@ def test_requests_of_the_profile_end_whatever_fails() -> None:
 
 
 @pytest.mark.parametrize(("num_ranks", "error"), [(1, ValueError), (2, SystemExit)])
-def test_a_rank_that_fails_ends(
-    monkeypatch: pytest.MonkeyPatch, num_ranks: int, error: type[BaseException]
-) -> None:
+def test_a_rank_that_fails_ends(num_ranks: int, error: type[BaseException]) -> None:
     """The others wait for it, where no error of its own would reach them."""
 
-    def measure_round_costs(_: Any) -> None:
+    def run(_: Any) -> None:
         raise ValueError("out of memory")
 
-    monkeypatch.setattr(worker, "measure_round_costs", measure_round_costs)
     parallel = SimpleNamespace(tensor_parallel_size=num_ranks)
     this: Any = SimpleNamespace(
         model_runner=SimpleNamespace(kv_connector=None),
         vllm_config=SimpleNamespace(parallel_config=parallel),
     )
     with pytest.raises(error):
-        worker.AdaDecodeGPUWorker._measure_round_costs(this)
+        worker.AdaDecodeGPUWorker._run_own_rounds(this, run)

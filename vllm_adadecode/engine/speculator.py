@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.logger import init_logger
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR, KVConnector
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
@@ -32,8 +32,9 @@ from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.host_rounds import HostRounds
 from vllm_adadecode.engine.kv_transfer import hidden_from
 from vllm_adadecode.engine.ledger import RoundLedger
+from vllm_adadecode.engine.self_check import Way, anywhere
 from vllm_adadecode.engine.warmup import launch_kernels, register_warmup, run_everything
-from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.errors import AdaDecodeError, first_line
 from vllm_adadecode.heads import (
     EarlyHead,
     HeadsConfig,
@@ -52,8 +53,7 @@ from vllm_adadecode.verify.passes import VerificationPasses
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.dp_utils import DPSyncState
 
-# Under vLLM's logger, whose level and format users know.
-logger = init_logger(f"vllm.{__name__}")
+GIVEN_UP = "given up, see above"
 
 
 class AdaDecodeSpeculator(DraftModelSpeculator):
@@ -69,7 +69,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.max_num_reqs, self.num_speculative_steps + 1, self.hidden_size, self.dtype, device
         )
         self.draft_columns = draft_columns(self.num_speculative_steps, device)
-        self.draft_loop = resolve_draft_loop(vllm_config, device.type)
+        self.draft_loop, self.why_loop = resolve_draft_loop(vllm_config, device.type)
+        self.why_no_graphs = ""
         # The largest passes of the draft loop on the device; None: it is on the host.
         self.pass_states = pass_states(self.deferred) if self.draft_loop == "device" else None
         self.device_rounds: DeviceRounds | None = None
@@ -157,8 +158,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             except AdaDecodeError as error:
                 if self.speculative_config.draft_loop != "auto":
                     raise
-                logger.warning("adadecode drafts with draft_loop host: %s", error)
-                self.pass_states = None
+                self.why_loop, self.pass_states = str(error), None
             else:
                 self.device_rounds = self._make_device_rounds(padded, self.pass_states)
 
@@ -202,9 +202,10 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         """Choose what will be captured: passes of verifications, and steps of the device's loop."""
         self.verification_graphs = self.draft_graphs = None
         if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
+            self.why_no_graphs = f"cudagraph_mode is {cudagraph_mode.name}"
             return
         if (reason := why_not_captured(self.attn_groups, self.vllm_config)) is not None:
-            logger.warning("adadecode runs without CUDA graphs of its own: %s", reason)
+            self.why_no_graphs = reason
             return
         if self.verification_passes is None:
             self.verification_passes = self._make_verification_passes(self._make_padded_spans())
@@ -223,10 +224,46 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
 
     def capture(self) -> None:
         """Capture what `init_cudagraph_manager` has chosen."""
-        if self.verification_graphs is not None:
-            self.verification_graphs.capture_passes()
-        if self.draft_graphs is not None:
-            self.draft_graphs.capture_loop()
+        for name, what in (
+            ("verification_graphs", "verification passes"),
+            ("draft_graphs", "steps of the draft loop"),
+        ):
+            fault = None
+            try:
+                if (graphs := getattr(self, name)) is not None:
+                    graphs.capture_all()
+            except Exception as error:
+                fault = first_line(error)
+            if (fault := anywhere(fault)) is not None:
+                setattr(self, name, None)
+                self.context.fall_back(f"{what} not captured; their capture failed: {fault}")
+
+    def describe(self) -> str:
+        """What was chosen, and why, in a line."""
+        way, spec, projection = Way.of(self), self.speculative_config, self.model.projection
+        managers = (
+            ("verification passes", self.verification_graphs),
+            ("steps of the draft loop", self.draft_graphs),
+        )
+        captured = " and ".join(f"{len(m.graphs)} {what}" for what, m in managers if m is not None)
+        loop, chosen = ("device" if way.on_device else "host"), self.pass_states is not None
+        why_loop = self.why_loop if way.on_device == chosen else GIVEN_UP
+        heads = "fused kernels"
+        if not way.fused:
+            why_torch = "the kernels can't read this LM head, or draw from it"
+            if not projection.use_kernels:
+                no_kernels = self.device.type == "cpu" or not HAS_TRITON
+                why_torch = "there is no Triton" if no_kernels else GIVEN_UP
+            heads = f"torch ({why_torch})"
+        adaptive = "on" if self.ledger.draft_length is not None else "off"
+        if spec.cost_aware and self.ledger.draft_length is None:
+            adaptive = "off (no room to measure)"
+        return (
+            f"AdaDecode: draft loop {loop} ({why_loop}), heads by {heads}, CUDA graphs: "
+            f"{captured or f'none of ours ({self.why_no_graphs or GIVEN_UP})'}, adaptive draft "
+            f"length {adaptive}, heads {spec.heads_path or 'logit lens'} after layers "
+            f"{spec.exit_layers} of {self.vllm_config.model_config.model}"
+        )
 
     def register_warmup(self) -> None:
         """Have our kernels compiled at start, inside an active warm-up registry."""
