@@ -12,7 +12,7 @@ ARGS ?=
 # Processes of `make test`.
 WORKERS ?= 2
 
-.PHONY: help setup demo bench-quick demo-model heads-report baselines bench paper kernels test test-033 test-all lint
+.PHONY: help setup demo bench-quick demo-model heads-report baselines bench paper kernels test test-033 test-all soak lint
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test           lint, then the tests that CI runs: about 15 minutes on two cores"
 	@echo "make test-033       what touches vLLM once more, on vLLM 0.33: about 5 minutes (CPUs only)"
 	@echo "make test-all       lint, then every test, the slow ones among them"
+	@echo "make soak           10,000 requests in random schedules, compared with plain vLLM's: results/soak"
 	@echo "make lint           ruff and mypy"
 	@echo "make demo-model     train the demo model again"
 	@echo "make heads-report   what the demo model's heads are worth, on prompts they were not trained on"
@@ -106,6 +107,9 @@ $(VENV_033)/.installed: $(INSTALLED) tests/support/environment_033.py
 
 test-033: $(VENV_033)/.installed
 	$(VENV_033)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not slow" $(TESTS_033) $(ARGS)
+
+soak: setup
+	$(BIN)/python -m tests.soak $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

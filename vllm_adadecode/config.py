@@ -164,7 +164,7 @@ def build_config(
         return AdaDecodeSpeculativeConfig(**fields)
     except ValidationError as error:
         raise AdaDecodeError(f"speculative_config: {one_line(error)}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise AdaDecodeError(f"speculative_config: {error}") from None
 
 

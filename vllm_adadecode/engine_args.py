@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_adadecode.errors import AdaDecodeError
 
-# By tests with engines, or checked where the value is known (config.py).
+# With engines, by themselves or as what they stand for; or checked where the value is known.
 TESTED = """
     async_scheduling block_size compilation_config cudagraph_capture_sizes
     disable_custom_all_reduce dtype enable_chunked_prefill enable_prefix_caching

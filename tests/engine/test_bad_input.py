@@ -157,6 +157,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"num_speculative_tokens_per_batch_size": [[2, 4, 5]]}, ["must start at 1"]),
     ({"num_speculative_tokens_per_batch_size": [[1, 4, 5], [3, 8, 2]]}, ["non-overlapping"]),
     ({"num_speculative_tokens_per_batch_size": [[1, 4, -1]]}, ["must be >= 0"]),
+    ({"num_speculative_tokens_per_batch_size": [[1, float("inf"), 2]]}, ["float infinity"]),
 ]
 
 

@@ -278,7 +278,7 @@ def _scores(
     else:
         # Penalties and the like tell the two apart: generate it again.
         probing = params.clone()
-        probing.temperature, probing.top_k = 0.0, 0
+        probing.temperature, probing.top_k, probing.n = 0.0, 0, 1
         probing.logprobs, probing.logprob_token_ids = 20, None
     output = vanilla.generate([{"prompt_token_ids": prompt}], probing, use_tqdm=False)[0].outputs[0]
     if params is not None and list(output.token_ids)[:at] != generated[:at]:

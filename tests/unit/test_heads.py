@@ -36,6 +36,7 @@ from vllm_adadecode.heads import (
     target_fingerprint,
 )
 from vllm_adadecode.heads import make_heads as new_heads
+from vllm_adadecode.heads.target import read_target, tensor_files
 
 SHAPE: dict[str, Any] = {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_hidden_layers": LAYERS}
 
@@ -284,6 +285,15 @@ def test_damaged_weights(tmp_path: Path, name: str) -> None:
         assert error.value.__cause__ is None
 
 
+def test_no_memory_is_taken_for_what_only_the_config_says(tmp_path: Path) -> None:
+    folder, _, _ = make_heads(tmp_path / "heads", transform="full", rank=None)
+    # A matrix of 4 TB.
+    edit_config(folder, target=SHAPE | {"hidden_size": 10**6})
+    with pytest.raises(AdaDecodeError) as error:
+        load_heads(folder, HeadsConfig.load(folder), torch.float32, "cpu")
+    assert "copy both files again" in complaint(error)
+
+
 def test_pickle_is_not_executed(tmp_path: Path) -> None:
     folder, config, _ = make_heads(tmp_path / "heads")
     trap = tmp_path / "executed"
@@ -460,6 +470,31 @@ def test_no_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert target_fingerprint(tmp_path) is None
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert target_fingerprint(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/other.safetensors", "..", "", 1, None])
+def test_an_index_names_files_of_its_folder(tmp_path: Path, name: Any) -> None:
+    target, other = make_target(tmp_path / "target"), tmp_path / "other.safetensors"
+    shutil.move(target / "model.safetensors", other)
+    if name == "/other.safetensors":
+        name = str(other)
+    weight_map = dict.fromkeys(("model.norm.weight", "model.embed_tokens.weight"), name)
+    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(AdaDecodeError) as error:
+        tensor_files(target)
+    assert "does not name a file of this folder" in complaint(error)
+    assert target_fingerprint(target) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [[], 1, SHAPE | {"hidden_size": 1e999}, SHAPE | {"architectures": 1}, {"text_config": 1}],
+)
+def test_no_config_of_a_target(tmp_path: Path, config: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AdaDecodeError) as error:
+        read_target(tmp_path)
+    assert "not the config of a decoder-only" in complaint(error)
 
 
 # --- finding and matching ----------------------------------------------------------------------

@@ -183,6 +183,18 @@ def test_plugin_on_a_vllm_without_a_module(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("unapplied")
+def test_cpu_worker_that_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain engine's worker goes on, ours does not."""
+    moved = gone(cpu_runner.CPU_WORKER)[0]
+    monkeypatch.setattr(cpu_runner, "CPU_WORKER", moved)
+    called: list[type] = []
+    cpu_runner._register_triton_kernel_overrides(classmethod(called.append)).__func__(int)
+    assert called == [int]
+    with pytest.raises(AdaDecodeError, match="patch 'cpu-worker' replaces"):
+        config_and_cli.check_not_refused()
+
+
+@pytest.mark.usefixtures("unapplied")
 def test_what_replaces_is_of_the_same_kind() -> None:
     """A newer vLLM may make a property of a function: callers would break, whatever they serve."""
     holder = type("Holder", (), {"name": property(lambda self: 1)})

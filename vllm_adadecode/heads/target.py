@@ -59,7 +59,7 @@ class TargetInfo:
         try:
             files = tensor_files(self.folder)
             for file in sorted(set(files.values())):
-                with safe_open(file, framework="pt") as weights:
+                with _open(file) as weights:
                     names = weights.keys()
                     total += sum(prod(weights.get_slice(name).get_shape()) for name in names)
         except (SafetensorError, OSError, ValueError, KeyError):
@@ -144,9 +144,9 @@ def target_fingerprint(model_path: str | Path, options: HubOptions = USUAL) -> s
         if norm is None or embedding is None:
             return None
         digest = hashlib.sha256()
-        with safe_open(files[norm], framework="pt") as weights:
+        with _open(files[norm]) as weights:
             _update(digest, weights.get_tensor(norm))
-        with safe_open(files[embedding], framework="pt") as weights:
+        with _open(files[embedding]) as weights:
             rows = weights.get_slice(embedding)
             num_rows, _ = rows.get_shape()
             for row in SAMPLE_ROWS:
@@ -211,13 +211,21 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     found: dict[str, Path] = {}
     for file in files:
-        with safe_open(file, framework="pt") as weights:
+        with _open(file) as weights:
             found.update(dict.fromkeys(weights.keys(), file))
     return found
 
 
+def _open(file: Path) -> Any:
+    """An opened safetensors file, header checked against the size of the file."""
+    # Of a pipe the beginning may never come.
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is no file")
+    return safe_open(file, framework="pt")
+
+
 def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and Path(name).name == name and name != ".."
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def _find(names: Sequence[str], files: Mapping[str, Path]) -> str | None:
@@ -234,8 +242,7 @@ def _update(digest: Any, tensor: torch.Tensor) -> None:
 def _update_samples(digest: Any, stream: BinaryIO, file: Path) -> None:
     """The header of a safetensors file (8 bytes of length, JSON) and samples of its tensors."""
     try:
-        # It checks the header, also against the size of the file.
-        with safe_open(file, framework="pt"):
+        with _open(file):
             pass
     except (SafetensorError, OSError):
         raise AdaDecodeError(f"{file} is no safetensors file: copy it again") from None

@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.vllm_patches.config_and_cli import refuse_method
 from vllm_adadecode.vllm_patches.patch import Patch, When, apply
 
 
@@ -31,7 +33,11 @@ def _register_triton_kernel_overrides(original: Any) -> Any:
     @functools.wraps(original.__func__)
     def register_triton_kernel_overrides(cls: type) -> None:
         original.__func__(cls)
-        CPU_WORKER.apply()
+        try:
+            CPU_WORKER.apply()
+        except AdaDecodeError as error:
+            # Raised by our worker when it is loaded; others can go on.
+            refuse_method(error)
 
     return classmethod(register_triton_kernel_overrides)
 
