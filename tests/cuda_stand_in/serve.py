@@ -1,6 +1,6 @@
 """Two engines on the stand-in, one after the other: vLLM's own, then ours as it is by default.
 
-    python -m tests.cuda_stand_in.serve
+    python -m tests.cuda_stand_in.serve [FAULT ...]
 
 They start as on a GPU: memory is profiled, graphs are captured (FULL_AND_PIECEWISE), scheduling is
 async. What is compiled is not handed to inductor: its code would run past the recording. Prints one
@@ -182,7 +182,7 @@ def main() -> None:
     stop(vanilla)
     engine, found = serve()
     found |= {"vanilla": expected, "faults": {}}
-    for fault in FAULTS:
+    for fault in sys.argv[1:]:
         with FAULTS[fault]():
             done = engine.collective_rpc(start_again)[0]
             found["faults"][fault] = done | {"tokens": generate(engine, 2)}

@@ -16,10 +16,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def served() -> dict[str, Any]:
+def serve(faults: list[str]) -> dict[str, Any]:
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.cuda_stand_in.serve"],
+        [sys.executable, "-m", "tests.cuda_stand_in.serve", *faults],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -29,6 +28,11 @@ def served() -> dict[str, Any]:
     assert ended.returncode == 0, ended.stderr[-4000:]
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return found
+
+
+@pytest.fixture(scope="module")
+def served() -> dict[str, Any]:
+    return serve(["wrong state", "wrong token", "failing capture"])
 
 
 def test_output_is_vanillas(served: dict[str, Any]) -> None:
@@ -78,6 +82,7 @@ def test_says_what_was_chosen(served: dict[str, Any]) -> None:
         assert words in line
 
 
+# Whether the loop is on the device, heads fused, steps and verifications captured; what is said.
 LEFT = {
     "none": ([True, True, True, True], []),
     "failing kernel": ([True, False, True, True], ["kernels failed: out of resource: shared"]),
@@ -89,15 +94,27 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("fault", LEFT)
-def test_a_fault_is_told_and_costs_no_more_than_must_be(served: dict[str, Any], fault: str) -> None:
-    """Whether the loop is on the device, heads are fused, steps and verifications captured."""
-    way, words = LEFT[fault]
-    found = served["faults"][fault]
-    assert found["way"] == way
-    assert len(found["lines"]) == len(words)
-    for line, said in zip(found["lines"], words, strict=True):
-        assert line.startswith("AdaDecode falls back: ")
-        assert said in line
-        assert "\n" not in line
-    assert found["tokens"] == served["vanilla"][:2]
+def check_faults(served: dict[str, Any]) -> None:
+    for fault, found in served["faults"].items():
+        way, words = LEFT[fault]
+        assert found["way"] == way, fault
+        assert len(found["lines"]) == len(words), found["lines"]
+        for line, said in zip(found["lines"], words, strict=True):
+            assert line.startswith("AdaDecode falls back: ")
+            assert said in line
+            assert "\n" not in line
+        assert found["tokens"] == served["vanilla"][:2], fault
+
+
+def test_a_fault_is_told_and_costs_no_more_than_it_must(served: dict[str, Any]) -> None:
+    assert len(served["faults"]) == 3
+    check_faults(served)
+
+
+@pytest.mark.slow
+def test_more_faults() -> None:
+    # Without one, all is as at the start again.
+    others = ["failing capture of verifications", "stale replays", "failing kernel", "none"]
+    served = serve(others)
+    assert list(served["faults"]) == others
+    check_faults(served)

@@ -32,7 +32,7 @@ from vllm_adadecode.draft.host_loop import HostLoop
 from vllm_adadecode.engine.self_check import check
 from vllm_adadecode.spans.padded import PaddedSpans
 from vllm_adadecode.verify.forward import VerificationForward
-from vllm_adadecode.verify.passes import VerificationPasses
+from vllm_adadecode.verify.graphs import VerificationGraphs
 
 KEPT = "device_rounds", "draft_graphs", "verification_graphs"
 
@@ -178,14 +178,15 @@ def test_a_fault_is_told_and_output_is_vanillas(
 
 
 def test_captured_verifications_are_checked(engines: EnginePool) -> None:
-    """Replays of other passes than were planned."""
+    """What is not captured is kept."""
     engine = get_graph_engine(engines, "device")
     engine.collective_rpc(
         lambda worker: vars(worker.model_runner.speculator.ledger).pop("allowed", None)
     )
     with whole_again(engine):
         assert checked(engine) == ([True] * 4, [])
-        with patch.object(VerificationPasses, "load", lambda *_: None):
+        fault = wrong(VerificationGraphs.replay_plan)
+        with patch.object(VerificationGraphs, "replay_plan", fault):
             found, (line,) = checked(engine)
         assert found == [True, True, False, True]
         assert "verifications not captured; captured, states differ from all layers' by" in line
