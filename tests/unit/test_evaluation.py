@@ -130,10 +130,6 @@ class TestTraces:
         trace = make_trace(session.target, session.readout, Sequence((1, 2), (3,), "a"))
         assert trace.num_positions == 0
 
-    def test_tokens_of_another_target(self, session: Session) -> None:
-        with pytest.raises(AdaDecodeError, match="outside of the target's vocabulary"):
-            make_trace(session.target, session.readout, Sequence((1,), (VOCAB, 1), "a"))
-
 
 class TestData:
     def test_names(self, tmp_path: Path) -> None:
@@ -178,14 +174,13 @@ class TestData:
 
         good = '{"prompt_ids": [1, 2]}'
         refused("", "no data in")
-        refused(f"{good}\nnonsense", "1 malformed line: .*data.jsonl:2: is not JSON")
+        refused("nonsense", "1 malformed line: .*data.jsonl:1: is not JSON")
         refused('{"prompt_ids": [1], "output_ids": [999, 1]}', "outside of the target's vocabulary")
         refused('{"prompt_ids": [1], "output_ids": [2]}', "at least two output tokens in data")
         refused('{"prompt": "text"}', "has no tokenizer")
         refused(good, "do not fit into the target's context of 64", max_tokens=64)
         file.write_text(f"{good}\nnonsense")
-        options = {"max_tokens": 8, "skip_malformed": True}
-        (found,) = load_sets([str(file)], session.target, **options)  # type: ignore[arg-type]
+        (found,) = load_sets([str(file)], session.target, max_tokens=8)
         assert len(found.sequences) == 1
         assert "is not JSON" in found.notes[0]
 

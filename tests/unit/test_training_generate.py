@@ -17,11 +17,11 @@ from tests.support.training_samples import silent, tiny_target
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training import generate, generate_worker
 from vllm_adadecode.training.generate import (
-    GenerationSettings,
     Prompt,
     generate_sequences,
     generation_key,
 )
+from vllm_adadecode.training.request import GenerationSettings
 from vllm_adadecode.training.sequences import Sequence, write_sequences
 
 FAKE = "tests.support.fake_generate_worker"
@@ -55,7 +55,7 @@ def run(target: str, cache: Path, settings: GenerationSettings = SETTINGS) -> li
 
 def test_order_and_sources_are_kept(target: str, tmp_path: Path) -> None:
     # A context of three tokens leaves room for one.
-    found = run(target, tmp_path / "cache", replace(SETTINGS, engine={"max_model_len": 3}))
+    found = run(target, tmp_path / "cache", replace(SETTINGS, engine_args={"max_model_len": 3}))
     assert found == [replace(s, output_ids=s.output_ids[:1]) for s in expected()]
     assert shards(tmp_path / "cache") == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
 
@@ -124,11 +124,11 @@ def test_no_space_in_the_engine_s_process(
 
 
 def test_the_engine_s_complaint_is_told(target: str, tmp_path: Path) -> None:
-    refused = replace(SETTINGS, engine={"refuse": 1})
+    refused = replace(SETTINGS, engine_args={"refuse": 1})
     with pytest.raises(AdaDecodeError, match="the engine does not like these arguments;") as caught:
         run(target, tmp_path / "cache", refused)
     assert "\n" not in str(caught.value)
-    short = replace(SETTINGS, engine={"max_model_len": 2})
+    short = replace(SETTINGS, engine_args={"max_model_len": 2})
     with pytest.raises(AdaDecodeError, match="10 prompts are as long as the engine's context of 2"):
         run(target, tmp_path / "cache", short)
 
@@ -145,14 +145,14 @@ def test_what_the_key_depends_on() -> None:
         key(prompts=PROMPTS[::-1]),
         key(max_tokens=5),
         key(ignore_eos=True),
-        key(engine={"dtype": "float32"}),
+        key(engine_args={"dtype": "float32"}),
         key(**sampled),
         key(**sampled, seed=1),
         key(**sampled, top_p=0.5),
     ]
     assert len(set(different)) == len(different)
     # Greedy decoding draws nothing, and memory does not change tokens.
-    assert key() == key(seed=1) == key(top_p=0.5) == key(engine={"max_model_len": 64})
+    assert key() == key(seed=1) == key(top_p=0.5) == key(engine_args={"max_model_len": 64})
 
 
 def test_targets_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_adadecode.cli.evaluate import add_data_arguments, disk_errors, run_heads
+from vllm_adadecode.cli.evaluate import add_data_arguments, run_heads
 
 DESCRIPTION = (
     "Choose exit layers, thresholds, gate thresholds and K that give the most tokens a unit of "
@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
     exits = session.config.exit_layers
     result = report.calibration_json(found, exits)
     result |= {"data": list(map(public, args.data)), "made_with": provenance()}
-    with disk_errors():
-        publish(session, found.setting, args.output, result)
+    publish(session, found.setting, args.output, result)
     if args.json:
         print(json.dumps(result | {"notes": notes}, indent=2))
         return 0

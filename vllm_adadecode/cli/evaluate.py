@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm_adadecode.cli.arguments import positive
-from vllm_adadecode.errors import AdaDecodeError
 
 if TYPE_CHECKING:
     from vllm_adadecode.evaluation.metrics import Metrics
@@ -54,9 +51,6 @@ def add_data_arguments(parser: argparse.ArgumentParser, costs: str) -> None:
     )
     parser.add_argument(
         "--max-sequences", type=positive, help="at most so many of each file, drawn at random"
-    )
-    parser.add_argument(
-        "--skip-malformed", action="store_true", help="leave malformed lines out, not refuse them"
     )
     parser.add_argument(
         "--chat", action="store_true", help="put plain prompts into the target's chat template"
@@ -121,7 +115,6 @@ def run_heads(args: argparse.Namespace) -> tuple[Session, dict[str, Any], list[s
             session.target,
             max_tokens=args.max_tokens,
             max_sequences=args.max_sequences,
-            skip_malformed=args.skip_malformed,
             chat=args.chat,
             advance=lambda count: show.advance(generating, count),
         )
@@ -129,19 +122,6 @@ def run_heads(args: argparse.Namespace) -> tuple[Session, dict[str, Any], list[s
         running = show.add_task("heads", total=sum(len(s.sequences) for s in sets))
         traces = session.traces(sets, lambda: show.advance(running))
     return session, traces, [note for s in sets for note in s.notes]
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Say in one line that the disk has refused."""
-    try:
-        yield
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        reason = error.strerror or type(error).__name__
-        raise AdaDecodeError(
-            f"can't write{where}: {reason}; nothing half-written is left"
-        ) from None
 
 
 def _print(session: Session, metrics: dict[str, Metrics], costs: Any, notes: list[str]) -> None:

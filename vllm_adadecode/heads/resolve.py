@@ -180,6 +180,12 @@ def is_relative(name: str) -> bool:
     return name in (".", "..") or name.startswith(("./", "../"))
 
 
+def relative_name(target: str | Path, heads: str | Path) -> str:
+    """A verifier's name for a local target: its path from the heads' folder, which tells no more of
+    the machine than it must."""
+    return os.path.relpath(Path(target).resolve(), Path(heads).resolve())
+
+
 def _heads_beside(target: str) -> Path | None:
     if Path(target).is_dir():
         folder = Path(target)

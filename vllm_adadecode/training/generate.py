@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence as ListOf
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any
@@ -24,42 +23,13 @@ from rich.progress import Progress
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads.target import target_digest
 from vllm_adadecode.training.json_lines import write_json_lines
+from vllm_adadecode.training.request import GenerationSettings
 from vllm_adadecode.training.sequences import Sequence, read_sequences
 from vllm_adadecode.training.target_model import load_tokenizer
 
 Prompt = tuple[tuple[int, ...], str]  # token ids, source
 SHARD_PROMPTS = 128
 WORKER = "vllm_adadecode.training.generate_worker"
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How the target continues prompts.
-
-    Attributes:
-        max_tokens: most new tokens of a prompt.
-        temperature: 0 is greedy.
-        top_p: of the distribution, at a temperature above 0.
-        seed: of the draws; each prompt has its own derived from it.
-        ignore_eos: go on behind an end-of-text token.
-        engine: more arguments of `vllm.LLM`.
-    """
-
-    max_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    ignore_eos: bool = False
-    engine: dict[str, Any] = field(default_factory=dict)
-
-    def sampling(self) -> dict[str, Any]:
-        """What the tokens depend on, as far as the target is the same."""
-        chosen = asdict(self)
-        del chosen["engine"]
-        if self.temperature == 0:
-            del chosen["seed"], chosen["top_p"]
-        # Another precision is another model, of nearly the same weights.
-        return chosen | {k: self.engine[k] for k in ("dtype", "quantization") if k in self.engine}
 
 
 def generation_key(digest: str, prompts: ListOf[Prompt], settings: GenerationSettings) -> str:
@@ -109,7 +79,7 @@ def generate_sequences(
         job = {
             "target": target,
             "has_tokenizer": load_tokenizer(target) is not None,
-            "engine": settings.engine,
+            "engine": settings.engine_args or {},
             "sampling": settings.sampling(),
             "shards": parts,
         }
