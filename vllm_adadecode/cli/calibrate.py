@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "calibrate", help="choose exits, thresholds and K by cost", description=DESCRIPTION
     )
-    add_data_arguments(parser, costs="measured")
+    add_data_arguments(parser)
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="heads folder to write"
     )
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_output(args.output, args.overwrite)
     session, traces, notes = run_heads(args)
-    costs = choose_costs(args.costs, session.config, session.target, session.readout)
+    costs = choose_costs(args.costs, session.config, session.target.config)
     errors = Console(stderr=True)
     with errors.status("choosing settings"):
         found = calibrate(

@@ -25,13 +25,13 @@ DESCRIPTION = (
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("eval", help="measure heads on data", description=DESCRIPTION)
-    add_data_arguments(parser, costs="bytes")
+    add_data_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, costs: str) -> None:
-    """Arguments of every command that runs heads on data; ``costs`` is the default."""
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every command that runs heads on data."""
     parser.add_argument("heads", metavar="HEADS", help="folder or hub id of heads")
     parser.add_argument(
         "--target", metavar="MODEL", help="the target, if not the one that the heads name"
@@ -57,10 +57,10 @@ def add_data_arguments(parser: argparse.ArgumentParser, costs: str) -> None:
     )
     parser.add_argument(
         "--costs",
-        default=costs,
-        metavar="measured|bytes|FILE",
-        help="cost of a head, a gate and the LM head in layers: timed on this machine, from the "
-        f"bytes that the target's shape makes them read, or a JSON file (default {costs})",
+        default="bytes",
+        metavar="bytes|FILE",
+        help="cost of a head, a gate and the LM head in layers: from the bytes that the target's "
+        "shape makes them read, or a JSON file (default bytes)",
     )
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_adadecode.training.provenance import provenance
 
     session, traces, notes = run_heads(args)
-    costs = choose_costs(args.costs, session.config, session.target, session.readout)
+    costs = choose_costs(args.costs, session.config, session.target.config)
     metrics = {name: measure(found, session.setting, costs) for name, found in traces.items()}
     if args.json:
         result = {
