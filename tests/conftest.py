@@ -4,25 +4,13 @@ Also the report of a run on how many engines it started, with which options.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-# Before vLLM is imported, here and in the processes that tests start.
-os.environ.setdefault("VLLM_ADADECODE_CHECK_KV", "1")
-# Engines in the test's own process start in a second and can be looked into. What needs processes
-# is tested with the real server (test_server.py).
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-# The models are tiny: a second thread gains nothing and spins when something else wants its core.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import tests.support.environment  # noqa: F401  (before vLLM)
 from tests.support.engines import DEMO_MODEL, EnginePool
 
 # In each process of a run; in the one that reports, of all.
