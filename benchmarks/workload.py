@@ -14,7 +14,8 @@ from pathlib import Path
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.prompts import load_data, prompts_of
-from vllm_adadecode.training.records import Record, RecordReader
+from vllm_adadecode.training.records import RecordReader
+from vllm_adadecode.training.sequences import Sequence as Tokens
 
 HERE = Path(__file__).parent
 # The demo target's folder, and as commands name it in a checkout.
@@ -136,7 +137,7 @@ def load_parts(
 
 def _records(
     spec: str, reader: RecordReader, count: int
-) -> Iterable[tuple[str, list[Record], list[str]]]:
+) -> Iterable[tuple[str, list[Tokens], list[str]]]:
     """Names, records, and notes on what was malformed."""
     if spec in ("demo", "offline"):
         stored: dict[str, list[str]] = json.loads(OFFLINE_PROMPTS.read_text(encoding="utf-8"))
@@ -147,8 +148,7 @@ def _records(
             yield name, [reader.read({"prompt": t}, name) for t in texts[:count]], []
         return
     source, name = _split(spec)
-    data = load_data([source], reader, max_records=count)
-    yield name, data.records, data.malformed
+    yield name, *load_data([source], reader, max_records=count)
 
 
 def _split(spec: str) -> tuple[str, str]:

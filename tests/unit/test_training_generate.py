@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,11 +16,11 @@ from tests.support.training_samples import silent, tiny_target
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training import generate, generate_worker
 from vllm_adadecode.training.generate import (
-    GenerationSettings,
     Prompt,
     generate_sequences,
     generation_key,
 )
+from vllm_adadecode.training.request import GenerationSettings
 from vllm_adadecode.training.sequences import Sequence, write_sequences
 
 FAKE = "tests.support.fake_generate_worker"
@@ -55,7 +54,7 @@ def run(target: str, cache: Path, settings: GenerationSettings = SETTINGS) -> li
 
 def test_order_and_sources_are_kept(target: str, tmp_path: Path) -> None:
     # A context of three tokens leaves room for one.
-    found = run(target, tmp_path / "cache", replace(SETTINGS, engine={"max_model_len": 3}))
+    found = run(target, tmp_path / "cache", replace(SETTINGS, engine_args={"max_model_len": 3}))
     assert found == [replace(s, output_ids=s.output_ids[:1]) for s in expected()]
     assert shards(tmp_path / "cache") == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
 
@@ -117,18 +116,18 @@ def test_no_space_in_the_engine_s_process(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_ENGINE", "full:1")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(AdaDecodeError, match="No space left"):
         run(target, tmp_path / "cache")
     assert shards(tmp_path / "cache") == ["00000.jsonl"]
     assert not list((tmp_path / "cache").glob("*/.*"))
 
 
 def test_the_engine_s_complaint_is_told(target: str, tmp_path: Path) -> None:
-    refused = replace(SETTINGS, engine={"refuse": 1})
+    refused = replace(SETTINGS, engine_args={"refuse": 1})
     with pytest.raises(AdaDecodeError, match="the engine does not like these arguments;") as caught:
         run(target, tmp_path / "cache", refused)
     assert "\n" not in str(caught.value)
-    short = replace(SETTINGS, engine={"max_model_len": 2})
+    short = replace(SETTINGS, engine_args={"max_model_len": 2})
     with pytest.raises(AdaDecodeError, match="10 prompts are as long as the engine's context of 2"):
         run(target, tmp_path / "cache", short)
 
@@ -145,21 +144,21 @@ def test_what_the_key_depends_on() -> None:
         key(prompts=PROMPTS[::-1]),
         key(max_tokens=5),
         key(ignore_eos=True),
-        key(engine={"dtype": "float32"}),
+        key(engine_args={"dtype": "float32"}),
         key(**sampled),
         key(**sampled, seed=1),
         key(**sampled, top_p=0.5),
     ]
     assert len(set(different)) == len(different)
     # Greedy decoding draws nothing, and memory does not change tokens.
-    assert key() == key(seed=1) == key(top_p=0.5) == key(engine={"max_model_len": 64})
+    assert key() == key(seed=1) == key(top_p=0.5) == key(engine_args={"max_model_len": 64})
 
 
 def test_targets_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same folder with other weights is another target."""
     answer = 1
 
-    def answers(job: dict[str, Any], progress: Any, task: Any) -> None:
+    def answers(job: dict[str, Any], show: Any) -> None:
         for shard in job["shards"]:
             made = [Sequence(tuple(ids), (answer,), name) for ids, name in shard["prompts"]]
             write_sequences(shard["file"], made)
@@ -178,18 +177,12 @@ def test_the_worker_ends_with_the_one_who_asked(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_ENGINE", "hang")
-    worker = subprocess.Popen(
-        [sys.executable, "-m", FAKE], stdin=subprocess.PIPE, env=dict(os.environ)
-    )
     shard = {"file": str(tmp_path / "s"), "first": 0, "prompts": PROMPTS}
-    job: dict[str, Any] = {"target": target, "engine": {}, "has_tokenizer": True}
+    # Its parent is another process than the one that asked.
+    job: dict[str, Any] = {"parent": 0, "target": target, "engine": {}, "has_tokenizer": True}
     job |= {"sampling": SETTINGS.sampling(), "shards": [shard]}
-    try:
-        # Closes stdin, as the end of a process does.
-        with pytest.raises(subprocess.TimeoutExpired):
-            worker.wait(timeout=0)
-        worker.communicate((json.dumps(job) + "\n").encode(), timeout=300)
-        assert worker.returncode == 1
-    finally:
-        worker.kill()
+    worker = subprocess.run(
+        [sys.executable, "-m", FAKE], input=json.dumps(job), text=True, timeout=300
+    )
+    assert worker.returncode == 1
     assert not (tmp_path / "s").exists()

@@ -14,8 +14,9 @@ from tests.support.training_samples import VOCAB, distributions, random_sequence
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.batches import TokenRow, token_rows
 from vllm_adadecode.training.distributions import Distributions, kl
+from vllm_adadecode.training.request import TrainSettings
 from vllm_adadecode.training.target_model import FrozenTarget, load_target, load_tokenizer
-from vllm_adadecode.training.trainer import TrainSettings, accumulate_gradients, evaluate
+from vllm_adadecode.training.trainer import accumulate_gradients, evaluate
 
 # Logits of different sharpness: in float32 all but the likeliest class vanish in the last.
 SHARPNESS = [0.1, 1.0, 10.0, 200.0]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from vllm_adadecode import __version__
 from vllm_adadecode.cli import calibrate, doctor, evaluate, info, train
-from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.errors import AdaDecodeError, first_line
 
 COMMANDS = (train, evaluate, calibrate, info, doctor)
 
@@ -47,6 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader has left, as in `adadecode info ... | head`; nor may Python flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        reason = error.strerror or first_line(error)
+        print(
+            f"adadecode: error: {reason}{where}: nothing half-written is left, and the same "
+            "command goes on where it was",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         return 130

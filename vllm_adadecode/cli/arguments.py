@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import textwrap
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def positive(text: str) -> int:
@@ -19,14 +22,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def share(text: str) -> float:
+def above_zero(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {text}")
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
     return value
+
+
+def folder(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -37,6 +44,38 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, not {text}")
     return value
+
+
+def add_options(group: Any, settings: Any) -> None:
+    """An option for each field of a dataclass that has a help text.
+
+    Types and choices are the field's; its metadata are more arguments of `add_argument`, and the
+    ``flag`` if it is not the field's name.
+    """
+    kinds = get_type_hints(settings)
+    for field in fields(settings):
+        if "help" in field.metadata:
+            more = {"default": field.default, **field.metadata}
+            if field.default is MISSING:
+                more |= {"default": None, "required": True}
+            flag = more.pop("flag", f"--{field.name.replace('_', '-')}")
+            known = _as_argument(kinds[field.name], field.default)
+            group.add_argument(flag, dest=field.name, **(known | more))
+
+
+def _as_argument(kind: Any, default: Any) -> dict[str, Any]:
+    """What argparse is to know of a type; Optional of it is the same."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return _as_argument(inner[0], default)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction if default else "store_true"}
+    if origin is Literal:
+        return {"choices": inner}
+    if origin is tuple:
+        return _as_argument(inner[0], default) | {"nargs": "+"}
+    types: dict[Any, Any] = {int: positive, float: above_zero, dict: json_object, Path: folder}
+    return {"type": types.get(origin or kind, kind)}
 
 
 class Help(argparse.HelpFormatter):
@@ -64,7 +103,8 @@ class Help(argparse.HelpFormatter):
         return f"{action.help} (default: {typed})".replace("%", "%%")
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        named: dict[Any, str] = {positive: "N", int: "N", float: "X", Path: "PATH"}
+        numbers = {positive: "N", int: "N", above_zero: "X", float: "X"}
+        named: dict[Any, str] = {**numbers, Path: "PATH"}
         return named.get(action.type) or super()._get_default_metavar_for_optional(action)
 
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_adadecode.cli.evaluate import add_data_arguments, disk_errors, run_heads
+from vllm_adadecode.cli.evaluate import add_data_arguments, run_heads
 
 DESCRIPTION = (
     "Choose exit layers, thresholds, gate thresholds and K that give the most tokens a unit of "
@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "calibrate", help="choose exits, thresholds and K by cost", description=DESCRIPTION
     )
-    add_data_arguments(parser, costs="measured")
+    add_data_arguments(parser)
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="heads folder to write"
     )
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_output(args.output, args.overwrite)
     session, traces, notes = run_heads(args)
-    costs = choose_costs(args.costs, session.config, session.target, session.readout)
+    costs = choose_costs(args.costs, session.config, session.target.config)
     errors = Console(stderr=True)
     with errors.status("choosing settings"):
         found = calibrate(
@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
     exits = session.config.exit_layers
     result = report.calibration_json(found, exits)
     result |= {"data": list(map(public, args.data)), "made_with": provenance()}
-    with disk_errors():
-        publish(session, found.setting, args.output, result)
+    publish(session, found.setting, args.output, result)
     if args.json:
         print(json.dumps(result | {"notes": notes}, indent=2))
         return 0

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm_adadecode.cli.arguments import positive
-from vllm_adadecode.errors import AdaDecodeError
 
 if TYPE_CHECKING:
     from vllm_adadecode.evaluation.metrics import Metrics
@@ -28,13 +25,13 @@ DESCRIPTION = (
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("eval", help="measure heads on data", description=DESCRIPTION)
-    add_data_arguments(parser, costs="bytes")
+    add_data_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, costs: str) -> None:
-    """Arguments of every command that runs heads on data; ``costs`` is the default."""
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every command that runs heads on data."""
     parser.add_argument("heads", metavar="HEADS", help="folder or hub id of heads")
     parser.add_argument(
         "--target", metavar="MODEL", help="the target, if not the one that the heads name"
@@ -56,17 +53,14 @@ def add_data_arguments(parser: argparse.ArgumentParser, costs: str) -> None:
         "--max-sequences", type=positive, help="at most so many of each file, drawn at random"
     )
     parser.add_argument(
-        "--skip-malformed", action="store_true", help="leave malformed lines out, not refuse them"
-    )
-    parser.add_argument(
         "--chat", action="store_true", help="put plain prompts into the target's chat template"
     )
     parser.add_argument(
         "--costs",
-        default=costs,
-        metavar="measured|bytes|FILE",
-        help="cost of a head, a gate and the LM head in layers: timed on this machine, from the "
-        f"bytes that the target's shape makes them read, or a JSON file (default {costs})",
+        default="bytes",
+        metavar="bytes|FILE",
+        help="cost of a head, a gate and the LM head in layers: from the bytes that the target's "
+        "shape makes them read, or a JSON file (default bytes)",
     )
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
@@ -83,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_adadecode.training.provenance import provenance
 
     session, traces, notes = run_heads(args)
-    costs = choose_costs(args.costs, session.config, session.target, session.readout)
+    costs = choose_costs(args.costs, session.config, session.target.config)
     metrics = {name: measure(found, session.setting, costs) for name, found in traces.items()}
     if args.json:
         result = {
@@ -121,7 +115,6 @@ def run_heads(args: argparse.Namespace) -> tuple[Session, dict[str, Any], list[s
             session.target,
             max_tokens=args.max_tokens,
             max_sequences=args.max_sequences,
-            skip_malformed=args.skip_malformed,
             chat=args.chat,
             advance=lambda count: show.advance(generating, count),
         )
@@ -129,19 +122,6 @@ def run_heads(args: argparse.Namespace) -> tuple[Session, dict[str, Any], list[s
         running = show.add_task("heads", total=sum(len(s.sequences) for s in sets))
         traces = session.traces(sets, lambda: show.advance(running))
     return session, traces, [note for s in sets for note in s.notes]
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Say in one line that the disk has refused."""
-    try:
-        yield
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        reason = error.strerror or type(error).__name__
-        raise AdaDecodeError(
-            f"can't write{where}: {reason}; nothing half-written is left"
-        ) from None
 
 
 def _print(session: Session, metrics: dict[str, Metrics], costs: Any, notes: list[str]) -> None:

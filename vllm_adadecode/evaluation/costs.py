@@ -1,33 +1,22 @@
 """What the parts of a decode step cost, in units of one decoder layer of the target.
 
-Owns the cost model and its sources: times on this machine, bytes of weights read, which is what a
-decoding step at batch 1 waits for, and a file. A vanilla token costs all layers and one pass of
+Owns the cost model and its sources: bytes of weights read, which is what a decoding step at batch 1
+waits for, and a file. A vanilla token costs all layers and one pass of
 the LM head, a verification step the same: its few more tokens read the same weights.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_adadecode.errors import AdaDecodeError, one_line
 from vllm_adadecode.evaluation.simulate import Counts
-from vllm_adadecode.evaluation.trace import HeadReadout
 from vllm_adadecode.files import read_json
 from vllm_adadecode.heads.config import HeadsConfig
-from vllm_adadecode.training.target_model import FrozenTarget
-
-CONTEXT = 128  # tokens in the cache while layers are timed
-REPEATS = 30
 
 Cost = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
 
@@ -182,111 +171,21 @@ def read_costs(path: str | Path) -> Costs:
         raise AdaDecodeError(f"{path}: {error}") from None
 
 
-# --- measured ---------------------------------------------------------------------------------
-
-
-def measure_costs(
-    target: FrozenTarget, readout: HeadReadout, context: int = CONTEXT, repeats: int = REPEATS
-) -> Costs:
-    """Times one decoding step's layers, a head and a gate of this target on this machine.
-
-    One token behind a cache of ``context`` tokens, eagerly, with transformers; medians. Other
-    engines and larger batches have other times: the ratios are what is of use.
+def choose_costs(which: str, heads: HeadsConfig, target: Any) -> Costs:
+    """Costs as the user names them: ``bytes`` (of the target's own shape) or a file.
 
     Args:
-        target: the loaded target.
-        readout: its heads; the gate is that of the first exit, the head that of the last.
-        context: tokens before the one that is timed.
-        repeats: of each measurement; one more warms up.
-
-    Raises:
-        AdaDecodeError: the target is too small for the clock.
-    """
-
-    def now() -> float:
-        if target.device.type == "cuda":
-            torch.cuda.synchronize(target.device)
-        return time.perf_counter()
-
-    def median_of(run: Callable[[], object]) -> float:
-        def once() -> float:
-            begin = now()
-            run()
-            return now() - begin
-
-        once()
-        return statistics.median(once() for _ in range(repeats))
-
-    config = target.config
-    with torch.inference_mode():
-        layer = _layer_seconds(target, now, context, repeats)
-        hidden = torch.randn(1, int(config.hidden_size), device=target.device).to(target.dtype)
-        first, last = readout.exit_layers[0], readout.exit_layers[-1]
-        head = median_of(lambda: readout.head(last, hidden))
-        gate = median_of(lambda: readout.gate(first, hidden)) if readout.has_gate else 0.0
-        lm_head = median_of(lambda: target.lm_head(target.norm(hidden)).argmax(-1))
-    if layer <= 0:
-        raise AdaDecodeError("a layer took no measurable time: give --costs a file")
-    return Costs(
-        num_layers=int(config.num_hidden_layers),
-        head=head / layer,
-        gate=gate / layer,
-        lm_head=lm_head / layer,
-        source=f"measured on {_device_name(target.device)}",
-    )
-
-
-def _layer_seconds(
-    target: FrozenTarget, now: Callable[[], float], context: int, repeats: int
-) -> float:
-    """Median time of one layer, from the first layer's start to the last one's end."""
-    layers = target.model.model.layers
-    marks: dict[str, float] = {}
-
-    def begin(*_: Any) -> None:
-        marks["begin"] = now()
-
-    def end(*_: Any) -> None:
-        marks["end"] = now()
-
-    ids = torch.zeros((1, context), dtype=torch.int64, device=target.device)
-    cache = target.model.model(ids, use_cache=True).past_key_values
-    hooks = (layers[0].register_forward_pre_hook(begin), layers[-1].register_forward_hook(end))
-    seconds = []
-    try:
-        for _ in range(repeats + 1):
-            target.model.model(ids[:, :1], past_key_values=cache, use_cache=True)
-            seconds.append(marks["end"] - marks["begin"])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return statistics.median(seconds[1:]) / len(layers)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
-
-
-def choose_costs(
-    which: str, heads: HeadsConfig, target: FrozenTarget, readout: HeadReadout
-) -> Costs:
-    """Costs as the user names them: ``measured``, ``bytes`` (of the target's own shape) or a file.
+        which: ``bytes`` or the file.
+        heads: of the target.
+        target: the target's transformers config.
 
     Raises:
         AdaDecodeError: the file can't be read, is not valid, or is of a target of another depth.
     """
-    if which == "measured":
-        return measure_costs(target, readout)
     if which == "bytes":
-        shape = ModelShape.from_config(target.config)
+        shape = ModelShape.from_config(target)
         return costs_from_bytes(shape, heads, "bytes read by the target's own shape")
-    found, layers = read_costs(which), int(target.config.num_hidden_layers)
+    found, layers = read_costs(which), int(target.num_hidden_layers)
     if found.num_layers != layers:
         raise AdaDecodeError(
             f"{which} has costs of a target of {found.num_layers} layers, this one has {layers}: "

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from vllm_adadecode.errors import AdaDecodeError
+from vllm_adadecode.training.json_lines import complaint
 from vllm_adadecode.training.prompts import load_data, prompts_of
 from vllm_adadecode.training.records import RecordReader
 from vllm_adadecode.training.sequences import Sequence, check_vocabulary
@@ -56,7 +57,6 @@ def load_sets(
     *,
     max_tokens: int,
     max_sequences: int | None = None,
-    skip_malformed: bool = False,
     chat: bool = False,
     advance: Callable[[int], None] = lambda generated: None,
 ) -> list[DataSet]:
@@ -68,24 +68,23 @@ def load_sets(
         target: continues prompts.
         max_tokens: most new tokens of a prompt.
         max_sequences: at most so many of each spec, drawn at random.
-        skip_malformed: leave malformed rows out instead of refusing.
         chat: put plain prompts into the chat template.
         advance: called with the number of prompts that have been continued.
 
     Raises:
-        AdaDecodeError: something is not there, malformed, empty, or of another target.
+        AdaDecodeError: something is not there, empty, or of another target.
     """
     reader = RecordReader(target.tokenizer, target.name, chat=chat)
     sets: dict[str, DataSet] = {}
     for spec in specs:
         path, name = split_spec(spec)
-        data = load_data([path], reader, skip_malformed=skip_malformed, max_records=max_sequences)
-        notes = list(data.malformed)
-        own = [Sequence(r.prompt_ids, r.answer_ids, name) for r in data.records if r.own]
+        records, malformed = load_data([path], reader, max_records=max_sequences)
+        notes = [f"left out {complaint(malformed)}"] if malformed else []
+        own = [replace(r, source=name) for r in records if r.own]
         check_vocabulary(own, target.lm_head_weight.shape[0], path)
-        ready_made = all(record.own for record in data.records)
+        ready_made = all(record.own for record in records)
         longest = 0 if ready_made else longest_prompt(target, max_tokens)
-        prompts, left_out = prompts_of(data.records, longest)
+        prompts, left_out = prompts_of(records, longest)
         if left_out:
             notes.append(f"{path}: {left_out} prompts of more than {longest} tokens left out")
         sequences = own + continue_prompts(

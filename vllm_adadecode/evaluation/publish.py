@@ -16,9 +16,8 @@ from vllm_adadecode.evaluation.session import Session
 from vllm_adadecode.evaluation.simulate import Setting
 from vllm_adadecode.heads import HeadsConfig, save_heads
 from vllm_adadecode.heads.config import WEIGHTS_NAME
-from vllm_adadecode.heads.resolve import is_relative
+from vllm_adadecode.heads.resolve import is_relative, relative_name
 from vllm_adadecode.training.card import CARD_NAME
-from vllm_adadecode.training.request import relative_name
 
 RESULT_NAME = "calibration.json"
 _SECTION = """

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import EarlyHead, HeadsConfig, load_draft_vocab, load_heads
 from vllm_adadecode.kernels.confidence import top1_confidence
 from vllm_adadecode.training.sequences import Sequence
@@ -147,11 +146,8 @@ def make_trace(
     Args:
         target: the target that ``readout`` belongs to.
         readout: its heads.
-        sequence: prompt and output ids; the output should be the target's own, greedy.
+        sequence: of the target's tokens; the output should be its own, greedy.
         chunk: most positions whose logits (``[chunk, vocab]``) exist at a time.
-
-    Raises:
-        AdaDecodeError: a token is outside of the target's vocabulary.
     """
     prompt, output = sequence.prompt_ids, sequence.output_ids
     exits, num_positions = readout.exit_layers, max(0, len(output) - 1)
@@ -162,11 +158,6 @@ def make_trace(
     if num_positions:
         # The last token is only ever said something about.
         ids = torch.tensor([prompt + output[:-1]], device=target.device)
-        if int(ids.max()) >= target.lm_head_weight.shape[0]:
-            raise AdaDecodeError(
-                f"token {int(ids.max())} is outside of the target's vocabulary: these sequences "
-                "are of another target"
-            )
         hidden, last = target.hidden_states(ids, exits)
         for begin in range(0, num_positions, chunk):
             part = slice(begin, min(begin + chunk, num_positions))

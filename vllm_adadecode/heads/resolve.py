@@ -215,6 +215,12 @@ def is_relative(name: str) -> bool:
     return name in (".", "..") or name.startswith(("./", "../"))
 
 
+def relative_name(target: str | Path, heads: str | Path) -> str:
+    """A verifier's name for a local target: its path from the heads' folder, which tells no more of
+    the machine than it must."""
+    return os.path.relpath(Path(target).resolve(), Path(heads).resolve())
+
+
 def is_path(name: str) -> bool:
     """Whether a verifier's name is a path at all."""
     return is_relative(name) or name.startswith(("/", "~"))

@@ -80,7 +80,7 @@ def make_card(config: HeadsConfig) -> str:
         positions=held_out["positions"],
         sequences=held_out["sequences"],
         thresholds=_numbers(dict.fromkeys(config.thresholds)),
-        results=_results(held_out),
+        results=results_table(held_out),
         gates=_gates(held_out, config),
         made=_table(["", ""], _made(made)),
     )
@@ -101,7 +101,8 @@ def _heads(config: HeadsConfig) -> Iterable[Sequence[str]]:
     yield "parameters", f"{config.num_parameters:,}"
 
 
-def _results(held_out: dict[str, Any]) -> str:
+def results_table(held_out: dict[str, Any]) -> str:
+    """Markdown, one row per exit layer: held-out figures, in brackets those before training."""
     rows = []
     for e, after in held_out["exits"].items():
         before = held_out["before_training"][e]

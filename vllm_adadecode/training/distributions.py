@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from vllm_adadecode.heads import EarlyHead
 from vllm_adadecode.training.batches import MicroBatch
+from vllm_adadecode.training.request import Precision
 from vllm_adadecode.training.target_model import FrozenTarget
 
-Precision = Literal["bf16", "fp32"]
 # Of one chunk of float32 log-probabilities; a handful of such tensors exist at a time.
 CHUNK_BYTES = 128 << 20
 

@@ -1,7 +1,7 @@
 """``python -m vllm_adadecode.training.generate_worker``: the engine's process of `generate.py`.
 
-Reads one job (a line of JSON) from stdin, writes shards, and says on stdout how far it is. It ends
-when stdin does: the process that asked is then gone.
+Reads one job (JSON) from stdin and writes its shards; the last line that it says is why it failed.
+It ends when the process that asked does.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,27 +21,21 @@ FREE_SHARE = 0.8  # of the free memory: other programs may grow while the engine
 
 
 def main() -> None:
-    job = json.loads(sys.stdin.readline())
-    Thread(target=_end_with_parent, daemon=True).start()
+    job = json.load(sys.stdin)
+    Thread(target=_end_with, args=(job["parent"],), daemon=True).start()
     # Not another process below this one: it would outlive a kill.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:
         _run(job)
     except Exception as error:
-        told = {
-            "message": " ".join(str(error).split())[:400] or type(error).__name__,
-            "errno": error.errno if isinstance(error, OSError) else None,
-            "file": error.filename if isinstance(error, OSError) else None,
-        }
-        if isinstance(error, OSError) and error.errno is not None:
-            told["message"] = os.strerror(error.errno)
-        print(f"\nadadecode-error {json.dumps(told)}", flush=True)
-        raise
+        traceback.print_exc()
+        # The last line is what the user is told.
+        sys.exit(" ".join(str(error).split())[:400] or type(error).__name__)
 
 
-def _end_with_parent() -> None:
-    while sys.stdin.readline():
-        pass
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
     os._exit(1)
 
 
@@ -73,7 +69,6 @@ def _run(job: dict[str, Any]) -> None:
             for (ids, source), output in zip(given, outputs, strict=True)
         ]
         write_sequences(Path(shard["file"]), made)
-        print(f"\nadadecode-done {len(made)}", flush=True)
 
 
 def engine_arguments(job: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Owns neither what a line means (the caller's ``parse`` does) nor where files lie
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,53 +18,48 @@ NAMED = 3  # bad lines quoted in a message
 
 
 class BadLineError(ValueError):
-    """Raised by a ``parse``: what is wrong with the line, in a few words."""
+    """What is wrong with a line, in a few words."""
 
 
-def read_json_lines(
-    path: str | Path, parse: Callable[[Any], T], skip_malformed: bool = False
-) -> tuple[list[T], list[str]]:
-    """Every line of a file, parsed; blank ones are passed over.
-
-    Args:
-        path: the file, UTF-8.
-        parse: makes an item of a line's JSON value; raises `BadLineError`.
-        skip_malformed: leave bad lines out instead of refusing the file.
-
-    Returns:
-        The items in order, and a complaint ``FILE:LINE: what is wrong`` per line left out.
+def json_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """``FILE:LINE`` and the JSON value of every line that is not blank; a `BadLineError` in place
+    of what is no JSON.
 
     Raises:
-        AdaDecodeError: the file can't be read, or has bad lines and ``skip_malformed`` is off.
+        AdaDecodeError: the file can't be read.
+    """
+    try:
+        with open(path, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    try:
+                        value = json.loads(line.decode())
+                    except (ValueError, RecursionError):
+                        value = BadLineError("is not JSON")
+                    yield f"{path}:{number}", value
+    except OSError as error:
+        raise AdaDecodeError(f"{path} can't be read ({error.strerror}): check the path") from None
+
+
+def parse_rows(
+    rows: Iterable[tuple[str, Any]], parse: Callable[[Any], T]
+) -> tuple[list[T], list[str]]:
+    """What ``parse`` makes of the rows' values, and a complaint for each that it refuses.
+
+    Args:
+        rows: where each is, and its value, see `json_rows`.
+        parse: makes an item of a value; raises `BadLineError`.
     """
     items: list[T] = []
     bad: list[str] = []
-    try:
-        with open(path, "rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                try:
-                    line = raw.decode("utf-8")
-                    if line.strip():
-                        items.append(parse(_json(line)))
-                except UnicodeDecodeError:
-                    bad.append(f"{path}:{number}: is not UTF-8")
-                except AdaDecodeError:
-                    # Wrong with all of the data, not with a line; it is a ValueError, too.
-                    raise
-                except BadLineError as error:
-                    bad.append(f"{path}:{number}: {error}")
-    except OSError as error:
-        raise AdaDecodeError(f"{path} can't be read ({error.strerror}): check the path") from None
-    if bad and not skip_malformed:
-        raise AdaDecodeError(f"{complaint(bad)}; correct them, or leave them out: --skip-malformed")
+    for where, value in rows:
+        try:
+            if isinstance(value, BadLineError):
+                raise value
+            items.append(parse(value))
+        except BadLineError as error:
+            bad.append(f"{where}: {error}")
     return items, bad
-
-
-def _json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        raise BadLineError("is not JSON") from None
 
 
 def complaint(bad: list[str]) -> str:

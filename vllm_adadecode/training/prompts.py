@@ -7,71 +7,57 @@ What any other row says is `records.py`'s.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vllm_adadecode.errors import AdaDecodeError, first_line
-from vllm_adadecode.training.json_lines import BadLineError, complaint, read_json_lines
-from vllm_adadecode.training.records import Record, RecordReader
+from vllm_adadecode.training.json_lines import complaint, json_rows, parse_rows
+from vllm_adadecode.training.records import RecordReader
 from vllm_adadecode.training.sequences import Sequence
 
-
-@dataclass
-class Data:
-    """What the given data holds.
-
-    Attributes:
-        records: in the order given.
-        malformed: a complaint per line that was left out.
-    """
-
-    records: list[Record] = field(default_factory=list)
-    malformed: list[str] = field(default_factory=list)
+Rows = Iterable[tuple[str, Any]]  # where each is, and its value
 
 
 def load_data(
-    specs: Iterable[str],
-    reader: RecordReader,
-    *,
-    skip_malformed: bool = False,
-    max_records: int | None = None,
-    seed: int = 0,
-) -> Data:
-    """Read all of the data.
+    specs: Iterable[str], reader: RecordReader, *, max_records: int | None = None, seed: int = 0
+) -> tuple[list[Sequence], list[str]]:
+    """Read all of the data, leaving out what is malformed.
 
     Args:
         specs: each a ``.jsonl`` file, a ``.txt`` file (a prompt a line), a paper set (``xsum``,
             ``code``, ``gsm8k``), or a data set of the hub (or a folder that `datasets` loads),
             ``NAME``, ``NAME:SPLIT`` or ``NAME@CONFIG:SPLIT``. The split is ``train`` by default.
-        reader: makes records of rows.
-        skip_malformed: leave malformed rows out instead of refusing.
+        reader: makes sequences of rows.
         max_records: at most so many of each spec, drawn at random with ``seed``.
 
+    Returns:
+        What there is, in the order given, and a complaint per row that was left out.
+
     Raises:
-        AdaDecodeError: something is not there, is malformed, or there is nothing at all.
+        AdaDecodeError: something is not there, or there is nothing at all.
     """
-    data = Data()
+    found, malformed = [], []
     specs = list(specs)
     for spec in specs:
-        path = Path(spec).expanduser()
-        load = _load_file if path.is_file() else _load_rows
-        records, malformed = load(spec, reader, skip_malformed)
+        source, rows = _file_rows(spec) if Path(spec).expanduser().is_file() else _hub_rows(spec)
+        records, bad = parse_rows(rows, partial(reader.read, source=source))
         if max_records is not None and len(records) > max_records:
             drawn = random.Random(seed).sample(range(len(records)), max_records)
             records = [records[i] for i in sorted(drawn)]
-        data.records += records
-        data.malformed += malformed
-    if not data.records:
-        left_out = f" ({complaint(data.malformed)})" if data.malformed else ""
-        raise AdaDecodeError(f"no data in {', '.join(specs)}{left_out}: give at least one prompt")
-    return data
+        found += records
+        malformed += bad
+    if not found:
+        advice = f" ({complaint(malformed)}; --field names another field)" if malformed else ""
+        raise AdaDecodeError(f"no data in {', '.join(specs)}{advice}: give at least one prompt")
+    return found, malformed
 
 
 def prompts_of(
-    records: Iterable[Record], max_tokens: int
+    records: Iterable[Sequence], max_tokens: int
 ) -> tuple[list[tuple[tuple[int, ...], str]], int]:
     """What the target is to continue, of records that are no sequences of its own.
 
@@ -84,7 +70,7 @@ def prompts_of(
     for record in records:
         if record.own:
             continue
-        ids = record.prompt_ids or record.answer_ids[:max_tokens]
+        ids = record.prompt_ids or record.output_ids[:max_tokens]
         if 0 < len(ids) <= max_tokens:
             prompts.append((ids, record.source))
         else:
@@ -92,15 +78,15 @@ def prompts_of(
     return prompts, left_out
 
 
-def sequences_of(records: Iterable[Record], max_tokens: int) -> list[Sequence]:
+def cut_documents(records: Iterable[Sequence], max_tokens: int) -> list[Sequence]:
     """Sequences as the data has them, nothing generated; documents in pieces of ``max_tokens``."""
     sequences = []
     for record in records:
         if record.prompt_ids:
-            sequences.append(Sequence(record.prompt_ids, record.answer_ids, record.source))
+            sequences.append(record)
             continue
-        for start in range(0, len(record.answer_ids), max_tokens):
-            piece = record.answer_ids[start : start + max_tokens]
+        for start in range(0, len(record.output_ids), max_tokens):
+            piece = record.output_ids[start : start + max_tokens]
             # The last piece may be too short to teach anything.
             if start == 0 or len(piece) * 8 >= max_tokens:
                 sequences.append(Sequence((), piece, record.source))
@@ -155,53 +141,38 @@ PAPER_SETS = {
 PAPER_NAMES = {name.partition(":")[0] for name in PAPER_SETS}
 
 
-# --- sources -----------------------------------------------------------------------------------
+# --- sources: the name of each, and its rows ------------------------------------------------------
 
 
-def _load_file(spec: str, reader: RecordReader, skip: bool) -> tuple[list[Record], list[str]]:
+def _file_rows(spec: str) -> tuple[str, Rows]:
     path = Path(spec).expanduser()
-    source = path.stem
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise AdaDecodeError(f"{path} can't be read as UTF-8 text ({error})") from None
-        return [reader.read(line, source) for line in lines if line.strip()], []
+        return path.stem, ((str(path), line) for line in lines if line.strip())
     if path.suffix not in (".jsonl", ".json", ".ndjson"):
         raise AdaDecodeError(
             f"{path} is neither .jsonl (a JSON object a line) nor .txt (a prompt a line): "
             "convert it to one of these"
         )
-    return read_json_lines(path, lambda value: reader.read(value, source), skip)
+    return path.stem, json_rows(path)
 
 
-def _load_rows(spec: str, reader: RecordReader, skip: bool) -> tuple[list[Record], list[str]]:
+def _hub_rows(spec: str) -> tuple[str, Rows]:
     name, _, split = spec.partition(":")
-    if name in PAPER_NAMES and not Path(name).is_dir():
-        paper = PAPER_SETS.get(f"{name}:{split or 'train'}")
-        if paper is None:
-            raise AdaDecodeError(f"{name} has no split {split!r}: use {name}:train or {name}:test")
-        rows = _hub_rows(paper.path, paper.config, paper.split)
-        rows = ({"prompt": paper.form(row)} for row in islice(rows, paper.count))
-        source, name = name, paper.path
-    else:
+    if name not in PAPER_NAMES or Path(name).is_dir():
         name, _, config = name.partition("@")
-        rows, source = _hub_rows(name, config or None, split or "train"), Path(name).name
-    records, malformed = [], []
-    for number, row in enumerate(rows, 1):
-        try:
-            records.append(reader.read(row, source))
-        except BadLineError as error:
-            malformed.append(f"{name}, row {number}: {error}")
-    if malformed and not skip:
-        raise AdaDecodeError(
-            f"{complaint(malformed)}; name the right column with --field, or leave these rows out "
-            "with --skip-malformed"
-        )
-    return records, malformed
+        return Path(name).name, _loaded(name, config or None, split or "train")
+    paper = PAPER_SETS.get(f"{name}:{split or 'train'}")
+    if paper is None:
+        raise AdaDecodeError(f"{name} has no split {split!r}: use {name}:train or {name}:test")
+    rows = islice(_loaded(paper.path, paper.config, paper.split), paper.count)
+    return name, ((where, {"prompt": paper.form(row)}) for where, row in rows)
 
 
-def _hub_rows(name: str, config: str | None, split: str) -> Iterable[Any]:
+def _loaded(name: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError:
@@ -209,10 +180,10 @@ def _hub_rows(name: str, config: str | None, split: str) -> Iterable[Any]:
             f"data {name} is no file here; to have it from the hub: pip install datasets"
         ) from None
     try:
-        rows: Iterable[Any] = load_dataset(name, config, split=split)
+        rows = load_dataset(name, config, split=split)
     except Exception as error:
         # datasets raises errors of a dozen libraries.
         raise AdaDecodeError(
             f"data {name} is no file here, and no data set that can be loaded: {first_line(error)}"
         ) from None
-    return rows
+    return ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))

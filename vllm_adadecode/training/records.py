@@ -11,31 +11,14 @@ from typing import Any
 
 from vllm_adadecode.errors import AdaDecodeError, first_line
 from vllm_adadecode.training.json_lines import BadLineError
-from vllm_adadecode.training.sequences import parse_sequence
+from vllm_adadecode.training.sequences import Sequence, parse_sequence
 
 FIELDS = "prompt, messages, text, or prompt_ids (with output_ids)"
 
 
 @dataclass(frozen=True)
-class Record:
-    """One piece of data.
-
-    Attributes:
-        prompt_ids: what the target continues. Empty for a document.
-        answer_ids: the data's own continuation; for a document, all of it.
-        source: name of the data set.
-        own: whether the continuation is known to be the target's own (ready-made sequences).
-    """
-
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    source: str
-    own: bool = False
-
-
-@dataclass(frozen=True)
 class RecordReader:
-    """Makes records of JSON objects.
+    """Makes sequences of JSON objects.
 
     Attributes:
         tokenizer: of transformers; None: only token ids can be read.
@@ -49,8 +32,8 @@ class RecordReader:
     field: str | None = None
     chat: bool = False
 
-    def read(self, value: Any, source: str) -> Record:
-        """The record of one line or row.
+    def read(self, value: Any, source: str) -> Sequence:
+        """The sequence of one line or row.
 
         A `prompt` may have a `completion`, `response` or `answer`; the last of `messages` may be
         the assistant's; `prompt_ids` may have `output_ids`, which are then taken as they are.
@@ -65,9 +48,7 @@ class RecordReader:
             raise BadLineError("is no JSON object")
         named = source if not isinstance(value.get("source"), str) else value["source"]
         if "prompt_ids" in value:
-            sequence = parse_sequence({"output_ids": [], **value, "source": named})
-            own = bool(sequence.output_ids)
-            return Record(sequence.prompt_ids, sequence.output_ids, named, own)
+            return parse_sequence({"output_ids": [], **value, "source": named})
         if self.field is not None:
             if self.field not in value:
                 raise BadLineError(f"has no field {self.field}")
@@ -84,9 +65,9 @@ class RecordReader:
                 if answer:
                     messages.append({"role": "assistant", "content": answer})
                 return self._chat(messages, named)
-            return Record(self._encode(prompt), self._encode(answer, special=False), named)
+            return Sequence(self._encode(prompt), self._encode(answer, special=False), named)
         if "text" in value:
-            return Record((), self._encode(_text(value["text"], "text")), named)
+            return Sequence((), self._encode(_text(value["text"], "text")), named)
         raise BadLineError(f"has none of the fields {FIELDS}")
 
     def _encode(self, text: str, special: bool = True) -> tuple[int, ...]:
@@ -94,7 +75,7 @@ class RecordReader:
             return ()
         return tuple(self._tokenizer().encode(text, add_special_tokens=special))
 
-    def _chat(self, messages: Any, source: str) -> Record:
+    def _chat(self, messages: Any, source: str) -> Sequence:
         if not isinstance(messages, list) or not all(
             isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m
             for m in messages
@@ -112,7 +93,7 @@ class RecordReader:
             # where the answer begins.
             if whole[: len(prompt)] == prompt:
                 answer = whole[len(prompt) :]
-        return Record(prompt, answer, source)
+        return Sequence(prompt, answer, source)
 
     def _template(self, messages: list[Any], generate: bool) -> tuple[int, ...]:
         tokenizer = self._tokenizer()

@@ -1,8 +1,11 @@
-"""What a run is asked to do: its data, its heads, its numbers, and the heads config that follows.
+"""What a run is asked to do: its data, its heads, its numbers.
 
-Owns the choices and their checks before anything is loaded; `run.py` acts on them.
+Owns the choices. A field with a text of help is an option of `adadecode train`, named as the field
+is; the command reads these before it does anything, so nothing heavy is imported here. `run.py`
+acts on them.
 """
 
+# ruff: noqa: RUF009 - `option` makes a field
 from __future__ import annotations
 
 import os
@@ -10,58 +13,119 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+Precision = Literal["bf16", "fp32"]
 
-from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads import HeadsConfig, target_fingerprint
-from vllm_adadecode.heads.config import Norm, Quantization, TransformKind, default_exit_layers
-from vllm_adadecode.heads.target import read_target
-from vllm_adadecode.training.distributions import Precision
-from vllm_adadecode.training.generate import GenerationSettings
-from vllm_adadecode.training.trainer import TrainSettings
+
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field that is an option: its default, its help, and what else argparse is to know."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+def default_cache() -> Path:
+    """``adadecode`` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "adadecode").expanduser()
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What to train on.
+    """What to train on."""
+
+    specs: tuple[str, ...] = field(
+        metadata={
+            "flag": "--data",
+            "metavar": "SPEC",
+            "help": ".jsonl (fields prompt, messages, text, or prompt_ids with output_ids), .txt "
+            "(a prompt a line), xsum, code or gsm8k (the paper's), or a hub data set "
+            "NAME[@CONFIG]:SPLIT",
+        }
+    )
+    field: str | None = option(None, "field of the prompt, if it has another", metavar="NAME")
+    chat: bool = option(False, "put prompts into the target's chat template")
+    max_records: int | None = option(None, "of each data set")
+    max_prompt_tokens: int = option(1024, "longer prompts are left out")
+    max_length: int = option(2048, "tokens of a sequence")
+    held_out: float = option(0.05, "share of the sequences that is not trained on")
+    outputs_only: bool = option(False, "do not learn at positions inside of prompts")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How the target continues prompts.
 
     Attributes:
-        specs: see `prompts.load_data`.
-        generate: let the target continue the prompts; else the data is taken as it is.
-        held_out: share of the sequences that are not trained on.
-        max_length: tokens of a sequence.
-        max_prompt_tokens: tokens of a prompt.
-        max_records: of each of ``specs``.
-        outputs_only: learn only at positions that predict an output token.
-        field, chat: see `records.RecordReader`.
-        skip_malformed: leave malformed rows out.
+        seed: of the draws; each prompt has its own derived from it.
     """
 
-    specs: tuple[str, ...]
-    generate: bool = True
-    held_out: float = 0.05
-    max_length: int = 2048
-    max_prompt_tokens: int = 1024
-    max_records: int | None = None
-    outputs_only: bool = False
-    field: str | None = None
-    chat: bool = False
-    skip_malformed: bool = False
+    generate: bool = option(
+        True, "let the target continue the prompts, with vLLM; else take the data as it is"
+    )
+    max_tokens: int = option(512, "of a continuation")
+    temperature: float = option(0.0, "0: greedy", type=float)
+    top_p: float = option(1.0, "at a temperature above 0")
+    ignore_eos: bool = option(False, "go on behind the end of text")
+    engine_args: dict[str, Any] | None = option(
+        None, "more arguments of vllm.LLM, e.g. '{\"tensor_parallel_size\": 4}'", metavar="JSON"
+    )
+    seed: int = 0
+
+    def sampling(self) -> dict[str, Any]:
+        """What the tokens depend on, as far as the target is the same."""
+        names = ["max_tokens", "temperature", "ignore_eos"]
+        if self.temperature > 0:
+            names += ["top_p", "seed"]
+        # Another precision is another model, of nearly the same weights.
+        engine = self.engine_args or {}
+        kept = {name: engine[name] for name in ("dtype", "quantization") if name in engine}
+        return {name: getattr(self, name) for name in names} | kept
 
 
 @dataclass(frozen=True)
 class HeadSettings:
     """What the heads are; fields as in `HeadsConfig`."""
 
-    exit_layers: tuple[int, ...] | None = None
-    transform: TransformKind = "full"
-    rank: int | None = None
-    norm: Norm = "after"
-    confidence_threshold: float = 0.75
-    num_speculative_tokens: int = 5
-    gate: bool = False
-    draft_vocab_size: int | None = None
-    lm_head_quantization: Quantization | None = None
+    exit_layers: tuple[int, ...] | None = option(
+        None,
+        "heads sit after so many layers (default: 1/4, 1/2 and 3/4 of the depth)",
+        metavar="E",
+    )
+    transform: Literal["full", "low_rank", "identity"] = option(
+        "full", "T of a head; full is the paper's"
+    )
+    rank: int | None = option(None, "of low_rank (default: 64)")
+    norm: Literal["before", "after"] = option(
+        "after", "where the target's final norm is applied, relative to T"
+    )
+    confidence_threshold: float = option(0.75, "draft where a head's confidence is above it")
+    num_speculative_tokens: int = option(5, "draft tokens at most", metavar="K")
+    gate: bool = option(False, "predict where a head is confident")
+    draft_vocab_size: int | None = option(
+        None, "predict the N most frequent tokens only", flag="--draft-vocab"
+    )
+    lm_head_quantization: Literal["int8"] | None = option(None, "of the heads' copy of the LM head")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Numbers of a run.
+
+    Attributes:
+        warmup: share of all steps in which the learning rate rises (paper: 0.03).
+        max_gradient: longer gradients of a head are cut to this norm.
+    """
+
+    loss_temperature: float = option(
+        1.0, "below 1 heads learn a sharper final distribution, nearer to greedy decoding"
+    )
+    learning_rate: float = option(1e-3, "of AdamW, the highest; cosine after a warm-up")
+    epochs: float = option(4.0, "passes over the data")
+    batch_size: int = option(16, "sequences of a step")
+    micro_batch_tokens: int = option(8192, "of a forward pass; gradients of a step add up")
+    eval_every: int | None = option(None, "steps between evaluations (default: a tenth of all)")
+    patience: int = option(3, "evaluations without a better head, after which training ends")
+    checkpoint_every: int = option(100, "steps between states on disk")
+    seed: int = option(0, "of everything random", type=int)
+    warmup: float = 0.03
+    max_gradient: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,29 +135,34 @@ class Request:
     Attributes:
         target: folder or hub id.
         output: the heads folder to make.
-        target_name: what the heads call their target; None: its hub id, or where a local one lies
-            as seen from ``output``.
-        cache: folder for generations and unfinished runs.
-        overwrite: whether ``output`` may hold heads.
-        device_map: see `load_target`.
-        precision: see `Distributions`; "auto": bf16 on a GPU, fp32 without one.
     """
 
     target: str
     output: Path
     data: DataSettings
-    cache: Path
-    heads: HeadSettings = field(default_factory=HeadSettings)
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
-    training: TrainSettings = field(default_factory=TrainSettings)
-    target_name: str | None = None
-    overwrite: bool = False
-    device_map: str | None = None
-    precision: Precision | Literal["auto"] = "auto"
+    heads: HeadSettings = HeadSettings()
+    generation: GenerationSettings = GenerationSettings()
+    training: TrainSettings = TrainSettings()
+    target_name: str | None = option(
+        None,
+        "what the heads call their target, e.g. its hub id (default: the id given, or where a "
+        "local target lies as seen from DIR)",
+        metavar="NAME",
+    )
+    overwrite: bool = option(False, "replace heads that are there")
+    cache: Path = option(default_cache(), "for generations and unfinished runs", metavar="DIR")
+    device_map: str | None = option(
+        None, '"auto" spreads a large target over all devices, with accelerate', metavar="MAP"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = option(
+        "auto", "of products; auto is bf16 on a GPU, fp32 without one"
+    )
 
     @property
     def chosen_precision(self) -> Precision:
         """What "auto" means here."""
+        import torch
+
         if self.precision != "auto":
             return self.precision
         # Few CPUs multiply bfloat16 any faster.
@@ -108,52 +177,6 @@ class Request:
             "precision": self.chosen_precision,
         }
         del settings["data"]["specs"]
-        if self.data.generate:
+        if self.generation.generate:
             settings["generation"] = self.generation.sampling()
         return settings
-
-
-def heads_config(request: Request, folder: Path) -> HeadsConfig:
-    """The config before there is anything to tell about the run; checks all choices at once."""
-    from vllm_adadecode.model.target import check_architectures
-
-    info, wanted = read_target(folder), request.heads
-    check_architectures(info.architectures)
-    fields = asdict(wanted)
-    exits = fields.pop("exit_layers") or default_exit_layers(info.num_hidden_layers)
-    proposal = {"speculative_tokens": fields.pop("num_speculative_tokens")}
-    if wanted.draft_vocab_size is not None and wanted.draft_vocab_size >= info.vocab_size:
-        raise AdaDecodeError(
-            f"a draft vocabulary of {wanted.draft_vocab_size} tokens must be smaller than the "
-            f"target's {info.vocab_size}"
-        )
-    return HeadsConfig(
-        **fields,
-        exit_layers=exits,
-        target={
-            "hidden_size": info.hidden_size,
-            "vocab_size": info.vocab_size,
-            "num_hidden_layers": info.num_hidden_layers,
-            "fingerprint": target_fingerprint(folder),
-        },
-        speculators_config={
-            "proposal_methods": [proposal],
-            "verifier": {
-                "name_or_path": _verifier_name(request),
-                "architectures": info.architectures,
-            },
-        },
-    )
-
-
-def _verifier_name(request: Request) -> str:
-    if request.target_name is not None:
-        return request.target_name
-    folder = Path(request.target).expanduser()
-    return relative_name(folder, request.output) if folder.is_dir() else request.target
-
-
-def relative_name(target: Path, heads: Path) -> str:
-    """A verifier's name for a local target: from the heads' folder, so that it tells no more of
-    the machine than it must."""
-    return os.path.relpath(target.resolve(), heads.resolve())

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as ListOf
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,26 @@ from rich.progress import Progress
 from transformers import AutoConfig
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads import HeadsConfig, head_tensors, make_heads, save_heads
+from vllm_adadecode.heads import (
+    HeadsConfig,
+    head_tensors,
+    make_heads,
+    save_heads,
+    target_fingerprint,
+)
 from vllm_adadecode.heads.checkpoint import DRAFT_VOCAB, check_output
-from vllm_adadecode.heads.target import fetch, target_digest
+from vllm_adadecode.heads.config import default_exit_layers
+from vllm_adadecode.heads.resolve import relative_name
+from vllm_adadecode.heads.target import fetch, read_target, target_digest
 from vllm_adadecode.training.batches import TokenRow, token_rows
 from vllm_adadecode.training.card import CARD_NAME, make_card
 from vllm_adadecode.training.distributions import Distributions
 from vllm_adadecode.training.generate import generate_sequences
 from vllm_adadecode.training.json_lines import complaint
-from vllm_adadecode.training.prompts import load_data, prompts_of, sequences_of
+from vllm_adadecode.training.prompts import cut_documents, load_data, prompts_of
 from vllm_adadecode.training.provenance import provenance, public
 from vllm_adadecode.training.records import RecordReader
-from vllm_adadecode.training.request import DataSettings, Request, heads_config
+from vllm_adadecode.training.request import DataSettings, Request, TrainSettings
 from vllm_adadecode.training.sequences import (
     Sequence,
     check_vocabulary,
@@ -43,8 +52,9 @@ from vllm_adadecode.training.sequences import (
 )
 from vllm_adadecode.training.state import RunState
 from vllm_adadecode.training.target_model import load_target, load_tokenizer
-from vllm_adadecode.training.trainer import TrainSettings, evaluate, train_gates, train_heads
+from vllm_adadecode.training.trainer import evaluate, train_gates, train_heads
 
+DEFAULT_RANK = 64
 _TARGET_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -70,7 +80,7 @@ def run_training(request: Request, progress: Progress) -> HeadsConfig:
             "from": list(map(public, request.data.specs)),
             "sequences": dict(Counter(s.source for s in sequences)),
             "digest": digest,
-            "own_generations": request.data.generate,
+            "own_generations": request.generation.generate,
         },
         "settings": request.settings(),
     }
@@ -81,6 +91,39 @@ def run_training(request: Request, progress: Progress) -> HeadsConfig:
     save_heads(request.output, config, tensors, {CARD_NAME: make_card(config).encode()})
     shutil.rmtree(run_folder, ignore_errors=True)
     return config
+
+
+def heads_config(request: Request, folder: Path) -> HeadsConfig:
+    """The config before there is anything to tell about the run; checks all choices at once."""
+    from vllm_adadecode.model.target import check_architectures
+
+    info, wanted = read_target(folder), asdict(request.heads)
+    check_architectures(info.architectures)
+    exits = wanted.pop("exit_layers") or default_exit_layers(info.num_hidden_layers)
+    proposal = {"speculative_tokens": wanted.pop("num_speculative_tokens")}
+    if wanted["transform"] == "low_rank":
+        wanted["rank"] = wanted["rank"] or DEFAULT_RANK
+    if (size := wanted["draft_vocab_size"]) is not None and size >= info.vocab_size:
+        raise AdaDecodeError(
+            f"a draft vocabulary of {size} tokens must be smaller than the target's "
+            f"{info.vocab_size}"
+        )
+    shape = ("hidden_size", "vocab_size", "num_hidden_layers")
+    name = request.target_name or request.target
+    if request.target_name is None and Path(name).expanduser().is_dir():
+        name = relative_name(Path(name).expanduser(), request.output)
+    return HeadsConfig(
+        **wanted,
+        exit_layers=exits,
+        target={
+            "fingerprint": target_fingerprint(folder),
+            **{name: getattr(info, name) for name in shape},
+        },
+        speculators_config={
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": name, "architectures": info.architectures},
+        },
+    )
 
 
 def _train(
@@ -135,26 +178,19 @@ def make_sequences(request: Request, folder: Path, progress: Progress) -> list[S
     Raises:
         AdaDecodeError: there are none.
     """
-    data = request.data
+    data, say = request.data, progress.console.print
     reader = RecordReader(load_tokenizer(folder), request.target, data.field, data.chat)
-    found = load_data(
-        data.specs,
-        reader,
-        skip_malformed=data.skip_malformed,
-        max_records=data.max_records,
-        seed=request.training.seed,
+    found, malformed = load_data(
+        data.specs, reader, max_records=data.max_records, seed=request.training.seed
     )
-    if found.malformed:
-        progress.console.print(f"left out {complaint(found.malformed)}", highlight=False)
-    own = [r for r in found.records if r.own]
-    if not data.generate:
-        return sequences_of(found.records, data.max_length)
-    prompts, left_out = prompts_of(found.records, data.max_prompt_tokens)
+    if malformed:
+        say(f"left out {complaint(malformed)}", highlight=False)
+    if not request.generation.generate:
+        return cut_documents(found, data.max_length)
+    prompts, left_out = prompts_of(found, data.max_prompt_tokens)
     if left_out:
-        progress.console.print(
-            f"left out {left_out} prompts of more than {data.max_prompt_tokens} tokens"
-        )
-    sequences = sequences_of(own, data.max_length)
+        say(f"left out {left_out} prompts of more than {data.max_prompt_tokens} tokens")
+    sequences = [s for s in found if s.own]
     if prompts:
         cache = request.cache / "generations"
         sequences += generate_sequences(str(folder), prompts, request.generation, cache, progress)

@@ -10,14 +10,20 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.training.json_lines import BadLineError, read_json_lines, write_json_lines
+from vllm_adadecode.training.json_lines import (
+    BadLineError,
+    complaint,
+    json_rows,
+    parse_rows,
+    write_json_lines,
+)
 
 
 @dataclass(frozen=True)
@@ -25,32 +31,32 @@ class Sequence:
     """A prompt and its continuation.
 
     Attributes:
-        prompt_ids: tokens given; may be empty.
-        output_ids: tokens that followed, the target's own if it has generated them.
+        prompt_ids: tokens given; empty of a document.
+        output_ids: tokens that followed; of a document, all of it.
         source: name of the data set, for reports by set.
+        own: whether what followed is known to be the target's own (ready-made sequences).
     """
 
     prompt_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
     source: str
+    own: bool = field(default=False, compare=False)
 
     @property
     def ids(self) -> tuple[int, ...]:
         return self.prompt_ids + self.output_ids
 
 
-def read_sequences(path: str | Path, skip_malformed: bool = False) -> list[Sequence]:
+def read_sequences(path: str | Path) -> list[Sequence]:
     """The sequences of a file of JSON lines, each
     ``{"prompt_ids": [...], "output_ids": [...], "source": "name"}``.
-
-    Args:
-        path: the file.
-        skip_malformed: leave malformed lines out instead of refusing the file.
 
     Raises:
         AdaDecodeError: the file can't be read, is empty, or has malformed lines.
     """
-    sequences, _ = read_json_lines(path, parse_sequence, skip_malformed)
+    sequences, bad = parse_rows(json_rows(path), parse_sequence)
+    if bad:
+        raise AdaDecodeError(f"{complaint(bad)}; correct them, or delete the file")
     if not sequences:
         raise AdaDecodeError(f"{path} holds no sequences: give a file with at least one")
     return sequences
@@ -62,7 +68,8 @@ def write_sequences(path: str | Path, sequences: Iterable[Sequence]) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    write_json_lines(path, map(asdict, sequences))
+    stored = ("prompt_ids", "output_ids", "source")
+    write_json_lines(path, ({name: getattr(s, name) for name in stored} for s in sequences))
 
 
 def parse_sequence(value: Any) -> Sequence:
@@ -84,7 +91,7 @@ def parse_sequence(value: Any) -> Sequence:
     source = value.get("source", "")
     if not isinstance(source, str):
         raise BadLineError("source is no string")
-    return Sequence(parts[0], parts[1], source)
+    return Sequence(parts[0], parts[1], source, own=bool(parts[1]))
 
 
 def check_vocabulary(sequences: Iterable[Sequence], vocab_size: int, where: str) -> None:
@@ -147,14 +154,7 @@ def choose_draft_vocab(
 
     Returns:
         Their ids, int64 ``[size]``, strictly increasing, and their share of the counted tokens.
-
-    Raises:
-        AdaDecodeError: ``size`` is not below ``vocab_size``.
     """
-    if not 0 < size < vocab_size:
-        raise AdaDecodeError(
-            f"a draft vocabulary of {size} tokens must be smaller than the target's {vocab_size}"
-        )
     counts: Counter[int] = Counter()
     for s in sequences:
         counts.update(s.output_ids or s.prompt_ids)

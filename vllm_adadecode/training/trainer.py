@@ -22,42 +22,11 @@ from torch.nn import functional
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.batches import TokenRow, micro_batches, step_rows
 from vllm_adadecode.training.distributions import Distributions, kl
+from vllm_adadecode.training.request import TrainSettings
 from vllm_adadecode.training.state import RunState, load_state, save_state
 
 GATE_RATE = 1e-2
 MIN_GATE_STEPS = 100
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Numbers of a run.
-
-    Attributes:
-        loss_temperature: the final logits are divided by it; below 1 heads learn a sharper
-            distribution, nearer to what greedy decoding asks: is this the likeliest token?
-        learning_rate: the highest, of AdamW; cosine to nothing after a linear warm-up.
-        warmup: share of all steps (paper: 0.03).
-        epochs: passes over the rows.
-        batch_size: rows of an optimizer step.
-        micro_batch_tokens: tokens of one forward pass; gradients of a step add up over them.
-        eval_every: steps between evaluations on held-out rows; None: a tenth of all steps.
-        patience: evaluations without a better head at any exit, after which training ends.
-        checkpoint_every: steps between two states on disk.
-        max_gradient: longer gradients of a head are cut to this norm.
-        seed: of the order of the rows.
-    """
-
-    loss_temperature: float = 1.0
-    learning_rate: float = 1e-3
-    warmup: float = 0.03
-    epochs: float = 4.0
-    batch_size: int = 16
-    micro_batch_tokens: int = 8192
-    eval_every: int | None = None
-    patience: int = 3
-    checkpoint_every: int = 100
-    max_gradient: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
