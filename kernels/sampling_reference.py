@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from vllm_adadecode.kernels.merge_reference import finish_in_torch, live_places, merged_tops
-from vllm_adadecode.kernels.noise import DRAFT_NOISE_SALT, gumbel_noise
+from vllm_adadecode.kernels.noise import DRAFT_NOISE_SALT, draft_seed, gumbel_noise
 from vllm_adadecode.kernels.projection_reference import launched_logits, top_of, write_partials
 
 
@@ -52,6 +52,7 @@ def sample_partials_reference(
     slots = slots[rows].long()
     temperatures = _temperatures(slots, temperature)
     tokens = torch.arange(vocab_size, device=x.device) if vocab_ids is None else vocab_ids
+    column = None
     if cache is not None:
         assert cache_col is not None
         logits = logits.to(cache.dtype)
@@ -65,6 +66,8 @@ def sample_partials_reference(
         if temperatures[i] == 0.0:
             continue
         seed, pos = int(seeds[slots[i]]), int(positions[row]) + DRAFT_NOISE_SALT
+        if column is not None:
+            seed = draft_seed(seed, column)
         noise = gumbel_noise(seed, pos, int(tokens[-1]) + 1, use_fp64=False)
         values[i] += noise.to(values.device)[tokens]
     noised, chosen = top_of(values)

@@ -5,6 +5,7 @@ checks that need no weights are here, so that a mistake is one line in the front
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import ValidationError
@@ -13,13 +14,17 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConf
 from vllm.config.speculative import SpeculativeMethod
 from vllm.config.utils import config
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.hashing import safe_hash
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from vllm_adadecode.constants import METHOD
 from vllm_adadecode.errors import AdaDecodeError, one_line
 from vllm_adadecode.heads import HeadsConfig, check_fits, check_weights, find_heads
+from vllm_adadecode.heads.config import is_heads_folder
+from vllm_adadecode.heads.hub import HubOptions, commit_of
 from vllm_adadecode.model.target import check_architectures
+from vllm_adadecode.versions import SUPPORTED_VLLM, is_newer, vllm_version
 
 # Under vLLM's logger, whose level and format users know.
 logger = init_logger(f"vllm.{__name__}")
@@ -46,6 +51,9 @@ USER_OPTIONS = PASSED_ON | {
     "cost_aware",
     "draft_loop",
 }
+# KV connectors that were tried. Another one may take what is generated layer by layer as a batch
+# runs, and a verification leaves layers out.
+KV_CONNECTORS = ("ExampleConnector", "OffloadingConnector")
 
 
 @config
@@ -96,14 +104,15 @@ def build_config(
     model_config: ModelConfig,
     parallel_config: ParallelConfig,
     *,
-    enable_lora: bool = False,
+    download_dir: str | None = None,
 ) -> AdaDecodeSpeculativeConfig:
     """Check the user's options against the target and resolve them.
 
     Args:
         options: the ``speculative_config`` mapping, method included.
         model_config, parallel_config: the target's.
-        enable_lora: whether the engine was asked to serve LoRA adapters.
+        download_dir: where the target's weights, and heads, are downloaded to; None: the hub's
+            usual cache.
 
     Raises:
         AdaDecodeError: one line that says what is wrong and what to do.
@@ -114,13 +123,15 @@ def build_config(
             f"speculative_config has unknown options for adadecode: {', '.join(unknown)}; "
             f"known: {', '.join(sorted(USER_OPTIONS))}"
         )
-    _check_engine(model_config, parallel_config, enable_lora)
-    heads, heads_path = _load_heads(options, model_config)
+    _check_engine(model_config, parallel_config)
+    hub_options = HubOptions.of_target(model_config, download_dir)
+    heads, heads_path = _load_heads(options, model_config, hub_options)
     if (exit_layers := options.get("exit_layers")) is not None:
         heads = _select_exits(heads, exit_layers)
     fields = {
         "method": METHOD,
-        "model": heads_path or model_config.model,
+        # As named: workers on other machines look there.
+        "model": options.get("model") or model_config.model,
         "num_speculative_tokens": _num_speculative_tokens(
             options.get("num_speculative_tokens"), heads
         ),
@@ -138,7 +149,14 @@ def build_config(
             raise AdaDecodeError(f"cost_aware must be true or false, not {cost_aware!r}")
         fields["cost_aware"] = cost_aware
     fields["draft_loop"] = _draft_loop(options.get("draft_loop"))
+    if options.get("rejection_sample_method") == "fly":
+        raise AdaDecodeError(
+            "adadecode is lossless, which rejection_sample_method 'fly' is not: use 'standard' or "
+            "'block'"
+        )
     fields |= {name: options[name] for name in PASSED_ON & set(options)}
+    if options.get("model") and heads_path and (commit := commit_of(Path(heads_path))):
+        fields["revision"] = commit
     try:
         if (schedule := options.get("num_speculative_tokens_per_batch_size")) is not None:
             # vLLM itself looks at it in the scheduler only.
@@ -146,14 +164,22 @@ def build_config(
         return AdaDecodeSpeculativeConfig(**fields)
     except ValidationError as error:
         raise AdaDecodeError(f"speculative_config: {one_line(error)}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise AdaDecodeError(f"speculative_config: {error}") from None
 
 
-def _check_engine(
-    model_config: ModelConfig, parallel_config: ParallelConfig, enable_lora: bool
-) -> None:
-    """What the method can't be combined with."""
+def _check_engine(model_config: ModelConfig, parallel_config: ParallelConfig) -> None:
+    """What the method can't be combined with, apart from options (engine_args.py)."""
+    if is_newer(version := vllm_version()):
+        logger.warning(
+            "adadecode was tested with vLLM %s, and this is the newer %s", SUPPORTED_VLLM, version
+        )
+    # Of the platforms like CUDA, ROCm was never tested.
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        raise AdaDecodeError(
+            "adadecode runs on CPUs and on GPUs with CUDA, which "
+            f"{current_platform.device_name or 'this platform'!r} is not: drop the method"
+        )
     if envs.VLLM_USE_V2_MODEL_RUNNER is False:
         raise AdaDecodeError(
             "adadecode needs Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER (it is 0)"
@@ -165,27 +191,12 @@ def _check_engine(
     if model_config.runner_type != "generate":
         raise AdaDecodeError("adadecode serves generation, not pooling: drop the method")
     check_architectures(model_config.architectures)
-    if parallel_config.pipeline_parallel_size > 1:
+    if model_config.enable_prompt_embeds:
         raise AdaDecodeError(
-            "adadecode does not support pipeline parallelism: use --tensor-parallel-size instead "
-            f"of --pipeline-parallel-size {parallel_config.pipeline_parallel_size}"
+            "adadecode does not serve prompt embeddings: drop --enable-prompt-embeds or the method"
         )
-    if enable_lora:
-        raise AdaDecodeError("adadecode does not support LoRA: drop --enable-lora or the method")
-    if parallel_config.decode_context_parallel_size > 1:
-        raise AdaDecodeError("adadecode does not support decode context parallelism")
-    if parallel_config.prefill_context_parallel_size > 1:
-        raise AdaDecodeError("adadecode does not support prefill context parallelism")
     if parallel_config.data_parallel_size > 1 and model_config.is_moe:
         raise AdaDecodeError("adadecode does not support data parallelism for MoE models")
-    if parallel_config.use_ubatching:
-        raise AdaDecodeError(
-            "adadecode does not support microbatches: drop --enable-dbo and --ubatch-size"
-        )
-    if parallel_config.worker_cls != "auto":
-        raise AdaDecodeError(
-            f"adadecode brings its own worker: drop --worker-cls {parallel_config.worker_cls}"
-        )
 
 
 def check_runner(vllm_config: VllmConfig) -> None:
@@ -202,19 +213,39 @@ def check_runner(vllm_config: VllmConfig) -> None:
         )
 
 
+def check_kv_connector(vllm_config: VllmConfig) -> None:
+    """Refuse KV connectors that were not tried, and the one that vLLM has for GPUs on a CPU.
+
+    Raises:
+        AdaDecodeError: one line with the connector.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
+        return
+    if transfer.kv_connector not in KV_CONNECTORS:
+        raise AdaDecodeError(
+            f"adadecode was not tried with {transfer.kv_connector}: drop it or the method, or use "
+            f"one of {', '.join(KV_CONNECTORS)}"
+        )
+    spec = transfer.get_from_extra_config("spec_name", "CPUOffloadingSpec")
+    offloads = transfer.kv_connector == "OffloadingConnector" and spec == "CPUOffloadingSpec"
+    if offloads and current_platform.is_cpu():
+        raise AdaDecodeError(
+            "vLLM offloads KV from GPUs only: drop --kv-offloading-size or OffloadingConnector"
+        )
+
+
 def _load_heads(
-    options: Mapping[str, Any], model_config: ModelConfig
+    options: Mapping[str, Any], model_config: ModelConfig, hub_options: HubOptions
 ) -> tuple[HeadsConfig, str | None]:
     """The heads given, else those beside the target, else the logit lens."""
     for name in ("model", "revision"):
         if not isinstance(options.get(name), str | None):
             raise AdaDecodeError(f"{name} must be a string, not {options[name]!r}")
-    path = find_heads(options.get("model"), model_config.model, options.get("revision"))
-    shape = {
-        "hidden_size": model_config.get_hidden_size(),
-        "vocab_size": model_config.get_vocab_size(),
-        "num_hidden_layers": model_config.get_total_num_hidden_layers(),
-    }
+    path = find_heads(
+        options.get("model"), model_config.model, options.get("revision"), hub_options
+    )
+    shape = _shape(model_config)
     if path is None:
         heads = HeadsConfig.logit_lens(**shape, exit_layers=options.get("exit_layers"))
         logger.warning(
@@ -225,9 +256,52 @@ def _load_heads(
         )
         return heads, None
     heads = HeadsConfig.load(path)
-    check_fits(heads, **shape, target_path=model_config.model)
+    check_fits(heads, **shape, target_path=model_config.model, options=hub_options)
     check_weights(path, heads)
     return heads, str(path)
+
+
+def _shape(model_config: ModelConfig) -> dict[str, int]:
+    return {
+        "hidden_size": model_config.get_hidden_size(),
+        "vocab_size": model_config.get_vocab_size(),
+        "num_hidden_layers": model_config.get_total_num_hidden_layers(),
+    }
+
+
+def heads_of_worker(vllm_config: VllmConfig) -> str | None:
+    """The heads' folder on the machine of a worker whose target is loaded, so that its files are
+    here; None: the logit lens.
+
+    Raises:
+        AdaDecodeError: they are not here and can't be had, or are not for this target.
+    """
+    spec = vllm_config.speculative_config
+    assert isinstance(spec, AdaDecodeSpeculativeConfig)
+    if spec.heads_path is None:
+        return None
+    target = spec.target_model_config
+    hub_options = HubOptions.of_target(target, vllm_config.load_config.download_dir)
+    path = spec.heads_path
+    if not is_heads_folder(path):
+        # Found by the front end on another machine.
+        named = spec.model if spec.model != target.model else None
+        found = find_heads(named, target.model, spec.revision, hub_options)
+        if found is None:
+            raise AdaDecodeError(
+                f"heads {path} are not on the machine of this worker: every machine needs them at "
+                "this place, or name a hub repository"
+            )
+        path = str(found)
+    heads = HeadsConfig.load(path)
+    shape = _shape(target)
+    if not check_fits(heads, **shape, target_path=target.model, options=hub_options):
+        logger.warning_once(
+            "Nothing tells whether the heads were trained on %s or another model of its shape: "
+            "its weights are not read from safetensors files",
+            target.model,
+        )
+    return path
 
 
 def _select_exits(heads: HeadsConfig, exit_layers: Any) -> HeadsConfig:
@@ -279,8 +353,8 @@ def _most_pass_tokens(vllm_config: VllmConfig) -> int:
     return vllm_config.scheduler_config.max_num_seqs * (1 + vllm_config.num_speculative_tokens)
 
 
-def resolve_draft_loop(vllm_config: VllmConfig, device_type: str) -> str:
-    """Who drives the draft loop: "host" or "device".
+def resolve_draft_loop(vllm_config: VllmConfig, device_type: str) -> tuple[str, str]:
+    """Who drives the draft loop, "host" or "device", and why.
 
     "auto" is the device where reading from it would hold a GPU up and the loop can be on it, the
     host everywhere else.
@@ -288,11 +362,20 @@ def resolve_draft_loop(vllm_config: VllmConfig, device_type: str) -> str:
     spec = vllm_config.speculative_config
     assert isinstance(spec, AdaDecodeSpeculativeConfig)
     if spec.draft_loop != "auto":
-        return spec.draft_loop
-    fits = _most_pass_tokens(vllm_config) <= vllm_config.scheduler_config.max_num_batched_tokens
-    captured = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
-    on_device = device_type == "cuda" and captured and fits
-    return "device" if on_device else "host"
+        return spec.draft_loop, "as set"
+    needed = _most_pass_tokens(vllm_config)
+    most = vllm_config.scheduler_config.max_num_batched_tokens
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if device_type != "cuda":
+        return "host", f"nothing to wait for on {device_type}"
+    if not mode.has_full_cudagraphs():
+        return "host", f"cudagraph_mode {mode.name} captures no full graphs"
+    if needed > most:
+        return "host", (
+            f"max_num_seqs x (1 + num_speculative_tokens) is {needed}, above "
+            f"max_num_batched_tokens, which is {most}"
+        )
+    return "device", "a GPU with full CUDA graphs"
 
 
 def _thresholds(

@@ -8,8 +8,20 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+# Characters of a message; what is wrong is at its beginning, what to do at its end.
+LONGEST = 2000
+
+
 class AdaDecodeError(ValueError):
-    """A configuration, checkpoint or environment that the method can't be started with."""
+    """A configuration, checkpoint or environment that the method can't be started with.
+
+    Its message is one line, whatever the names and values are that it repeats from files.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
 def one_line(error: ValidationError) -> str:

@@ -18,6 +18,8 @@ from typing import Any
 
 from vllm_adadecode.errors import AdaDecodeError, first_line
 
+# More than any configuration, index of weights or profile has.
+MOST_JSON_BYTES = 2**28
 # Read once: asking for it changes it for a moment, for all threads.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -29,11 +31,14 @@ def read_json(file: Path) -> Any:
     Raises:
         AdaDecodeError: it can't be read or is no JSON.
     """
+    # Of a pipe the end may never come.
+    if not os.path.isfile(file):
+        raise AdaDecodeError(f"{file} does not exist: give the folder that holds it")
     try:
+        if file.stat().st_size > MOST_JSON_BYTES:
+            raise ValueError(f"it has more than {MOST_JSON_BYTES} bytes")
         return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdaDecodeError(f"{file} does not exist: give the folder that holds it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdaDecodeError(
             f"{file} can't be read as JSON ({first_line(error)}): copy it again"
         ) from None

@@ -30,3 +30,26 @@ def is_supported(version: str | None) -> bool:
     if version is None:
         return False
     return Version(version).base_version in SpecifierSet(SUPPORTED_VLLM)
+
+
+def is_newer(version: str | None) -> bool:
+    """Whether a vLLM version is newer than any that was tested."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    if version is None:
+        return False
+    ends = [s.version for s in SpecifierSet(SUPPORTED_VLLM) if s.operator == "<"]
+    return all(Version(Version(version).base_version) >= Version(end) for end in ends)
+
+
+def as_release(version: str) -> tuple[int, ...]:
+    """Major and minor number, of pre-releases and local builds too: ``(0, 33)``."""
+    from packaging.version import Version
+
+    return Version(version).release[:2]
+
+
+def vllm_release() -> tuple[int, ...]:
+    """Major and minor number of the installed vLLM, ``(0, 0)`` without one."""
+    return as_release(vllm_version() or "0.0")

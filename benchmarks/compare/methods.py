@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.server import without_plugin
 from vllm_adadecode.heads import target_fingerprint
 
 
@@ -24,6 +25,7 @@ class Method:
         must_have: whether it can't run without that folder.
         options: its speculative configuration, without drafter and draft length.
         counted: whether `num_speculative_tokens` is to be given.
+        plugin: whether the server loads the plugin; the others are vLLM as it comes.
         environment: for the server.
     """
 
@@ -31,16 +33,21 @@ class Method:
     must_have: bool = True
     options: Mapping[str, Any] | None = None
     counted: bool = True
+    plugin: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    def server_environment(self) -> dict[str, str]:
+        return {**({} if self.plugin else without_plugin()), **self.environment}
 
 
 METHODS: dict[str, Method] = {
     "vanilla": Method(),
-    # What the methods that vLLM runs only on its older runner would have to be compared with, were
-    # that runner the only one.
+    # The two runners by request. V2 without the method, for which a CPU needs the plugin, is what
+    # the method itself costs there.
     "vanilla_v1": Method(environment={"VLLM_USE_V2_MODEL_RUNNER": "0"}),
+    "vanilla_v2": Method(plugin=True, environment={"VLLM_USE_V2_MODEL_RUNNER": "1"}),
     # Heads say themselves how many tokens they draft; without heads the logit lens drafts.
-    "adadecode": Method("adadecode", must_have=False, options={}, counted=False),
+    "adadecode": Method("adadecode", must_have=False, options={}, counted=False, plugin=True),
     "medusa": Method("medusa", options={}),
     "eagle3": Method("eagle3", options={}),
     "draft_model": Method("draft", options={}),
@@ -88,7 +95,7 @@ def arguments(
     """
     method = METHODS[kind(name)]
     if method.options is None:
-        return Arguments(environment=method.environment)
+        return Arguments(environment=method.server_environment())
     config: dict[str, Any] = {"method": kind(name), **method.options}
     folder = drafter
     if folder is None and method.drafter is not None:
@@ -112,7 +119,7 @@ def arguments(
     if method.counted:
         config["num_speculative_tokens"] = _own_draft_tokens(own, draft_tokens)
     config |= options or {}
-    return Arguments(("--speculative-config", json.dumps(config)), method.environment)
+    return Arguments(("--speculative-config", json.dumps(config)), method.server_environment())
 
 
 def _remedy(name: str, target: str) -> str:

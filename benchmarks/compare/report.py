@@ -91,8 +91,8 @@ EXPLAINED = (
     "one behind it. The mean acceptance length is counted behind a request's first token. Memory "
     "is the sum of the peaks of the server's processes, of the host's memory. Outputs are compared "
     "at temperature 0 with vanilla's at the same concurrency; vanilla's own with those of its "
-    "first repetition. Where the runner is V1, vLLM runs the method here on its older model runner "
-    "only, and the speed-up holds the difference of the two runners, too.",
+    "first repetition. The runner is the one that vLLM chooses; where it is not vanilla's, the "
+    "speed-up holds the difference of the two runners, too.",
     "Costs: weights read, and floating-point operations, behind the first token of each request; "
     "without the KV cache, and without prompts. A step of the target, and a pass of a drafter, "
     "read their weights once. An accepted draft token costs, in bytes of vanilla tokens, what went "

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig
 
 from benchmarks.gpu_suite.settings import Settings
-from benchmarks.server import Server
+from benchmarks.server import Server, without_plugin
 from benchmarks.workload import DEMO_MODEL, EVAL_PROMPTS, HERE, by_files, load_demo_prompts
 from vllm_adadecode.evaluation.costs import Costs, ModelShape, costs_from_bytes
 from vllm_adadecode.heads import HeadsConfig
@@ -107,16 +107,15 @@ def make_servers(
     # The worker's extension lies in this checkout.
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = settings.environment | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    return {
-        name: Server(
-            target,
-            ours if name.startswith(PLAIN[1]) else (),
-            logs / f"{name}.log",
-            settings.flags,
-            environment | ({"VLLM_BATCH_INVARIANT": "1"} if name in INVARIANT else {}),
-        )
-        for name in (*PLAIN, *(INVARIANT if settings.invariant else ()))
-    }
+
+    def server(name: str) -> Server:
+        arguments, own = (ours, {}) if name.startswith(PLAIN[1]) else ((), without_plugin())
+        if name in INVARIANT:
+            own = own | {"VLLM_BATCH_INVARIANT": "1"}
+        log = logs / f"{name}.log"
+        return Server(target, arguments, log, settings.flags, environment | own)
+
+    return {name: server(name) for name in (*PLAIN, *(INVARIANT if settings.invariant else ()))}
 
 
 def load_prompts(model: Path = DEMO_MODEL) -> list[list[int]]:

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from benchmarks.compare import __main__ as command
 from benchmarks.compare import figures, methods, report, run
 from benchmarks.compare.run import Cell, Store, Turn
 from benchmarks.load import Measurement
+from benchmarks.server import without_plugin
 from benchmarks.workload import DEMO_MODEL, Part
 from tests.support.tiny_models import save_tiny_model
 from vllm_adadecode.errors import AdaDecodeError
@@ -36,16 +38,33 @@ def folder(path: Path, **values: Any) -> Path:
     return path
 
 
+def test_vanilla_loads_every_plugin_but_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = {
+        "vllm.general_plugins": ["other", "adadecode"],
+        "vllm.platform_plugins": ["adadecode", "adadecode_command"],
+    }
+    monkeypatch.setattr(
+        "benchmarks.server.entry_points",
+        lambda group: [SimpleNamespace(name=name) for name in declared[group]],
+    )
+    assert without_plugin() == {"VLLM_PLUGINS": "adadecode_command,other"}
+
+
 def test_methods_without_a_drafter(tmp_path: Path) -> None:
-    assert methods.arguments("vanilla", "T") == methods.Arguments()
-    assert methods.arguments("vanilla@again", "T") == methods.Arguments()
-    assert methods.arguments("vanilla_v1", "T").environment == {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    assert methods.arguments("vanilla", "T") == methods.Arguments(environment=without_plugin())
+    assert methods.arguments("vanilla@again", "T") == methods.arguments("vanilla", "T")
+    for name, runner, loaded in (("vanilla_v1", "0", False), ("vanilla_v2", "1", True)):
+        environment = methods.arguments(name, "T").environment
+        assert environment["VLLM_USE_V2_MODEL_RUNNER"] == runner
+        assert ("VLLM_PLUGINS" not in environment) == loaded
     # Each prompt is sent at several concurrencies and temperatures: it is not to remember answers.
     assert config(methods.arguments("suffix", "T")) == {
         "method": "suffix",
         "suffix_decoding_max_cached_requests": 0,
     }
     assert config(methods.arguments("adadecode", str(tmp_path))) == {"method": "adadecode"}
+    assert methods.arguments("adadecode", str(tmp_path)).environment == {}
+    assert methods.arguments("suffix", "T").environment == without_plugin()
     made = methods.arguments("adadecode@0.5", "T", options={"confidence_threshold": 0.5})
     assert config(made) == {"method": "adadecode", "confidence_threshold": 0.5}
 

@@ -25,7 +25,7 @@ from benchmarks.gpu_suite import parts, report, settings, suite, syncs
 from benchmarks.gpu_suite.parts import Part
 from benchmarks.gpu_suite.suite import INVARIANT, PLAIN, Suite
 from benchmarks.load import Measurement
-from benchmarks.server import ServerError
+from benchmarks.server import ServerError, without_plugin
 from tests.support.engines import DEMO_MODEL
 from vllm_adadecode.evaluation.costs import Costs
 from vllm_adadecode.metrics.counters import Counters, ExitCounters
@@ -115,6 +115,7 @@ def test_prompts_and_servers(monkeypatch: pytest.MonkeyPatch) -> None:
         invariant = {"VLLM_BATCH_INVARIANT": "1"} if names is INVARIANT else {}
         for server, plain in ((vanilla, servers["vanilla"]), (ours, servers["adadecode"])):
             assert server.environment == {**plain.environment, **invariant}
+        assert vanilla.environment == {**ours.environment, **without_plugin()}
     # vLLM imports FlashInfer's sampler on CUDA whatever is installed.
     for spec, switch in ((None, "0"), (object(), None)):
         monkeypatch.setattr(settings, "find_spec", lambda name, spec=spec: spec)

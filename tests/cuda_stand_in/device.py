@@ -186,7 +186,7 @@ def _stand_in_for_vllm() -> None:
         if name.startswith("cutlass") and "support" in name:
             setattr(_custom_ops, name, lambda *_: False)
     # Warm-ups of other models' kernels, which need torchvision.
-    for warmup in ("minimax_m3_msa_warmup", "qwen_vl_triton_warmup"):
+    for warmup in ("minimax_m3_msa_warmup", "qwen_vl_triton_warmup", "step5_dsa_warmup"):
         name = f"vllm.model_executor.warmup.{warmup}"
         sys.modules[name] = ModuleType(name)
         vars(sys.modules[name])[warmup] = _nothing
@@ -202,12 +202,14 @@ def _stand_in_for_vllm() -> None:
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    from vllm_adadecode.cpu.install import import_replacements
+    from vllm_adadecode.cpu.install import fitted_replacements
 
     # The interpreter can't run these two.
-    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
+    masked = topk_topp_sampler.apply_top_k_top_p_pytorch
+    topk_topp_sampler.apply_top_k_top_p_triton = lambda logits, k, p, **_: masked(logits, k, p)
+    topk_topp_sampler.register_top_k_top_p_warmups = _nothing
     bitmask = "vllm.v1.worker.gpu.structured_outputs._apply_grammar_bitmask_kernel"
-    register_kernels({bitmask: import_replacements()[bitmask]})
+    register_kernels({bitmask: fitted_replacements()[bitmask]})
     vllm.v1.worker.gpu_worker.torch = _OnCpu("torch")
     worker = vllm.v1.worker.gpu_worker.Worker
     init_device = worker.init_device

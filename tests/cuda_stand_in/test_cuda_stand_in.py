@@ -63,3 +63,41 @@ def test_attention_is_scheduled_for_its_batch(served: dict[str, Any]) -> None:
 def test_a_stale_schedule_is_noticed(served: dict[str, Any]) -> None:
     """Negative control: replays that keep the schedule of their capture."""
     assert served["stale_schedule_noticed"]
+
+
+def test_says_what_was_chosen(served: dict[str, Any]) -> None:
+    """In one line, and nothing was given up."""
+    (line,) = served["log"]
+    for words in (
+        "draft loop device (a GPU with full CUDA graphs)",
+        "heads by fused kernels",
+        "verification passes and ",
+        "adaptive draft length off",
+        "after layers [2, 4, 6] of ",
+    ):
+        assert words in line
+
+
+LEFT = {
+    "none": ([True, True, True, True], []),
+    "failing kernel": ([True, False, True, True], ["kernels failed: out of resource: shared"]),
+    "wrong state": ([False, True, False, True], ["differs by "]),
+    "wrong token": ([True, False, False, True], ["draft token 1 of request "]),
+    "failing capture": ([True, True, False, True], ["operation not permitted when stream"]),
+    "failing capture of verifications": ([True, True, True, False], ["operation not permitted"]),
+    "stale replays": ([True, True, False, False], [" of request ", "all layers'"]),
+}
+
+
+@pytest.mark.parametrize("fault", LEFT)
+def test_a_fault_is_told_and_costs_no_more_than_must_be(served: dict[str, Any], fault: str) -> None:
+    """Whether the loop is on the device, heads are fused, steps and verifications captured."""
+    way, words = LEFT[fault]
+    found = served["faults"][fault]
+    assert found["way"] == way
+    assert len(found["lines"]) == len(words)
+    for line, said in zip(found["lines"], words, strict=True):
+        assert line.startswith("AdaDecode falls back: ")
+        assert said in line
+        assert "\n" not in line
+    assert found["tokens"] == served["vanilla"][:2]

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from tests.support.engines import (
 )
 from tests.support.tiny_models import ARCHITECTURES, NUM_LAYERS, random_prompts, save_tiny_model
 from vllm_adadecode.model.target import SUPPORTED_ARCHITECTURES
+from vllm_adadecode.spans.ragged import MASKS_SLIDING_WINDOW
 
 # The others differ from these in what a span does not see.
 FAST = ("LlamaForCausalLM", "Qwen3MoeForCausalLM")
@@ -62,6 +64,32 @@ def test_cut_model_equals_uncut(
         counts = stats(engine)
         assert counts["draft_tokens"] > 50
         assert counts["num_layers"] == NUM_LAYERS
+
+
+@pytest.mark.slow
+def test_sliding_window(engines: EnginePool, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Blocks wholly below the window are freed: spans read none of them, as vLLM does not."""
+    path = save_tiny_model(
+        tmp_path_factory.mktemp("window"), "MistralForCausalLM", sliding_window=16
+    )
+    prompts, options = random_prompts(12), {"block_size": 16}
+    vanilla = engines.get(path, **options)
+    reference = generate(vanilla, prompts, greedy(64))
+    engine = engines.get(
+        path,
+        speculative_config=speculative(num_speculative_tokens=4, exit_layers=[1, 3, 5]),
+        **options,
+    )
+    set_thresholds(engine, 0.03, 0.03, 0.0)
+    assert_same(vanilla, generate(engine, prompts, greedy(64), batch=6), reference)
+    assert stats(engine)["draft_tokens"] > 50
+
+    def first_blocks(worker: Any) -> list[int]:
+        spans = worker.model_runner.speculator.spans
+        return spans.input_block_tables[0][:6, 0].tolist()
+
+    # Block 0 is nobody's.
+    assert any(engine.collective_rpc(first_blocks)[0]) != MASKS_SLIDING_WINDOW
 
 
 def test_every_supported_architecture_has_a_model() -> None:

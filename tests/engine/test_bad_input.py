@@ -3,11 +3,14 @@
 All but the last test go through vLLM's own `EngineArgs.create_engine_config`, without an engine.
 """
 
+import dataclasses
 import inspect
+import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +18,9 @@ import torch
 from safetensors.torch import load, save_file
 from transformers import GPT2Config, PreTrainedConfig, WhisperConfig
 from vllm import LLM, EngineArgs, envs
-from vllm.config import ModelConfig, SpeculativeConfig
+from vllm.config import KVTransferConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.exceptions import VLLMValidationError
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.models import registry
 
 from tests.support.engines import (
@@ -31,9 +34,10 @@ from tests.support.engines import (
 )
 from tests.support.heads_samples import edit_config, heads_fields, make_heads, make_target
 from vllm_adadecode import config, plugin
+from vllm_adadecode.engine_args import ALLOWED, TESTED_VALUES, check_engine_args
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads import target_fingerprint
-from vllm_adadecode.versions import is_supported
+from vllm_adadecode.versions import is_newer, is_supported
 from vllm_adadecode.vllm_patches import config_and_cli, patch, table
 
 
@@ -136,6 +140,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     # vLLM's options, checked by vLLM's rules.
     ({"draft_sample_method": "random"}, ["draft_sample_method", "'greedy' or 'probabilistic'"]),
     ({"rejection_sample_method": "never"}, ["rejection_sample_method", "'standard'", "'never'"]),
+    ({"rejection_sample_method": "fly"}, ["lossless", "'fly'", "use 'standard' or 'block'"]),
     ({"rejection_sample_method": "synthetic"}, ["requires exactly one", "acceptance_rates"]),
     ({"synthetic_acceptance_rates": [0.5] * 5}, ["only valid with rejection_sample_method"]),
     (
@@ -152,6 +157,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"num_speculative_tokens_per_batch_size": [[2, 4, 5]]}, ["must start at 1"]),
     ({"num_speculative_tokens_per_batch_size": [[1, 4, 5], [3, 8, 2]]}, ["non-overlapping"]),
     ({"num_speculative_tokens_per_batch_size": [[1, 4, -1]]}, ["must be >= 0"]),
+    ({"num_speculative_tokens_per_batch_size": [[1, float("inf"), 2]]}, ["float infinity"]),
 ]
 
 
@@ -208,20 +214,22 @@ def test_where_the_draft_loop_can_be_on_the_device(target: Path) -> None:
 def test_who_drives_the_draft_loop_by_itself(target: Path) -> None:
     """The device, where a GPU would wait for the host and all that it takes is there."""
 
-    def driver(device: str, graphs: bool = True, **options: Any) -> str:
+    def driver(device: str, graphs: bool = True, **options: Any) -> tuple[str, str]:
         made = create(target, {"num_speculative_tokens": 7}, max_num_seqs=16, **options)
         mode = CUDAGraphMode.FULL_AND_PIECEWISE if graphs else CUDAGraphMode.NONE
         made.compilation_config.cudagraph_mode = mode
         return config.resolve_draft_loop(made, device)
 
-    assert driver("cuda") == "device"
-    assert driver("cpu") == "host"
-    assert driver("cuda", graphs=False) == "host"
-    assert driver("cuda", max_num_batched_tokens=127) == "host"
-    assert driver("cuda", tensor_parallel_size=2) == "device"
+    assert driver("cuda") == ("device", "a GPU with full CUDA graphs")
+    assert driver("cpu") == ("host", "nothing to wait for on cpu")
+    assert driver("cuda", graphs=False) == ("host", "cudagraph_mode NONE captures no full graphs")
+    too_many = "max_num_seqs x (1 + num_speculative_tokens) is 128, above max_num_batched_tokens"
+    assert driver("cuda", max_num_batched_tokens=127) == ("host", f"{too_many}, which is 127")
+    assert driver("cuda", tensor_parallel_size=2)[0] == "device"
     for loop in ("host", "device"):
         made = create(target, {"draft_loop": loop}, max_num_seqs=2)
-        assert [config.resolve_draft_loop(made, d) for d in ("cuda", "cpu")] == [loop, loop]
+        found = [config.resolve_draft_loop(made, d) for d in ("cuda", "cpu")]
+        assert found == [(loop, "as set")] * 2
 
 
 @pytest.mark.parametrize(
@@ -338,26 +346,75 @@ def test_damaged_config(target: Path, tmp_path: Path) -> None:
 # --- what the method can't be combined with ----------------------------------------------------
 
 
+NIXL = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"pipeline_parallel_size": 2}, ["pipeline parallelism", "--tensor-parallel-size"]),
-        ({"enable_lora": True}, ["LoRA", "drop --enable-lora"]),
         ({"runner": "pooling"}, ["not pooling", "drop the method"]),
-        ({"worker_cls": "my.Worker"}, ["own worker", "drop --worker-cls my.Worker"]),
-        (
-            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
-            ["decode context parallelism"],
-        ),
-        ({"enable_dbo": True}, ["microbatches", "drop --enable-dbo"]),
-        ({"ubatch_size": 2}, ["microbatches", "--ubatch-size"]),
-        # vLLM would choose its V1 runner, and the worker would break.
-        ({"enable_prompt_embeds": True}, ["Model Runner V2", "prompt embeddings", "drop"]),
+        ({"enable_lora": True}, ["not tested with --enable-lora:", "leave that out"]),
+        ({"enable_prompt_embeds": True}, ["prompt embeddings: drop --enable-prompt-embeds"]),
+        ({"kv_transfer_config": NIXL}, ["not tried with NixlConnector", "one of ExampleConnector"]),
+        ({"kv_offloading_size": 1.0}, ["from GPUs only", "drop --kv-offloading-size"]),
     ],
     ids=str,
 )
 def test_combinations(options: dict[str, Any], words: list[str]) -> None:
     refused(words, **options)
+
+
+def test_runner_v1_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vLLM, for what its V2 runner lacks; the worker would break."""
+    lacks = "_get_v2_model_runner_unsupported_features"
+    monkeypatch.setattr(VllmConfig, lacks, lambda config: ["what is new"])
+    refused(["Model Runner V2", "does not support what is new", "drop"])
+
+
+# What its users would miss if it were not refused, and one of each kind.
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size 2"),
+        ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size 2"),
+        ({"enable_expert_parallel": True, "enable_eplb": True}, "--enable-expert-parallel, --enab"),
+        ({"eplb_config": {"num_redundant_experts": 2}}, "--eplb-config"),
+        ({"enable_elastic_ep": True}, "--enable-elastic-ep"),
+        ({"enable_dbo": True}, "--enable-dbo"),
+        ({"ubatch_size": 2}, "--ubatch-size 2"),
+        ({"nnodes": 2}, "--nnodes 2"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        ({"cpu_offload_gb": 1}, "--cpu-offload-gb 1"),
+        ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
+        ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls my.Scheduler"),
+        ({"logits_processors": ["my.Processor"]}, "--logits-processors"),
+        ({"model_impl": "transformers"}, "--model-impl transformers"),
+        ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend ray"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2"),
+    ],
+    ids=str,
+)
+def test_options_that_were_not_tested(options: dict[str, Any], flags: str) -> None:
+    with pytest.raises(AdaDecodeError, match=re.escape(f"was not tested with {flags}")):
+        check_engine_args(EngineArgs(str(DEMO_MODEL), **options))
+
+
+def test_options_that_are_off_or_known() -> None:
+    check_engine_args(EngineArgs(str(DEMO_MODEL), enable_lora=False, swa_bounded_replay=False))
+    check_engine_args(EngineArgs(str(DEMO_MODEL), kv_cache_dtype="fp8", max_model_len=64))
+    # A name that no vLLM has would allow nothing.
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    assert set(ALLOWED) | set(TESTED_VALUES) <= known
+
+
+@pytest.mark.parametrize("name", ["rocm", "xpu", ""])
+def test_platforms(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    platform = SimpleNamespace(
+        is_cpu=lambda: False, is_cuda=lambda: False, is_cuda_alike=lambda: True, device_name=name
+    )
+    monkeypatch.setattr(config, "current_platform", platform)
+    refused(["CPUs and on GPUs with CUDA", repr(name or "this platform")])
 
 
 def test_runner_v1_forced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,19 +454,34 @@ def test_multimodal(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- an unsupported vLLM -----------------------------------------------------------------------
 
 
-def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def another_vllm(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Loads the plugin as if nothing had been patched, in a vLLM that says it is another one."""
+
+    def load(version: str) -> None:
+        for module in (table, config):
+            monkeypatch.setattr(module, "vllm_version", lambda: version)
+        # Put back what the plugin changes, and let it change a vLLM as it comes.
+        monkeypatch.setattr(config_and_cli, "_refusal", None)
+        monkeypatch.setattr(patch, "_applied", set())
+        for row in (row for row in table.TABLE if row.name in applied):
+            holder, name, value = row.resolve()
+            monkeypatch.setattr(holder, name, value)
+        original = inspect.unwrap(EngineArgs.create_speculative_config)
+        assert original.__module__ == EngineArgs.__module__
+        monkeypatch.setattr(EngineArgs, "create_speculative_config", original)
+        plugin.register()
+        plugin.register()
+
+    applied = set(patch._applied)
+    return load
+
+
+def test_older_vllm(another_vllm: Callable[[str], None]) -> None:
     """The method is refused; everything else, vLLM's own methods included, is as without us."""
-    monkeypatch.setattr(table, "vllm_version", lambda: "0.99.0")
-    # Put back what refuse_method changes, and let it change a vLLM as it comes.
-    monkeypatch.setattr(config_and_cli, "_refusal", None)
-    monkeypatch.setattr(patch, "_applied", set())
-    original = inspect.unwrap(EngineArgs.create_speculative_config)
-    assert original.__module__ == EngineArgs.__module__
-    monkeypatch.setattr(EngineArgs, "create_speculative_config", original)
-    plugin.register()
-    plugin.register()
+    another_vllm("0.31.0")
     assert patch._applied == {"speculative-config"}
-    refused(["0.99.0", ">=0.32,<0.34", "install a supported version"])
+    refused(["0.31.0", ">=0.32,<0.34", "install a supported version"])
     assert create(DEMO_MODEL, speculative_config=None).speculative_config is None
     ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     assert type(create(DEMO_MODEL, speculative_config=ngram).speculative_config) is (
@@ -417,20 +489,31 @@ def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_newer_vllm(another_vllm: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said where the method is asked for; that patches fit is what decides."""
+    said: list[str] = []
+    monkeypatch.setattr(config.logger, "warning", lambda line, *args: said.append(line % args))
+    another_vllm("0.99.0")
+    create(DEMO_MODEL, speculative_config=None)
+    assert said == []
+    assert type(create(DEMO_MODEL).speculative_config) is config.AdaDecodeSpeculativeConfig
+    assert said == ["adadecode was tested with vLLM >=0.32,<0.34, and this is the newer 0.99.0"]
+
+
 @pytest.mark.parametrize(
-    ("version", "supported"),
+    ("version", "supported", "newer"),
     [
-        ("0.31.9", False),
-        ("0.32.0", True),
-        ("0.32.0+cpu", True),
-        ("0.33.1.dev7+g1a2b3c", True),
-        ("0.34.0rc1", False),
-        ("1.0", False),
-        (None, False),
+        ("0.31.9", False, False),
+        ("0.32.0", True, False),
+        ("0.32.0+cpu", True, False),
+        ("0.33.1.dev7+g1a2b3c", True, False),
+        ("0.34.0rc1", False, True),
+        ("1.0", False, True),
+        (None, False, False),
     ],
 )
-def test_supported_versions(version: str | None, supported: bool) -> None:
-    assert is_supported(version) is supported
+def test_supported_versions(version: str | None, supported: bool, newer: bool) -> None:
+    assert (is_supported(version), is_newer(version)) == (supported, newer)
 
 
 # --- options that vLLM acts on -----------------------------------------------------------------
@@ -463,7 +546,7 @@ def test_revision_is_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(config, "find_heads", find_heads)
     create(DEMO_MODEL, {"model": "org/heads", "revision": "v2"})
-    assert seen == [("org/heads", str(DEMO_MODEL), "v2")]
+    assert [args[:3] for args in seen] == [("org/heads", str(DEMO_MODEL), "v2")]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -493,25 +576,15 @@ def test_tokens_per_batch_size(engines: EnginePool, prompts: list[str], asynchro
             assert counts["draft_tokens"] > (most - 1) * counts["verification_steps"]
 
 
-@pytest.mark.parametrize("options", [{"min_p": 0.1}, {"logit_bias": {1: 1.0}}], ids=str)
-def test_sampling_options_that_vllm_refuses(
-    engines: EnginePool, prompts: list[str], options: dict[str, Any]
-) -> None:
-    """By vLLM's rule for all speculative methods; the request fails, the engine lives."""
-    engine = engines.get(speculative_config=speculative())
-    with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
-        generate(engine, prompts[:1], greedy(4, temperature=1.0, **options))
-    assert generate(engine, prompts[:1], greedy(4))[0].finished
-
-
 # --- the command -------------------------------------------------------------------------------
 
 
 def test_one_line_for_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
-    for option in ("enable_lora", "enable_prompt_embeds"):
+    # One is refused with the method, the other when all of the configuration is there.
+    for options in ({"enable_lora": True}, {"kv_transfer_config": NIXL}):
         with pytest.raises(SystemExit) as stop:
-            create(DEMO_MODEL, {}, **{option: True})
+            create(DEMO_MODEL, {}, **options)
         assert str(stop.value.code).startswith("vllm: error: adadecode ")
         assert "\n" not in str(stop.value.code)
         assert stop.value.__suppress_context__

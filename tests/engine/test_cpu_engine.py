@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.kernels.cpu.tiny_model import save_tiny_model
+from vllm_adadecode.cpu.install import import_replacements
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +21,12 @@ ROOT = Path(__file__).parents[2]
 LOGPROB_TOLERANCE = 1e-3
 
 Outputs = dict[str, Any]
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # A function that looks into the worker.
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,7 @@ def _run(model: Path, *arguments: str, **environment: str) -> Outputs:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**clean, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        env={**clean, **ENVIRONMENT, **environment},
         check=False,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
@@ -47,9 +54,10 @@ def _run(model: Path, *arguments: str, **environment: str) -> Outputs:
     return outputs
 
 
+# vLLM's own choice, with the plugin installed.
 @pytest.fixture(scope="module")
 def v1(model: Path) -> Outputs:
-    outputs = _run(model, VLLM_USE_V2_MODEL_RUNNER="0", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    outputs = _run(model, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     assert not outputs["v2"]
     return outputs
 
@@ -60,12 +68,31 @@ def v1(model: Path) -> Outputs:
 )
 def v2(model: Path, request: pytest.FixtureRequest) -> Outputs:
     if request.param == "processes":
-        outputs = _run(model)
+        outputs = _run(model, VLLM_USE_V2_MODEL_RUNNER="1")
     else:
-        outputs = _run(model, "--without-triton", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+        outputs = _run(
+            model,
+            "--without-triton",
+            VLLM_USE_V2_MODEL_RUNNER="1",
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        )
         assert not outputs["triton"]
     assert outputs["v2"], "the plugin is not active: is the package installed?"
     return outputs
+
+
+def test_plain_vllm_is_left_alone(model: Path, v1: Outputs) -> None:
+    """With the plugin and without it: the same runner, the same kernels, the same output."""
+    without = _run(model, VLLM_PLUGINS="", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert v1["plugin"]
+    assert without["runner"] == "vllm.v1.worker.cpu_model_runner"
+    assert without == {**v1, "plugin": False}
+
+
+def test_kernels_are_replaced_where_it_was_asked_for(v1: Outputs, v2: Outputs) -> None:
+    assert v2["runner"] == "vllm.v1.worker.cpu.model_runner"
+    added = set(v2["replaced"]) - set(v1["replaced"])
+    assert added == import_replacements().keys()
 
 
 def _tokens(outputs: list[dict[str, Any]]) -> list[list[int]]:

@@ -52,7 +52,7 @@ def test_engine_agrees_with_its_worker(engine: LLM, prompts: list[str]) -> None:
 
     others = (
         *("adadecode_deferred_tokens_total", "adadecode_generated_tokens_total"),
-        *("adadecode_exit_depth_count", "spec_decode_num_accepted_tokens_total"),
+        *("adadecode_sampled_tokens_total", "spec_decode_num_accepted_tokens_total"),
         *("generation_tokens_total", "adadecode_steps_total", "adadecode_layers_executed_total"),
     )
     layers = list(stats(engine, reset=True)["exits"])
@@ -74,12 +74,10 @@ def test_engine_agrees_with_its_worker(engine: LLM, prompts: list[str]) -> None:
     assert rise["adadecode_generated_tokens_total"] == counts("generated_tokens")
     # vLLM counts accepted drafts from the lengths of outputs, and these drafts are all.
     assert rise["spec_decode_num_accepted_tokens_total"] == counts("accepted_tokens") > 0
-    assert rise["adadecode_exit_depth_count"] == counts("accepted_tokens") + counts(
-        "sampled_tokens"
-    )
-    # Every emitted token has a depth; no request here ends amid a window or is preempted. A batch
-    # that was started in advance may sample for requests that turn out to have ended.
-    beyond = rise["adadecode_exit_depth_count"] - rise["generation_tokens_total"]
+    assert rise["adadecode_sampled_tokens_total"] == counts("sampled_tokens")
+    # Every emitted token is one or the other; no request here ends amid a window or is preempted. A
+    # batch that was started in advance may sample for requests that turn out to have ended.
+    beyond = counts("accepted_tokens") + counts("sampled_tokens") - rise["generation_tokens_total"]
     is_async = engine.llm_engine.vllm_config.scheduler_config.async_scheduling
     assert 0 <= beyond <= (8 if is_async else 0)
     assert rise["generation_tokens_total"] == 8 * 48

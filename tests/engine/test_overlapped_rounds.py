@@ -78,11 +78,11 @@ def all_kinds() -> list[SamplingParams]:
         {},
         {"logprobs": 3, "prompt_logprobs": 2},
         {"temperature": 0.8, "seed": 1},
-        {"temperature": 1.2, "seed": 2, "top_p": 0.9, "logprobs": 2},
+        {"temperature": 1.2, "seed": 2, "top_p": 0.9, "min_p": 0.05, "logprobs": 2},
         {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.3},
         {"temperature": 0.7, "seed": 3, "presence_penalty": 1.0},
-        {"bad_words": ["self", "return", " ="]},
-        {"min_tokens": 20, "stop_token_ids": list(range(300, 400))},
+        {"bad_words": ["self", "return", " ="], "logprob_token_ids": [5, 300, 1000, 7, 11]},
+        {"min_tokens": 20, "stop_token_ids": list(range(300, 400)), "logit_bias": {300: 3.0}},
         {"temperature": 0.8, "seed": 4, "top_k": 8},
     ]
     return [greedy(14 + 5 * i, **options) for i, options in enumerate(kinds)]
@@ -263,15 +263,24 @@ def test_requests_that_end_do_not_stop_the_others(engines: EnginePool, prompts: 
     batch, would be for nothing.
     """
     engine, vanilla = get_engine(engines, WIDE), engines.get()
-    params = [greedy(6 + 6 * i) for i in range(8)]
+    # Half of them end where nobody could know, in the midst of drafting.
+    stops = {"ignore_eos": False, "stop_token_ids": list(range(300, 500))}
+    params = [greedy(6 + 6 * i, **(stops if i % 2 else {})) for i in range(8)]
     noted: list[str] = []
+    laid_out: list[int] = []
     prepared: list[int] = []
     stop_rows = DeviceRounds._stop_rows
 
     def noting(self: DeviceRounds, this: Any, gone: list[str]) -> None:
+        of_gone = [this.input_batch.req_ids.index(r) for r in gone]
+        rows, inputs = this.run.buffers.rows, this.run.buffers.inputs
+        tokens = torch.isin(inputs.token_slots, rows.slots[of_gone])
         stop_rows(self, this, gone)
-        rows = this.run.buffers.rows
-        assert (rows.slots[[this.input_batch.req_ids.index(r) for r in gone]] == -1).all()
+        assert (rows.slots[of_gone] == -1).all()
+        # Nothing is written by the pass that was laid out: their blocks may be others' by now.
+        assert (inputs.token_slots[tokens] == -1).all()
+        assert (inputs.slot_mapping[:, tokens] == -1).all()
+        laid_out.append(int(tokens.sum()))
         noted.extend(gone)
 
     def note_attention(worker: Any) -> None:
@@ -294,6 +303,7 @@ def test_requests_that_end_do_not_stop_the_others(engines: EnginePool, prompts: 
     assert_same(vanilla, outputs, generate(vanilla, prompts[:8], params))
     # All but the last, which leaves nobody behind.
     assert len(noted) >= 5
+    assert sum(laid_out) > 0
     counts = stats(engine)
     assert counts["overlapped_steps"] > max(10, 0.9 * counts["deferred_steps"])
     steps = counts["deferred_steps"] + counts["plain_steps"] + counts["prefill_steps"]

@@ -6,10 +6,13 @@ And a negative control: with the saved states shifted by one token, it must not.
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
 from tests.support.engines import (
+    DEVICE_LOOP,
     EnginePool,
     assert_same,
     divergences,
@@ -246,27 +249,67 @@ def test_max_model_len_edge(engines: EnginePool, vanilla: LLM, prompts: list[str
     assert_same(engines.get(**small), generate(engine, given, greedy(1000)), reference)
 
 
+def test_max_model_len_auto(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
+    """The limit that vLLM fits to the KV cache, once the speculator is made, is ours as well."""
+    spec = DEVICE_LOOP | {"confidence_threshold": 0.3}
+    # The model's own limit is 1024.
+    options: dict[str, Any] = {"max_model_len": -1, "kv_cache_memory_bytes": 2 << 20}
+    engine = engines.get(speculative_config=spec, block_size=32, **options)
+    fitted = engine.llm_engine.model_config.max_model_len
+    assert 128 <= fitted < 1024
+
+    def limits(worker: Any) -> set[int]:
+        speculator = worker.model_runner.speculator
+        slots = np.arange(2)
+        worker.model_runner.req_states.max_seq_len[slots] = 1 << 20
+        ends = speculator.ledger.last_starts(slots) + 2
+        return {speculator.device_rounds.loop.spans.max_model_len, *ends.tolist()}
+
+    assert engine.collective_rpc(limits) == [{fitted}]
+    ids = [vanilla.get_tokenizer().encode(p * 4)[: fitted - 30] for p in prompts[:4]]
+    given = [{"prompt_token_ids": i} for i in ids]
+    outputs = generate(engine, given, greedy(1000))
+    lengths = [fitted - len(i) for i in ids]
+    assert [len(tokens) for tokens in token_ids(outputs)] == lengths
+    assert_same(vanilla, outputs, generate(vanilla, given, [greedy(n) for n in lengths]))
+
+
 def compare_logprobs(ours: RequestOutput, theirs: RequestOutput) -> None:
     """The same probabilities of what is likely, in the prompt and in an equal output."""
-    pairs = list(zip(ours.prompt_logprobs, theirs.prompt_logprobs, strict=True))
+    pairs = list(zip(ours.prompt_logprobs or (), theirs.prompt_logprobs or (), strict=True))
     if token_ids([ours]) == token_ids([theirs]):  # else a tie, allowed by assert_same
         a, b = ours.outputs[0].logprobs, theirs.outputs[0].logprobs
-        pairs += zip(a, b, strict=True)
+        pairs += zip(a or (), b or (), strict=True)
     for a, b in pairs:
         assert (a is None) == (b is None)
         for token in set(a or ()) & set(b or ()):
             assert a[token].logprob == pytest.approx(b[token].logprob, abs=1e-3)
 
 
-def test_logprobs_equal(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:
-    params = greedy(32, logprobs=3, prompt_logprobs=1)
-    reference = generate(vanilla, prompts[:8], params)
+@pytest.mark.parametrize("most_rows", [1 << 20, 8], ids=["at-once", "in-chunks"])
+def test_logprobs_equal(
+    engines: EnginePool,
+    vanilla: LLM,
+    prompts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    most_rows: int,
+) -> None:
+    """Of likely tokens and of named ones, also where vLLM verifies a large batch in chunks."""
+    monkeypatch.setattr(rejection_sampler, "get_max_chunk_logits", lambda vocab_size: most_rows)
+    named = [{"logprob_token_ids": list(range(5, 5 + 3 * i))} for i in range(1, 4)]
+    kinds: list[dict[str, Any]] = [{"logprobs": 3, "prompt_logprobs": 1}, {}, *named]
+    params = [greedy(16 + 4 * i, **kinds[i % len(kinds)]) for i in range(10)]
+    reference = generate(vanilla, prompts[:10], params)
     engine = engines.get(speculative_config=THREE_EXITS)
     set_thresholds(engine, 0.5)
-    outputs = generate(engine, prompts[:8], params)
+    outputs = generate(engine, prompts[:10], params)
     assert_same(vanilla, outputs, reference)
-    for ours, theirs in zip(outputs, reference, strict=True):
+    for ours, theirs, asked in zip(outputs, reference, params, strict=True):
         compare_logprobs(ours, theirs)
+        if named := asked.logprob_token_ids:
+            output = ours.outputs[0]
+            for token, scores in zip(output.token_ids, output.logprobs or (), strict=True):
+                assert scores.keys() == {*named, token}
 
 
 def test_structured_outputs_equal(engines: EnginePool, vanilla: LLM, prompts: list[str]) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import random
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from vllm import SamplingParams
+from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 from tests.support.engines import EnginePool, assert_same, generate, greedy, speculative, stats
 from tests.support.fake_target import draft
@@ -103,6 +105,32 @@ class TestEngine:
         now, configured = found["thresholds"]
         assert now == configured
         assert found["requests"] == found["windows"] == 0
+
+    def test_warm_up_is_nobodys_request(self, engine: Any) -> None:
+        """As on a GPU, and with vLLM 0.33 on a CPU: with or without costs, it is not counted."""
+
+        def warm_up(worker: Any) -> list[Any]:
+            from vllm.v1.worker.cpu_worker import CPUWorker
+
+            runner, ledger = worker.model_runner, worker.model_runner.speculator.ledger
+            kept, ledger.draft_length = ledger.draft_length, None
+            found = []
+
+            def of_vllm(self: Any) -> None:
+                warmup_kernels(runner, worker.execute_model, worker.sample_tokens)
+                runner.speculator.resolve(everything=True)
+                found.append(bool(ledger.counters))
+
+            spec = worker.vllm_config.speculative_config
+            with (
+                patch.object(CPUWorker, "compile_or_warm_up_model", of_vllm),
+                patch.object(spec, "cost_aware", False),
+            ):
+                worker.compile_or_warm_up_model()
+            ledger.draft_length = kept
+            return [*found, bool(ledger.counters), len(ledger.windows._windows)]
+
+        assert engine.collective_rpc(warm_up) == [[True, False, 0]]
 
     def test_output_is_vanilla_s_whatever_is_chosen(
         self, engine: Any, engines: EnginePool, prompts: list[str]

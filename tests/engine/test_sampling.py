@@ -125,9 +125,25 @@ def top_k_top_p(temperature: float, top_k: int, top_p: float) -> Filter:
     return process
 
 
+def min_p_and_bias(temperature: float, min_p: float, bias: dict[int, float]) -> Filter:
+    def process(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        logits[:, list(bias)] += torch.tensor(list(bias.values()))
+        probs = (logits / temperature).softmax(-1)
+        probs[probs < min_p * probs.amax(-1, keepdim=True)] = 0.0
+        return probs / probs.sum(-1, keepdim=True)
+
+    return process
+
+
+BIAS = {3: 1.5, 9: -2.0, 14: 1.0}
 SETTINGS: list[tuple[dict[str, Any], Filter]] = [
     ({}, softmax),
     ({"temperature": 0.6, "top_k": 8, "top_p": 0.9}, top_k_top_p(0.6, 8, 0.9)),
+    (
+        {"temperature": 0.8, "min_p": 0.1, "logit_bias": BIAS},
+        min_p_and_bias(0.8, 0.1, BIAS),
+    ),
 ]
 
 
@@ -146,7 +162,9 @@ def check_distribution(
     # Both outcomes must have been tried often, or the test would show nothing.
     assert counts["accepted_tokens"] > 2000
     assert counts["draft_tokens"] - counts["accepted_tokens"] > 2000
-    score, name = worst(generated(sequences), *probabilities(exact, sequences, process))
+    tokens, (probs, ranks) = generated(sequences), probabilities(exact, sequences, process)
+    assert probs[np.arange(len(tokens)), tokens].all(), "a token that was ruled out"
+    score, name = worst(tokens, probs, ranks)
     assert score < limit(), f"{name} is {score:.1f} standard deviations off"
     return counts
 
@@ -162,8 +180,13 @@ ALL, SOME = (0.0, 0.0, 0.0), (0.3, 0.25, 0.1)
         pytest.param("greedy", ALL, *SETTINGS[1], marks=pytest.mark.slow),
         pytest.param("probabilistic", ALL, *SETTINGS[0], marks=pytest.mark.slow),
         pytest.param("probabilistic", SOME, *SETTINGS[1], marks=pytest.mark.slow),
+        pytest.param("greedy", SOME, *SETTINGS[2], marks=pytest.mark.slow),
+        pytest.param("probabilistic", ALL, *SETTINGS[2], marks=pytest.mark.slow),
     ],
-    ids=["greedy-some-plain", "greedy-all-top_k_top_p", "all-plain", "some-top_k_top_p"],
+    ids=[
+        *("greedy-some-plain", "greedy-all-top_k_top_p", "all-plain", "some-top_k_top_p"),
+        *("greedy-some-min_p_and_bias", "all-min_p_and_bias"),
+    ],
 )
 def test_tokens_follow_the_target(
     engines: EnginePool,
@@ -188,8 +211,12 @@ def test_tokens_follow_the_target(
 
 @pytest.mark.parametrize(
     ("draft_sample_method", "options", "process"),
-    [pytest.param("greedy", *SETTINGS[1], marks=pytest.mark.slow), ("probabilistic", *SETTINGS[0])],
-    ids=["greedy-top_k_top_p", "probabilistic-plain"],
+    [
+        pytest.param("greedy", *SETTINGS[1], marks=pytest.mark.slow),
+        pytest.param("probabilistic", *SETTINGS[0], marks=pytest.mark.slow),
+        ("probabilistic", *SETTINGS[2]),
+    ],
+    ids=["greedy-top_k_top_p", "probabilistic-plain", "probabilistic-min_p_and_bias"],
 )
 def test_tokens_of_open_rounds_follow_the_target(
     engines: EnginePool,

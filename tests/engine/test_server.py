@@ -27,7 +27,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     # Drafts in every round, whatever other work makes them cost.
     method = json.dumps({"method": "adadecode", "cost_aware": False})
-    with Server(DEMO_MODEL, ["--speculative-config", method], log) as server:
+    # As of a model whose generation_config.json has it: every request that samples does.
+    defaults = json.dumps({"min_p": 0.1})
+    arguments = ["--speculative-config", method, "--override-generation-config", defaults]
+    with Server(DEMO_MODEL, arguments, log) as server:
         server.wait_until_ready()
         yield server
 
@@ -92,6 +95,49 @@ def test_sixteen_at_once(server: Server, prompts: list[str], alone: list[list[in
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(lambda prompt: server.complete(prompt, TOKENS), prompts[:16]))
     assert [choice["token_ids"] for choice in together] == alone
+
+
+def test_named_tokens_and_changed_logits_at_once(server: Server, prompts: list[str]) -> None:
+    """Log-probabilities of tokens that requests name, scoring, logit bias, the model's min_p."""
+    named = {"logprob_token_ids": [300, 301], "return_tokens_as_token_ids": True}
+    names = {"token_id:300", "token_id:301"}
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0, "logprobs": 1, **named},
+        {"temperature": 0, "logprobs": True, **named},
+        {"temperature": 0, "logit_bias": {"300": 100}, "ignore_eos": True},
+        {},
+    ]
+    scoring = {"query": prompts[0], "items": prompts[1:5], "label_token_ids": [300, 301]}
+
+    def score() -> list[float]:
+        return [item["score"] for item in server.post("/generative_scoring", scoring)["data"]]
+
+    def ask(i: int) -> Any:
+        if (kind := i % 5) == 4:
+            return score()
+        body = {"model": "demo", "max_tokens": TOKENS, "return_token_ids": True} | kinds[kind]
+        if kind == 1:
+            chat = {"messages": [{"role": "user", "content": prompts[i]}]}
+            return server.post("/v1/chat/completions", body | chat)["choices"][0]
+        return server.post("/v1/completions", body | {"prompt": prompts[i]})["choices"][0]
+
+    alone = score()
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(ask, range(20)))
+    for completion in together[0::5]:
+        logprobs = completion["logprobs"]
+        assert len(logprobs["tokens"]) > 10
+        for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True):
+            assert top.keys() == {*names, token}
+    for chat in together[1::5]:
+        for position in chat["logprobs"]["content"]:
+            assert {top["token"] for top in position["top_logprobs"]} == {
+                *names,
+                position["token"],
+            }
+    assert [biased["token_ids"] for biased in together[2::5]] == [[300] * TOKENS] * 4
+    for scores in together[4::5]:
+        assert scores == pytest.approx(alone, abs=1e-4)
 
 
 @pytest.mark.parametrize(

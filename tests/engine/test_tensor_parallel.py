@@ -95,6 +95,23 @@ def see_copies_at_different_times(worker: Any) -> None:
         draft_length.round_ended = late
 
 
+def check_with_a_fault_on_one_rank(worker: Any) -> tuple[bool, int]:
+    """The check at the start; whether the device's loop is kept, and how many faults are known."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from vllm_adadecode.engine import self_check
+
+    def difference(found: Any, plain: Any, allowed: float) -> str | None:
+        # The plain way is compared with itself.
+        return None if found is plain or get_tp_group().rank_in_group == 0 else "a bit was flipped"
+
+    speculator = worker.model_runner.speculator
+    speculator.ledger.draft_length = None
+    with patch.object(self_check, "difference", difference):
+        self_check.check(worker)
+    return speculator.device_rounds is not None, len(speculator.context.faults)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "of_the_demo"),
@@ -130,6 +147,7 @@ def test_ranks_decide_alike(
         generate(engine, prompts[:6], sampled)
         counts = engine.collective_rpc("adadecode_stats")
         noted = engine.collective_rpc(lambda worker: worker.model_runner.speculator.ledger.noted)
+        found = engine.collective_rpc(check_with_a_fault_on_one_rank) if on_device else []
     finally:
         stop(engine)
     # One rank breaks a tie like two do, or not.
@@ -142,6 +160,33 @@ def test_ranks_decide_alike(
     if on_device:
         # How much drafting pays on this machine is not known; that it was tried is.
         assert min(counts[0]["draft_tokens"], counts[0]["overlapped_steps"]) > 5
+        # One rank tells of what only the other has seen.
+        assert found == [(False, 1), (False, 1)]
     else:
         assert counts[0]["draft_tokens"] > 100
         assert min(counts[0]["mixed_steps"], counts[0]["deferred_steps"]) > 5
+
+
+def fail_on_the_second_rank(worker: Any) -> None:
+    """Measure rounds as at start, where that rank's first step fails before it tells the other."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from vllm_adadecode.adaptive.profile import Requests
+
+    def start(requests: Requests) -> None:
+        raise ValueError("out of memory")
+
+    if get_tp_group().rank_in_group == 1:
+        patch.object(Requests, "start", start).start()
+    worker.vllm_config.speculative_config.cost_aware = True
+    worker.compile_or_warm_up_model()
+
+
+@pytest.mark.slow
+def test_no_rank_waits_for_one_that_has_failed() -> None:
+    engine = LLM(str(DEMO_MODEL), **OPTIONS, speculative_config=SPEC)
+    try:
+        with pytest.raises(RuntimeError, match=r"cancelled|Executor failed"):
+            engine.collective_rpc(fail_on_the_second_rank)
+    finally:
+        stop(engine)

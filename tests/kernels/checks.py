@@ -39,24 +39,32 @@ def batch_invariance() -> str:
 
 
 def same_draw_as_vllm() -> str:
-    """The draw is what vLLM's own kernel draws from the stored logits."""
+    """The draw is what vLLM's own kernel draws from the stored logits, whichever draft it is."""
     from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
     rng = torch.Generator("cpu").manual_seed(3)
     head = make_head(rng, 1500, 32, torch.float32)
     inputs = sampling_inputs(rng, 20)
     x = floats(rng, 20, 32)
-    ours = head_sample(x, head, 0.2, **inputs, blocks=blocks(BLOCK_V=256)).sampled
-    theirs = gumbel_sample(
-        project(x, head.weight),
-        inputs["slots"],
-        inputs["temperature"],
-        inputs["seeds"],
-        inputs["positions"],
-        apply_temperature=True,
-        is_drafting=True,
-    )
-    return "" if torch.equal(ours, theirs) else f"drew {ours.tolist()}, vLLM {theirs.tolist()}"
+    for column in (None, 0, 2):
+        cached: dict[str, torch.Tensor] = {}
+        if column is not None:
+            cached["logits_cache"] = torch.zeros(24, 3, 1500)
+            cached["logits_cache_col"] = torch.tensor(column)
+        ours = head_sample(x, head, 0.2, **inputs, **cached, blocks=blocks(BLOCK_V=256)).sampled
+        theirs = gumbel_sample(
+            project(x, head.weight),
+            inputs["slots"],
+            inputs["temperature"],
+            inputs["seeds"],
+            inputs["positions"],
+            apply_temperature=True,
+            is_drafting=True,
+            **cached,
+        )
+        if not torch.equal(ours, theirs):
+            return f"draft {column}: drew {ours.tolist()}, vLLM {theirs.tolist()}"
+    return ""
 
 
 def dead_rows_load_nothing() -> str:

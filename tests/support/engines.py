@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
 from vllm.v1.engine import core
 
 from vllm_adadecode.draft.status_poll import StatusPoll
@@ -107,6 +108,9 @@ class EnginePool:
             assert engine.llm_engine.vllm_config.scheduler_config.async_scheduling
         else:
             engine = LLM(str(model), **options)
+        # Each engine on its own runner, whichever came before it in this process.
+        ours = engine.llm_engine.vllm_config.speculative_config is not None
+        assert runs_on_v2(engine) == (ours or not current_platform.is_cpu())
         self._engines[key] = engine
         self.started[name] += 1
         return engine
@@ -114,6 +118,11 @@ class EnginePool:
     def close(self) -> None:
         while self._engines:
             stop(self._engines.popitem()[1])
+
+
+def runs_on_v2(engine: LLM) -> bool:
+    (kinds,) = engine.collective_rpc(lambda worker: type(worker.model_runner).__mro__)
+    return "vllm.v1.worker.gpu.model_runner" in {kind.__module__ for kind in kinds}
 
 
 def describe(options: dict[str, Any]) -> str:
@@ -270,7 +279,7 @@ def _scores(
         # Penalties and the like tell the two apart: generate it again.
         probing = params.clone()
         probing.temperature, probing.top_k, probing.n = 0.0, 0, 1
-        probing.logprobs = 20
+        probing.logprobs, probing.logprob_token_ids = 20, None
     output = vanilla.generate([{"prompt_token_ids": prompt}], probing, use_tqdm=False)[0].outputs[0]
     if params is not None and list(output.token_ids)[:at] != generated[:at]:
         return {}

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("VLLM_ADADECODE_CHECK_KV", "1")
+os.environ.setdefault("ADADECODE_CHECK_KV", "1")
 # Engines in the test's own process start in a second and can be looked into. What needs processes
 # is tested with the real server (test_server.py).
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

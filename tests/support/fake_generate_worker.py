@@ -22,7 +22,10 @@ class LLM:
     def __init__(self, model: str, **options: Any) -> None:
         if "refuse" in options:
             raise ValueError("the engine does not like\nthese arguments")
-        config = SimpleNamespace(max_model_len=options.get("max_model_len", 1000))
+        if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1":
+            raise ValueError("vLLM's V1 runner can't prefill seeded requests in chunks on a CPU")
+        longest = options["max_model_len"]
+        config = SimpleNamespace(max_model_len=1000 if longest == -1 else longest)
         self.llm_engine = SimpleNamespace(model_config=config)
         self.shards = 0
 
@@ -49,5 +52,7 @@ def no_space(descriptor: int) -> None:
 if __name__ == "__main__":
     vllm: Any = ModuleType("vllm")
     vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace
-    sys.modules["vllm"] = vllm
+    platforms: Any = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: True)
+    sys.modules |= {"vllm": vllm, "vllm.platforms": platforms}
     generate_worker.main()

@@ -96,9 +96,9 @@ def random_params(rng: np.random.Generator) -> tuple[SamplingParams, tuple[str, 
         case "greedy":
             options["temperature"] = 0.0
         case "top_k":
-            options |= sampling | {"top_k": 1}
+            options |= sampling | {"top_k": 1, "min_p": 0.1}
         case "sampled":
-            options |= sampling | {"temperature": 0.8}
+            options |= sampling | {"temperature": 0.8, "min_p": 0.1}
     # vLLM has n > 1 for sampling only.
     if kinds[0] != "greedy" and maybe("n > 1", 0.3):
         options |= {"n": int(rng.integers(2, 4)), "output_kind": RequestOutputKind.FINAL_ONLY}
@@ -108,6 +108,8 @@ def random_params(rng: np.random.Generator) -> tuple[SamplingParams, tuple[str, 
         options["repetition_penalty"] = float(rng.choice([1, rng.uniform(1.02, 1.5)]))
     if maybe("logprobs", 0.3):
         options["logprobs"] = int(rng.integers(1, 4))
+    elif maybe("logprob_token_ids", 0.3):
+        options["logprob_token_ids"] = some_tokens(int(rng.integers(1, 9)))
     if maybe("prompt_logprobs", 0.1):
         options["prompt_logprobs"] = int(rng.integers(1, 4))
     if maybe("grammar", 0.15):
@@ -127,6 +129,9 @@ def random_params(rng: np.random.Generator) -> tuple[SamplingParams, tuple[str, 
         options["min_tokens"] = int(rng.integers(1, max_tokens + 1))
     if maybe("stop strings", 0.15):
         options["stop"] = ["\n\n", "):"]
+    if maybe("logit bias"):
+        # Of many tokens, so that some become the best.
+        options["logit_bias"] = {t: float(rng.uniform(-9, 9)) for t in some_tokens(300)}
     return SamplingParams(**options), tuple(kinds)
 
 
@@ -285,7 +290,9 @@ def compare(
             ("logprobs", a.logprobs, b.logprobs),
             ("prompt_logprobs", ours[at].prompt_logprobs, theirs[at].prompt_logprobs),
         ):
-            if wrong := _logprobs_differ(mine, its):
+            # Of tokens that the request names all have to be there.
+            all_named = kind == "logprobs" and bool(requests[whose[at]].params.logprob_token_ids)
+            if wrong := _logprobs_differ(mine, its, all_named):
                 found.append(Difference(whose[at], kind, wrong))
     return found
 
@@ -297,13 +304,15 @@ def _with(output: RequestOutput, completion: Any) -> RequestOutput:
     return single
 
 
-def _logprobs_differ(ours: Any, theirs: Any) -> str:
+def _logprobs_differ(ours: Any, theirs: Any, same_tokens: bool) -> str:
     """Where and by how much; empty: they are the same, what is unlikely apart."""
     if (ours is None) != (theirs is None) or len(ours or ()) != len(theirs or ()):
         return f"of {len(ours or ())} tokens, not {len(theirs or ())}"
     for at, (x, y) in enumerate(zip(ours or (), theirs or (), strict=True)):
         if (x is None) != (y is None):
             return f"at {at} on one side only"
+        if same_tokens and set(x or ()) != set(y or ()):
+            return f"at {at} of tokens {sorted(x)}, not {sorted(y)}"
         for token in set(x or ()) & set(y or ()):
             # A difference of infinities is no number.
             if (gap := abs(x[token].logprob - y[token].logprob)) > LOGPROB_GAP:

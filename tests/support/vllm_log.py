@@ -1,4 +1,4 @@
-"""What vLLM's statistics loggers write, for tests to read."""
+"""What vLLM's loggers write, for tests to read."""
 
 import logging
 from collections.abc import Iterator
@@ -6,15 +6,15 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def log_of_vllm() -> Iterator[list[str]]:
-    """Lines that vLLM's loggers write."""
+def log_of_vllm(name: str = "vllm.v1.metrics.loggers") -> Iterator[list[str]]:
+    """Lines that loggers of this name write, by default those of vLLM's statistics."""
     lines: list[str] = []
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    logger, handler = logging.getLogger("vllm.v1.metrics.loggers"), Collect()
+    logger, handler = logging.getLogger(name), Collect()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)

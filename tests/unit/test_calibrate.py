@@ -90,7 +90,7 @@ class TestCosts:
         file = tmp_path / "costs.json"
         fields = {"num_layers": 8, "head": 1, "lm_head": 0.5}
         file.write_text(json.dumps(fields))
-        assert read_costs(file) == Costs(num_layers=8, head=1.0, lm_head=0.5, source=str(file))
+        assert read_costs(file) == Costs(num_layers=8, head=1.0, lm_head=0.5, source=file.name)
         for bad, message in (
             (fields | {"head": -1.0}, "head"),
             (fields | {"heads": 1.0}, "heads is an unknown key"),

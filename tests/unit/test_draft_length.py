@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,7 @@ from vllm_adadecode.adaptive import step_times as round_times
 from vllm_adadecode.adaptive.acceptance import HALF_LIFE, AcceptanceStatistics
 from vllm_adadecode.adaptive.draft_length import AdaptiveDraftLength, Choice, RoundCosts
 from vllm_adadecode.adaptive.step_times import Factors
+from vllm_adadecode.engine.ledger import RoundLedger
 
 # A round of 10; a failed attempt adds 1, a draft at the first exit 3, at the second 6.
 CHEAP = RoundCosts((1, 16), (10.0, 10.0), (1.0, 1.0), ((3.0, 6.0),) * 2, (0.0, 0.0))
@@ -205,7 +209,7 @@ def test_rounds_set_costs_right(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_rank_says_how_long_rounds_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = AdaptiveDraftLength(CHEAP, 4, 2, share=lambda own: Factors(0.1, 1.0))
+    slow = AdaptiveDraftLength(CHEAP, 4, 2, share=lambda size, own: Factors(0.1, 1.0))
     fill(slow, [0] * 4, kept=0.6)
     assert _serve(slow, monkeypatch, plain=30.0, each=3.0) == 0
 
@@ -363,3 +367,36 @@ def test_the_choice_names_all_exits_where_it_names_no_drafts() -> None:
     made = AdaptiveDraftLength(DEAR, 3, 2)
     fill(made, [0] * 3, kept=0.5)
     assert made.best(16) == Choice(0, 2)
+
+
+def test_requests_with_a_seed_are_in_the_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round runs all requests: what pays for one alone need not pay beside fifteen that draft."""
+    spec = SimpleNamespace(
+        num_speculative_tokens=3,
+        confidence_threshold=[0.5, 0.5],
+        gate_threshold=None,
+        exit_layers=[2, 4],
+    )
+    model = SimpleNamespace(get_total_num_hidden_layers=lambda: 6)
+    config: Any = SimpleNamespace(speculative_config=spec, model_config=model)
+    req_states: Any = None
+    ledger = RoundLedger(config, req_states)
+    made = ledger.draft_length = AdaptiveDraftLength(DEAR, 3, 2)
+    fill(made, [0] * 3, kept=0.9)
+    timed: list[Any] = []
+    monkeypatch.setattr(made, "round_ended", lambda requests, _: timed.append(requests))
+
+    def drafts(req_ids: list[str], may_draft: list[bool] | None = None) -> list[int]:
+        may = np.array(may_draft or [True] * len(req_ids))
+        caps, _ = ledger.allowed(req_ids, may, 3)
+        batch: Any = SimpleNamespace(req_ids=req_ids, has_prefill=False)
+        ledger.round_ended(batch)
+        return caps[may].tolist()
+
+    seeded = [f"seeded-{i}" for i in range(15)]
+    ledger.seeded = set(seeded)
+    assert drafts(["a"]) == [3]
+    assert drafts(["a", *seeded]) == [0, *[3] * 15]
+    # One that is in the midst of its prompt does not draft.
+    assert drafts(["a", *seeded], [True, *[False] * 15]) == [3]
+    assert timed == [["a"], None, ["a", *seeded]]

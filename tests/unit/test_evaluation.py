@@ -240,6 +240,20 @@ class TestCommands:
         assert set(found["exits"]) == {"1", "3"}
         assert result["setting"]["confidence_threshold"] == [0.5, 0.75]
 
+    def test_tables_in_a_narrow_terminal(
+        self, target: Path, data: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        names = [f"{data}:{name}" for name in ("head_held_out", "unseen", "python_docs")]
+        assert main(["eval", str(target / "adadecode"), "--data", *names]) == 0
+        out = capsys.readouterr().out
+        assert "\N{HORIZONTAL ELLIPSIS}" not in out
+        assert max(map(len, out.splitlines())) <= 80
+        # Words stay whole.
+        words = out.split()
+        for word in (*names, "agreement", "coverage", "precision", "acceptance", "evaluated"):
+            assert word.rpartition(":")[2] in words
+
     def test_calibrate_turns_useless_heads_off(
         self, target: Path, data: Path, tmp_path: Path, capsys: Capture
     ) -> None:
@@ -251,6 +265,9 @@ class TestCommands:
             assert main([*args, "--output", str(output), "--overwrite"]) == 0
             assert main([*args, "--output", str(output)]) == 1
         assert "drafting is turned off" in capsys.readouterr().out
+        # Nothing that is uploaded says where things lie on this machine.
+        for file in output.glob("*[dn]"):
+            assert str(tmp_path) not in file.read_text()
         config = HeadsConfig.load(output)
         assert config.thresholds == (1.0, 1.0)
         before, after = (load_file(f / "model.safetensors") for f in (heads, output))

@@ -36,8 +36,9 @@ from vllm_adadecode.heads import (
     target_fingerprint,
 )
 from vllm_adadecode.heads import make_heads as new_heads
+from vllm_adadecode.heads.target import read_target, tensor_files
 
-SHAPE = {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_hidden_layers": LAYERS}
+SHAPE: dict[str, Any] = {"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_hidden_layers": LAYERS}
 
 
 def verifier(**speculators: Any) -> dict[str, Any]:
@@ -284,6 +285,15 @@ def test_damaged_weights(tmp_path: Path, name: str) -> None:
         assert error.value.__cause__ is None
 
 
+def test_no_memory_is_taken_for_what_only_the_config_says(tmp_path: Path) -> None:
+    folder, _, _ = make_heads(tmp_path / "heads", transform="full", rank=None)
+    # A matrix of 4 TB.
+    edit_config(folder, target=SHAPE | {"hidden_size": 10**6})
+    with pytest.raises(AdaDecodeError) as error:
+        load_heads(folder, HeadsConfig.load(folder), torch.float32, "cpu")
+    assert "copy both files again" in complaint(error)
+
+
 def test_pickle_is_not_executed(tmp_path: Path) -> None:
     folder, config, _ = make_heads(tmp_path / "heads")
     trap = tmp_path / "executed"
@@ -384,16 +394,16 @@ def test_other_models_are_not_overwritten(tmp_path: Path) -> None:
 
 def test_load_configured_heads(tmp_path: Path) -> None:
     folder, _, _ = make_heads(tmp_path / "heads")
-    given = SimpleNamespace(heads_path=str(folder), exit_layers=[3])
-    config, heads = load_configured_heads(given, torch.float32, "cpu")
+    given = SimpleNamespace(exit_layers=[3])
+    config, heads = load_configured_heads(folder, given, torch.float32, "cpu")
     assert (config.transform, list(heads)) == ("low_rank", [3])
     model_config = SimpleNamespace(
         get_hidden_size=lambda: HIDDEN,
         get_vocab_size=lambda: VOCAB,
         get_total_num_hidden_layers=lambda: LAYERS,
     )
-    none = SimpleNamespace(heads_path=None, exit_layers=[1, 2], target_model_config=model_config)
-    config, heads = load_configured_heads(none, torch.float32, "cpu")
+    none = SimpleNamespace(exit_layers=[1, 2], target_model_config=model_config)
+    config, heads = load_configured_heads(None, none, torch.float32, "cpu")
     assert (config.transform, list(heads)) == ("identity", [1, 2])
 
 
@@ -462,6 +472,31 @@ def test_no_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert target_fingerprint(tmp_path) is None
 
 
+@pytest.mark.parametrize("name", ["../other.safetensors", "/other.safetensors", "..", "", 1, None])
+def test_an_index_names_files_of_its_folder(tmp_path: Path, name: Any) -> None:
+    target, other = make_target(tmp_path / "target"), tmp_path / "other.safetensors"
+    shutil.move(target / "model.safetensors", other)
+    if name == "/other.safetensors":
+        name = str(other)
+    weight_map = dict.fromkeys(("model.norm.weight", "model.embed_tokens.weight"), name)
+    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(AdaDecodeError) as error:
+        tensor_files(target)
+    assert "does not name a file of this folder" in complaint(error)
+    assert target_fingerprint(target) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [[], 1, SHAPE | {"hidden_size": 1e999}, SHAPE | {"architectures": 1}, {"text_config": 1}],
+)
+def test_no_config_of_a_target(tmp_path: Path, config: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AdaDecodeError) as error:
+        read_target(tmp_path)
+    assert "not the config of a decoder-only" in complaint(error)
+
+
 # --- finding and matching ----------------------------------------------------------------------
 
 
@@ -486,31 +521,6 @@ def test_find_heads_errors(tmp_path: Path) -> None:
         with pytest.raises(AdaDecodeError) as error:
             find_heads(model, str(target))
         assert message in complaint(error)
-
-
-def test_find_heads_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    heads, _, _ = make_heads(tmp_path / "heads")
-    target = make_target(tmp_path / "target")
-    asked = []
-
-    def download(repo: str, allow_patterns: list[str], **_: Any) -> str:
-        asked.append((repo, allow_patterns))
-        if repo == "org/absent":
-            raise FileNotFoundError("404\nand more lines")
-        return str(heads if repo == "org/heads" else target)
-
-    monkeypatch.setattr("vllm_adadecode.heads.resolve.snapshot_download", download)
-    assert find_heads("org/heads", "org/target") == heads
-    assert find_heads(None, "org/target") is None
-    assert find_heads(None, "org/absent") is None
-    with pytest.raises(AdaDecodeError) as error:
-        find_heads("org/absent", "org/target")
-    assert "not from the hub: 404)" in complaint(error)
-    # A whole model, named by mistake, is not downloaded.
-    asked.clear()
-    with pytest.raises(AdaDecodeError, match="holds no AdaDecode heads"):
-        find_heads("org/target", "org/target")
-    assert asked == [("org/target", ["config.json"])]
 
 
 @pytest.mark.parametrize(
@@ -547,11 +557,11 @@ def test_heads_of_another_model_of_this_shape(tmp_path: Path) -> None:
     target, other = make_target(tmp_path / "target"), make_target(tmp_path / "other", seed=1)
     fields = heads_fields(target=SHAPE | {"fingerprint": target_fingerprint(target)})
     config = HeadsConfig(**fields)
-    check_fits(config, **SHAPE, target_path=target)
+    assert check_fits(config, **SHAPE, target_path=target)
     with pytest.raises(AdaDecodeError) as error:
         check_fits(config, **SHAPE, target_path=other)
     assert "fingerprint (heads: " in complaint(error)
     assert "set target.fingerprint to null" in complaint(error)
-    # Nothing to compare with is no mismatch.
-    check_fits(config, **SHAPE, target_path=tmp_path)
-    check_fits(HeadsConfig(**heads_fields()), **SHAPE, target_path=other)
+    # Nothing to compare with is no mismatch, but said.
+    assert not check_fits(config, **SHAPE, target_path=tmp_path)
+    assert check_fits(HeadsConfig(**heads_fields()), **SHAPE, target_path=other)

@@ -17,10 +17,11 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
-from vllm import EngineArgs
+from vllm import EngineArgs, SamplingParams, envs
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.config import vllm as vllm_config_module
 from vllm.config.speculative import NgramGPUTypes
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.worker.gpu import model_runner
@@ -30,6 +31,7 @@ from tests.support.engines import DEMO_MODEL, async_scheduling_on_cpu, speculati
 from vllm_adadecode import plugin
 from vllm_adadecode.config import AdaDecodeSpeculativeConfig
 from vllm_adadecode.constants import METHOD
+from vllm_adadecode.cpu import install
 from vllm_adadecode.engine.speculator import AdaDecodeSpeculator
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.versions import vllm_distribution
@@ -39,11 +41,13 @@ from vllm_adadecode.vllm_patches.patch import Patch, When
 from vllm_adadecode.vllm_patches.table import TABLE
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-OF_CPUS = "cpu-runner"
+OF_WORKERS = (When.WORKER, When.CPU_WORKER, When.CPU_RUNNER)
 
 # Rows whose targets this platform has.
 ROWS = [
-    p for p in TABLE if current_platform.is_cpu() or (p.when is not When.CPU and p.name != OF_CPUS)
+    p
+    for p in TABLE
+    if p.is_needed() and (current_platform.is_cpu() or not p.name.startswith("cpu-"))
 ]
 # Those that the tests apply to this process.
 APPLIED = [p for p in ROWS if p.when not in (When.INSTANCE, When.COMMAND)]
@@ -54,7 +58,7 @@ def registered() -> None:
     """Everything applied, as where front end, engine and worker share a process."""
     plugin.register()
     runtime.SPECULATOR.apply(AdaDecodeSpeculator)
-    patch.apply(TABLE, When.ENGINE, When.FRONT_END)
+    patch.apply(ROWS, When.ENGINE, When.FRONT_END, When.CPU_WORKER, When.CPU_RUNNER)
 
 
 def create(spec: Any, **options: Any) -> VllmConfig:
@@ -140,11 +144,19 @@ def test_target_that_is_gone(row: Patch) -> None:
 
 
 @pytest.mark.usefixtures("unapplied")
-@pytest.mark.parametrize("row", [p for p in APPLIED if p.when is not When.WORKER], ids=named)
-def test_plugin_on_a_vllm_that_moved(monkeypatch: pytest.MonkeyPatch, row: Patch) -> None:
+@pytest.mark.parametrize("how", ["gone", "another kind"])
+@pytest.mark.parametrize("row", [p for p in APPLIED if p.when not in OF_WORKERS], ids=named)
+def test_plugin_on_a_vllm_that_moved(monkeypatch: pytest.MonkeyPatch, row: Patch, how: str) -> None:
     """The front end says so at start-up, not the worker; other methods go on working."""
     resolve, moved = Patch.resolve, gone(row)[0]
-    monkeypatch.setattr(Patch, "resolve", lambda p: resolve(moved if p is row else p))
+    other = SimpleNamespace(), "name", SimpleNamespace()
+
+    def resolve_moved(p: Patch) -> Any:
+        if p is not row:
+            return resolve(p)
+        return resolve(moved) if how == "gone" else other
+
+    monkeypatch.setattr(Patch, "resolve", resolve_moved)
     # vLLM calls this unguarded: raising would stop vLLM without the method, too.
     plugin.register()
     # Where this row is gone, vLLM itself does not know the method.
@@ -168,6 +180,30 @@ def test_plugin_on_a_vllm_without_a_module(monkeypatch: pytest.MonkeyPatch) -> N
     plugin.register()
     with pytest.raises(AdaDecodeError, match=r"No module named 'vllm\.moved'; install another of"):
         create(speculative())
+
+
+@pytest.mark.usefixtures("unapplied")
+def test_cpu_worker_that_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain engine's worker goes on, ours does not."""
+    moved = gone(cpu_runner.CPU_WORKER)[0]
+    monkeypatch.setattr(cpu_runner, "CPU_WORKER", moved)
+    called: list[type] = []
+    cpu_runner._register_triton_kernel_overrides(classmethod(called.append)).__func__(int)
+    assert called == [int]
+    with pytest.raises(AdaDecodeError, match="patch 'cpu-worker' replaces"):
+        config_and_cli.check_not_refused()
+
+
+@pytest.mark.usefixtures("unapplied")
+def test_what_replaces_is_of_the_same_kind() -> None:
+    """A newer vLLM may make a property of a function: callers would break, whatever they serve."""
+    holder = type("Holder", (), {"name": property(lambda self: 1)})
+    row = Patch("kind", "vllm:x", "test", When.PLUGIN, lambda original: lambda self: 2)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Patch, "resolve", lambda _: (holder, "name", vars(holder)["name"]))
+        with pytest.raises(AdaDecodeError, match=r"has another kind of vllm:x, which patch 'kind'"):
+            row.apply()
+    assert holder().name == 1
 
 
 @pytest.mark.usefixtures("unapplied")
@@ -288,6 +324,30 @@ def test_other_methods_are_vllms(spec: dict[str, Any] | None) -> None:
         assert config.speculative_config.num_speculative_tokens == 3
 
 
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="a GPU has Triton")
+def test_runner_is_chosen_for_each_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU vLLM's own choice is V1; the method asks for V2 for its own engines only."""
+    made = [create(spec and dict(spec)) for spec in (None, speculative(), NGRAM, None)]
+    assert [config.use_v2_model_runner for config in made] == [False, True, False, False]
+    # As the variable is read: an engine in this process has made vLLM remember its environment.
+    monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", True)
+    assert create(None).use_v2_model_runner
+    with pytest.raises(ValueError, match="does not yet support: speculative method 'ngram'"):
+        create(dict(NGRAM))
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="a GPU has Triton")
+@pytest.mark.parametrize("v2", [False, True])
+def test_kernels_are_replaced_for_engines_on_v2_only(
+    monkeypatch: pytest.MonkeyPatch, v2: bool
+) -> None:
+    done = []
+    monkeypatch.setattr(install, "install_replacements", lambda: done.append("replaced"))
+    made = cpu_runner._init_worker(lambda self, config, rank: done.append(f"worker {rank}"))
+    made(None, SimpleNamespace(use_v2_model_runner=v2), rank=3)
+    assert done == ["replaced", "worker 3"][not v2 :]
+
+
 @pytest.mark.parametrize(
     ("kind", "lookahead"), [("dflash", 8), ("eagle", 7), ("draft_model", 7), ("mlp_speculator", 0)]
 )
@@ -320,7 +380,6 @@ def parse(*args: str) -> Any:
     [
         (["--speculative-config", "adadecode"], {"method": "adadecode"}),
         (["--speculative-config", " adadecode "], {"method": "adadecode"}),
-        (["--speculative-config", "ngram"], {"method": "ngram"}),
         (["--speculative-config", json.dumps(NGRAM)], NGRAM),
         (["--speculative-config", '{"method": "adadecode"}'], {"method": "adadecode"}),
         (["-sc", "adadecode"], {"method": "adadecode"}),
@@ -345,7 +404,9 @@ def test_value_of_speculative_config(args: list[str], options: dict[str, Any] | 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--speculative-config", '{"method": adadecode}'], "not JSON"),
+        # As without us.
+        (["--speculative-config", '{"method": adadecode}'], "cannot be converted to"),
+        (["--speculative-config", "ngram"], "cannot be converted to"),
         (["--spec-method", "adadecod"], "invalid choice"),
     ],
 )
@@ -395,11 +456,13 @@ def test_options_of_the_user_are_left_alone() -> None:
 
 
 def test_async_scheduling_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert get_args(vllm_config_module.NgramGPUTypes) == (*get_args(NgramGPUTypes), METHOD)
     with async_scheduling_on_cpu():
         config = create(speculative(), async_scheduling=True)
         assert config.scheduler_config.async_scheduling
+        if not next(p for p in TABLE if p.name == "async-scheduling").is_needed():
+            return
         # What the patch is for.
+        assert get_args(vllm_config_module.NgramGPUTypes) == (*get_args(NgramGPUTypes), METHOD)
         monkeypatch.setattr(vllm_config_module, "NgramGPUTypes", NgramGPUTypes)
         with pytest.raises(ValueError, match="async scheduling is only supported"):
             create(speculative(), async_scheduling=True)
@@ -412,6 +475,19 @@ def test_speculator_of_other_methods_is_vllms() -> None:
     patched = runtime._init_speculator(lambda *args: args, AdaDecodeSpeculator)
     config: Any = SimpleNamespace(speculative_config=SimpleNamespace(method="eagle3"))
     assert patched(config, "device", "states") == (config, "device", "states")
+
+
+@pytest.mark.parametrize("options", [{"min_p": 0.1}, {"logit_bias": {1: 1.0}}], ids=str)
+def test_other_methods_refuse_what_vllm_refuses(options: dict[str, Any]) -> None:
+    params = SamplingParams(**options)
+    for spec, refused in (
+        (None, nullcontext()),
+        (speculative(), nullcontext()),
+        (dict(NGRAM), pytest.raises(VLLMValidationError, match="not yet supported with spec")),
+    ):
+        config = create(spec)
+        with refused:
+            params.verify(config.model_config, config.speculative_config, None, None)
 
 
 def test_statistics_of_another_type_are_refused() -> None:
@@ -504,6 +580,11 @@ OVERRIDES = [
     # Put in place by patches of instances.
     (f"{MIXIN}._forward", runtime.MODEL_FORWARD.target),
     (f"{MIXIN}._prepare_attention", runtime.PREPARE_ATTENTION.target),
+    *overridden(
+        "vllm_adadecode.verify.rejection_sampler:NamedLogprobsRejectionSampler.",
+        f"{GPU}.spec_decode.rejection_sampler:RejectionSampler.",
+        "__call__ _get_logprobs_tensors",
+    ),
 ]
 if current_platform.is_cpu():
     OVERRIDES += overridden(
@@ -532,6 +613,9 @@ CALLS = {
     f"{GPU}.block_table:BlockTables._make_ptr_tensor": "self x |",
     f"{GPU}.sample.gumbel:gumbel_sample": "logits expanded_idx_mapping temperature seed pos | "
     "apply_temperature is_drafting logits_cache logits_cache_col use_fp64",
+    f"{GPU}.sample.logprob:compute_topk_scores": "logits num_logprobs sampled_token_ids "
+    "cu_num_logits logprob_token_ids_state expanded_idx_mapping max_per_req_token_ids | "
+    "logits_mode",
     "vllm.forward_context:set_forward_context": "attn_metadata vllm_config | num_tokens "
     "cudagraph_runtime_mode batch_descriptor slot_mapping is_padding",
     "vllm.forward_context:BatchDescriptor": "| num_tokens",

@@ -43,7 +43,7 @@ BATCH: Any = SimpleNamespace(
 
 def make_round(state: RoundState = DRAFTING) -> DraftRound:
     anything: Any = None
-    return DraftRound(BATCH, anything, np.array([True, True]), 1, True, {}, state=state)
+    return DraftRound(BATCH, anything, np.array([True, True]), 1, {}, state=state)
 
 
 @pytest.mark.parametrize(("before", "after"), list(product(RoundState, RoundState)))
@@ -89,7 +89,7 @@ def test_what_the_model_runner_calls_out_of_order_is_refused(
         with pytest.raises(IllegalTransitionError, match="is not VERIFYING"):
             rounds.verify(anything)
     if state in (DRAFTING, OVERLAPPED, VERIFYING):
-        monkeypatch.setattr(rounds, "_allowed", lambda *_: (np.zeros(2), 1, True))
+        monkeypatch.setattr(rounds, "_allowed", lambda *_: (np.zeros(2), 1))
         with pytest.raises(IllegalTransitionError, match=f"while the last is {state.name}"):
             rounds.propose(BATCH, anything, anything, anything, anything, 5)
 
@@ -114,7 +114,7 @@ def test_a_round_that_could_not_start_is_not_kept(monkeypatch: pytest.MonkeyPatc
     )
     loop: Any = FailingLoop()
     rounds = DeviceRounds(context, loop, passes=SimpleNamespace())  # type: ignore[arg-type]
-    monkeypatch.setattr(rounds, "_allowed", lambda *_: (np.ones(2), 1, True))
+    monkeypatch.setattr(rounds, "_allowed", lambda *_: (np.ones(2), 1))
     with pytest.raises(ValueError, match="out of memory"):
         rounds.propose(BATCH, torch.ones(2), zeros[:, None], zeros, zeros, 5)
     assert (rounds._last, list(rounds._unresolved)) == (None, [])
@@ -162,6 +162,7 @@ NEW = [SimpleNamespace(req_id="new")]
         (scheduled({"a": 5, "b": 5}, scheduled_new_reqs=[SimpleNamespace(req_id="b")]), None),
         (scheduled({"a": 5, "b": 5}, preempted_req_ids={"c"}), None),
         (scheduled({"a": 5, "b": 5}, has_structured_output_requests=True), None),
+        (scheduled({"a": 5, "b": 5}, has_sync_kv_loads=True), None),
     ],
 )
 def test_which_batches_may_overlap(

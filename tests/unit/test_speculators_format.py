@@ -109,9 +109,10 @@ def test_other_models_pass(target: Path) -> None:
 
 
 def test_other_speculators_pass(target: Path, tmp_path: Path) -> None:
-    heads, _, _ = make_heads(tmp_path / "other", speculators_config=names(".."))
+    heads, _, _ = make_heads(tmp_path / "other", speculators_config=names("org/target"))
     edit_config(heads, speculators_model_type="eagle3")
-    assert override(heads)[0] == ".."
+    assert override(heads)[0] == "org/target"
+    assert override(heads)[2]["method"] == "eagle3"
 
 
 @pytest.mark.parametrize("name", ["..", "../absent", "/no/such/folder", "."])

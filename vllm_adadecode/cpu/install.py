@@ -34,24 +34,34 @@ def install_replacements() -> None:
     # vLLM's CPU stand-ins for streams, events and pinned memory are bound by name in the runner's
     # modules, so they must be in place before the replacements' registration imports those.
     import vllm.v1.worker.cpu.shm  # noqa: F401  # isort: skip
-    from vllm.triton_utils.dispatcher import _kernel_arg_names, _resolve_kernel, register_kernels
+    from vllm.triton_utils.dispatcher import register_kernels
 
-    from vllm_adadecode.cpu.registry import argument_mismatch
+    register_kernels(fitted_replacements())
+    _installed = True
+
+
+def fitted_replacements() -> dict[str, Callable[..., None]]:
+    """Every replacement as it fits the kernels of this vLLM.
+
+    Raises:
+        AdaDecodeError: one line that names the kernel that no replacement fits.
+    """
+    from vllm.triton_utils.dispatcher import _kernel_arg_names, _resolve_kernel
+
+    from vllm_adadecode.cpu.registry import fitted
     from vllm_adadecode.errors import AdaDecodeError
 
-    replacements = import_replacements()
-    for name, replacement in replacements.items():
+    replacements: dict[str, Callable[..., None]] = {}
+    for name, replacement in import_replacements().items():
         try:
-            kernel = getattr(*_resolve_kernel(name))
+            arguments = _kernel_arg_names(getattr(*_resolve_kernel(name)))
         except (ImportError, ValueError) as error:
             raise AdaDecodeError(
                 f"CPU replacement of {name}: the kernel has moved ({error})"
             ) from error
-        if mismatch := argument_mismatch(replacement, _kernel_arg_names(kernel)):
-            expected, found = mismatch
+        if (launch := fitted(replacement, arguments)) is None:
             raise AdaDecodeError(
-                f"CPU replacement of {name}: the kernel takes {found}, "
-                f"the replacement was written for {expected}"
+                f"CPU replacement of {name}: written for other arguments than {list(arguments)}"
             )
-    register_kernels(replacements)
-    _installed = True
+        replacements[name] = launch
+    return replacements

@@ -65,13 +65,10 @@ def fill_logprob_token_ids(
     for row, slot in enumerate(expanded_idx_mapping_ptr.tolist()):
         # A request's own list of tokens comes in place of the most likely ones.
         if n := int(num_per_req_token_ids_ptr[slot]):
-            token_ids = per_req_token_ids_ptr[slot, :n]
-        else:
-            n = NUM_TOPK
-            token_ids = topk_indices_ptr[row, :n]
-        if n:
-            out_token_ids_ptr[row, 1 : n + 1] = token_ids
-            out_valid_mask_ptr[row, 1 : n + 1] = True
+            out_token_ids_ptr[row, 1 : n + 1] = per_req_token_ids_ptr[slot, :n]
+        elif n := NUM_TOPK:
+            out_token_ids_ptr[row, 1 : n + 1] = topk_indices_ptr[row, :n]
+        out_valid_mask_ptr[row, 1 : n + 1] = True
 
 
 @replacement("sample.prompt_logprob._prompt_logprobs_token_ids_kernel")

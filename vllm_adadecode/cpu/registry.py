@@ -1,12 +1,13 @@
 """The table of replacements: which function of ours stands in for which Triton kernel of vLLM.
 
-Owns the ``replacement`` decorator and the check that a kernel still has the arguments its
-replacement was written for. It knows nothing of what the kernels compute, and imports nothing of
-vLLM.
+Owns the ``replacement`` decorator, and the check that a kernel has the arguments its replacement
+was written for, which differ between versions of vLLM. It knows nothing of what the kernels
+compute, and imports nothing of vLLM.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -34,12 +35,23 @@ def replacement(kernel: str) -> Callable[[Replacement], Replacement]:
     return declare
 
 
-def argument_mismatch(
-    function: Callable[..., Any], kernel_arguments: Iterable[str]
-) -> tuple[list[str], list[str]] | None:
-    """(expected, found) argument names where a kernel differs from its replacement, else None."""
-    # Launch options such as num_warps follow the kernel's own arguments.
+def fitted(function: Replacement, kernel_arguments: Iterable[str]) -> Replacement | None:
+    """The function as it stands in for a kernel with these arguments; None if it can't.
+
+    Arguments are matched by name: a parameter with a default is for a version of the kernel that
+    has it. Launch options such as ``num_warps`` are keyword-only, and no arguments of the kernel.
+    """
     parameters = inspect.signature(function).parameters.values()
-    expected = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    found = list(kernel_arguments)
-    return None if expected == found else (expected, found)
+    known = {p.name: p for p in parameters if p.kind is not p.KEYWORD_ONLY}
+    names = tuple(kernel_arguments)
+    required = {name for name, p in known.items() if p.default is p.empty}
+    if not required <= set(names) <= set(known):
+        return None
+    if names == tuple(known):
+        return function
+
+    @functools.wraps(function)
+    def launch(*args: Any, **options: Any) -> None:
+        function(**dict(zip(names, args, strict=False)), **options)
+
+    return launch  # type: ignore[return-value]

@@ -16,7 +16,7 @@ import torch
 
 from vllm_adadecode.cpu.gumbel import block_argmax
 from vllm_adadecode.cpu.registry import replacement
-from vllm_adadecode.kernels.noise import gumbel_noise, philox_uniform
+from vllm_adadecode.kernels.noise import draft_seed, gumbel_noise, philox_uniform
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -86,6 +86,11 @@ def _block_max_and_sumexp(
         out_sumexp[rows, block] = (values - finite.unsqueeze(-1)).exp_().sum(-1)
 
 
+def _is_bonus(expanded_local_pos: torch.Tensor) -> npt.NDArray[np.bool_]:
+    """Which rows ``[num_logits]`` are the last of their request."""
+    return np.append(expanded_local_pos.numpy()[1:], 0) == 0
+
+
 @replacement(f"{_UTILS}._compute_local_logits_stats_kernel")
 def compute_local_logits_stats(
     target_local_argmax_ptr: torch.Tensor,  # [num_logits, num_blocks]
@@ -107,9 +112,10 @@ def compute_local_logits_stats(
     expanded_local_pos_ptr: torch.Tensor,  # [num_logits]
     temp_ptr: torch.Tensor,  # [max_num_reqs]
     vocab_size: int,
-    num_speculative_steps: int,
     BLOCK_SIZE: int,
     HAS_DRAFT_LOGITS: bool,
+    num_speculative_steps: int = 0,  # until vLLM 0.32
+    num_logits: int = 0,  # from 0.33 on
 ) -> None:
     temperatures = temp_ptr.numpy()[expanded_idx_mapping_ptr.numpy()]
     # The bonus row needs no statistics. Filling them in costs less than leaving it out.
@@ -117,7 +123,7 @@ def compute_local_logits_stats(
     is_random = temperatures != 0
     if not is_random.all():
         block_argmax(target, BLOCK_SIZE, target_local_argmax_ptr, target_local_max_ptr)
-    rows = np.flatnonzero(is_random & (expanded_local_pos_ptr.numpy() < num_speculative_steps))
+    rows = np.flatnonzero(is_random & ~_is_bonus(expanded_local_pos_ptr))
     if not len(rows):
         return
     row_idx = torch.from_numpy(rows)
@@ -209,20 +215,21 @@ def compute_local_residual_mass(
     expanded_local_pos_ptr: torch.Tensor,  # [num_logits]
     temp_ptr: torch.Tensor,  # [max_num_reqs]
     vocab_size: int,
-    num_speculative_steps: int,
     vocab_num_blocks: int,
     BLOCK_SIZE: int,
     PADDED_VOCAB_NUM_BLOCKS: int,
+    num_speculative_steps: int = 0,  # until vLLM 0.32
+    num_logits: int = 0,  # from 0.33 on
 ) -> None:
     target_max, target_sumexp = target_local_max_ptr.numpy(), target_local_sumexp_ptr.numpy()
     draft_max, draft_sumexp = draft_local_max_ptr.numpy(), draft_local_sumexp_ptr.numpy()
     slots = expanded_idx_mapping_ptr.tolist()
     steps = expanded_local_pos_ptr.tolist()
     drafts = draft_sampled_ptr.tolist()
-    for i in range(len(slots) - 1):
+    for i in np.flatnonzero(~_is_bonus(expanded_local_pos_ptr)).tolist():
         temp = float(temp_ptr[slots[i]])
         # Used one step back, so neither for a first row nor for a bonus row.
-        if not 0 < steps[i] < num_speculative_steps or drafts[i + 1] < 0 or temp == 0:
+        if steps[i] == 0 or drafts[i + 1] < 0 or temp == 0:
             continue
         m_b = target_logits_ptr[i, :vocab_size].float()
         m_b = (m_b - _global_logsumexp(target_max[i], target_sumexp[i])).exp_()
@@ -271,9 +278,15 @@ def rejection(
     HAS_DRAFT_LOGITS: bool,
     SYNTHETIC_MODE: bool,
     USE_BLOCK_VERIFICATION: bool,
+    # From vLLM 0.33 on, of a method that is not lossless: None and 0 without it
+    fly_entropy_ptr: None = None,
+    fly_entropy_threshold: float = 0.0,
+    FLY_WINDOW_SIZE: int = 0,
     *,
     num_warps: int = 1,
 ) -> None:
+    if FLY_WINDOW_SIZE:
+        raise NotImplementedError("FLy verification has no CPU replacement")
     sampled = sampled_ptr.numpy()
     accepted_lengths = rejected_steps_ptr.numpy()
     target_max, target_sumexp = target_local_max_ptr.numpy(), target_local_sumexp_ptr.numpy()
@@ -306,7 +319,10 @@ def rejection(
                 if token < 0:
                     break
                 sampled[row, step] = token
-                u = philox_uniform(int(seeds[slot]), int(positions[i]))
+                seed = int(seeds[slot])
+                if USE_BLOCK_VERIFICATION:
+                    seed = draft_seed(seed, step)
+                u = philox_uniform(seed, int(positions[i]))
                 if USE_BLOCK_VERIFICATION:
                     assert cumulative_log_p_ptr is not None
                     ratio = math.exp(float(cumulative_log_p_ptr[i]))

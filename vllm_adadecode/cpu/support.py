@@ -1,6 +1,7 @@
 """Which configurations Model Runner V2 serves on a CPU; kernels that therefore need no replacement.
 
-vLLM's V1 runner keeps the other configurations, as without the plugin.
+Those with the method, and with ``VLLM_USE_V2_MODEL_RUNNER=1`` those without any. vLLM's V1 runner
+keeps the others, as without the plugin.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ if TYPE_CHECKING:
 
 
 def unsupported_features(vllm_config: VllmConfig) -> list[str]:
-    """Features of a configuration whose kernels have no CPU replacement, worded for the log."""
-    unsupported = []
+    """What of a configuration that runner does not serve on a CPU, worded for the log."""
+    from vllm import envs
+
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method != METHOD:
-        unsupported.append(f"speculative method '{speculative.method}'")
+    method = None if speculative is None else speculative.method
+    if method != METHOD and not envs.VLLM_USE_V2_MODEL_RUNNER:
+        return ["CPUs without Triton"]
+    unsupported = []
+    if method not in (None, METHOD):
+        unsupported.append(f"speculative method '{method}'")
     elif speculative is not None and speculative.enable_adaptive_verification:
         unsupported.append("adaptive verification")
     if vllm_config.lora_config is not None:
@@ -64,4 +70,5 @@ WITHOUT_REPLACEMENT = {
     "spec_decode.ngram.speculator": "another speculative method",
     "spec_decode.standalone_ar.speculator": "another speculative method",
     "spec_decode.target_dependent_ar.speculator": "another speculative method",
+    "spec_decode.xpress.kernels": "another speculative method, from vLLM 0.33 on",
 }

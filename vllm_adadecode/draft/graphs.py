@@ -101,7 +101,7 @@ class DraftGraphs(CudaGraphManager):
             exit_index=exit_index,
         )
 
-    def capture_loop(self) -> None:
+    def capture_all(self) -> None:
         """Capture all of them; between rounds only."""
 
         def create_forward(

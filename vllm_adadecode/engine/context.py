@@ -4,10 +4,12 @@ Owns how heads and their sampler are put together for a round.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_adadecode.draft.head_evaluation import Heads, make_heads
@@ -15,6 +17,9 @@ from vllm_adadecode.engine.ledger import RoundLedger
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.model.draft_sampler import DraftSampler
 from vllm_adadecode.model.target import StagedTarget
+
+# Under vLLM's logger, whose level and format users know.
+logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class DraftContext:
         draft_columns: from `draft_columns`.
         use_fp64: whether sampling noise is float64.
         dtype: of hidden states.
+        faults: found at the start, with what was given up for each; a line each.
     """
 
     vllm_config: VllmConfig
@@ -42,6 +48,13 @@ class DraftContext:
     draft_columns: Sequence[torch.Tensor]
     use_fp64: bool
     dtype: torch.dtype
+    faults: list[str] = field(default_factory=list)
+
+    def fall_back(self, fault: str) -> None:
+        """Say so, once. The same on every tensor-parallel rank."""
+        if fault not in self.faults and get_tp_group().is_first_rank:
+            logger.warning("AdaDecode falls back: %s", fault)
+        self.faults.append(fault)
 
     def host_heads(self, temperature: torch.Tensor, seeds: torch.Tensor) -> Heads:
         """For the host's loop, which may read what passes a gate."""

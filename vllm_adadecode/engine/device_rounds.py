@@ -9,6 +9,7 @@ draft tokens are needed. A round that drafts nothing is recorded whenever its co
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.utils import record_function_or_nullcontext
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.workspace import use_workspace_lane
 
 from vllm_adadecode.draft.device_loop import DeviceLoop, StepGraphs
 from vllm_adadecode.draft.readback import RoundReadback
@@ -40,7 +40,7 @@ class DeviceRounds:
     Args:
         passes: of verifications that overlap with drafting; None: the next batch always waits.
         num_ranks: of tensor parallelism.
-        workspace_lane: of vLLM's workspace, in which it has draft tokens proposed.
+        drafting: context of draft passes outside of `propose`.
 
     Attributes:
         most_token_slots: of a batch that verifies an overlapped round, padding among them.
@@ -54,10 +54,10 @@ class DeviceRounds:
         loop: DeviceLoop,
         passes: VerificationPasses | None = None,
         num_ranks: int = 1,
-        workspace_lane: int = 0,
+        drafting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.context, self.loop, self.passes = context, loop, passes
-        self.num_ranks, self.workspace_lane = num_ranks, workspace_lane
+        self.num_ranks, self.drafting = num_ranks, drafting
         self._unresolved: deque[DraftRound] = deque()
         self._last: DraftRound | None = None
 
@@ -99,9 +99,13 @@ class DeviceRounds:
     def _stop_rows(self, this: DraftRound, req_ids: list[str]) -> None:
         """Have requests that are gone draft no more: their blocks may become others'."""
         assert this.run is not None
-        rows = this.run.buffers.rows
+        rows, inputs = this.run.buffers.rows, this.run.buffers.inputs
         gone = np.array([*this.row_of(req_ids).values()])
         index = async_tensor_h2d(gone, device=rows.slots.device)
+        # The next pass is laid out already.
+        of_gone = (inputs.token_slots == rows.slots[index][:, None]).any(dim=0)
+        inputs.token_slots.masked_fill_(of_gone, -1)
+        inputs.slot_mapping.masked_fill_(of_gone, -1)
         rows.next_span.index_fill_(0, index, STOPPED)
         rows.slots.index_fill_(0, index, -1)
 
@@ -172,7 +176,7 @@ class DeviceRounds:
         context, ledger, num_reqs = self.context, self.context.ledger, input_batch.num_reqs
         prefilled = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
         samples = prefilled >= input_batch.prefill_len_np
-        caps, exits, is_even = self._allowed(input_batch, samples, max_drafts)
+        caps, exits = self._allowed(input_batch, samples, max_drafts)
         last = self._last
         if last is not None and last.state not in (RoundState.READBACK, RoundState.RESOLVED):
             raise IllegalTransitionError(f"no round can start while the last is {last.state.name}")
@@ -181,7 +185,6 @@ class DeviceRounds:
             num_sampled,
             samples,
             used_exits=exits,
-            timed=is_even,
             verified=ledger.in_verification,
             previous=last if last is not None and last.plan is not None else None,
         )
@@ -233,18 +236,14 @@ class DeviceRounds:
         # [num_reqs] bool
         samples: np.ndarray,
         max_drafts: int,
-    ) -> tuple[np.ndarray, int, bool]:
-        """Most draft tokens of each request, and the exits that all use.
-
-        Also whether all requests do as adaptive draft length says: one with a seed of its own
-        has the others use all exits with it.
-        """
+    ) -> tuple[np.ndarray, int]:
+        """Most draft tokens of each request, and the exits that all use: as many as any of them."""
         ledger = self.context.ledger
         caps, exits = ledger.allowed(input_batch.req_ids, samples, max_drafts)
         caps[~samples] = 0
         drafting = exits[caps > 0]
         most = int(drafting.max(initial=0)) or ledger.thresholds.num_used_exits
-        return caps, most, bool((drafting == most).all())
+        return caps, most
 
     def _limits(
         self,
@@ -284,10 +283,7 @@ class DeviceRounds:
     def _finish(self, this: DraftRound) -> None:
         """Queue what is left of a round's steps."""
         assert this.run is not None
-        with (
-            record_function_or_nullcontext("adadecode: draft loop"),
-            use_workspace_lane(self.workspace_lane),
-        ):
+        with record_function_or_nullcontext("adadecode: draft loop"), self.drafting():
             this.run.finish()
 
     def _hand_on(self, this: DraftRound, rows: Mapping[str, int]) -> None:

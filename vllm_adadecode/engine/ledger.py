@@ -41,6 +41,8 @@ class RoundLedger:
         self.thresholds = ExitThresholds.of(spec.confidence_threshold, spec.gate_threshold)
         self.draft_length: AdaptiveDraftLength | None = None
         self.seeded: set[str] = set()
+        # Whether all requests of the round do as adaptive draft length says.
+        self._as_chosen = True
         self.windows = PendingWindows()
         self.in_verification: dict[str, PendingWindow] = {}
         self.last_req_ids: list[str] = []
@@ -71,8 +73,10 @@ class RoundLedger:
         free = may_draft
         if self.seeded:
             free = free & [req_id not in self.seeded for req_id in req_ids]
-        if drafting := int(np.count_nonzero(free)):
-            choice = self.draft_length.choose(drafting)
+        self._as_chosen = bool((free == may_draft).all())
+        if free.any():
+            # The others are in the round as well, and their user's seed has them draft in any case.
+            choice = self.draft_length.choose(int(np.count_nonzero(may_draft)))
             caps[free] = np.minimum(max_drafts, choice.drafts)
             used_exits[free] = choice.exits
         return caps, used_exits
@@ -183,10 +187,10 @@ class RoundLedger:
         """Tell adaptive draft length that all of a round's drafting is queued.
 
         Args:
-            timed: whether all requests did as it said.
+            timed: whether nothing else was in the round's time.
             overlapped: as for `AdaptiveDraftLength.round_ended`.
         """
         if self.draft_length is not None:
-            timed &= not input_batch.has_prefill
+            timed &= self._as_chosen and not input_batch.has_prefill
             requests = input_batch.req_ids if timed else None
             self.draft_length.round_ended(requests, overlapped)

@@ -19,6 +19,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.utils import record_function_or_nullcontext
+from vllm.v1.worker.gpu import structured_outputs
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
@@ -29,16 +30,23 @@ from vllm_adadecode.metrics.prometheus import UnsentCounts, attach_counts
 from vllm_adadecode.verify.forward import VerificationForward
 from vllm_adadecode.verify.overlapped_plan import OverlappedPlan
 from vllm_adadecode.verify.plan import VerificationPlan, count_step, make_plan
+from vllm_adadecode.verify.rejection_sampler import NamedLogprobsRejectionSampler
 from vllm_adadecode.vllm_patches.runtime import (
     CUDAGRAPH_DISPATCH,
     MODEL_FORWARD,
     PREPARE_ATTENTION,
+    REJECTION_SAMPLER,
 )
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
 else:
     _Base = object
+
+
+# Until vLLM 0.32 a bitmask has a row for each scheduled token. From 0.33 on it has 1 + K for every
+# request, and the kernel leaves out those of tokens that the batch does not have.
+CUTS_GRAMMAR = hasattr(structured_outputs, "_build_grammar_mapping")
 
 
 class AdaDecodeRunnerMixin(_Base):
@@ -60,6 +68,7 @@ class AdaDecodeRunnerMixin(_Base):
         # vLLM calls the model it loaded. Batches that start at a depth run as spans from now on;
         # all others, prefill among them, are vanilla's: the same compiled code, the same graphs.
         self._all_layers = MODEL_FORWARD.apply_to(self.model, self._forward)
+        REJECTION_SAMPLER.apply_to(self.rejection_sampler, NamedLogprobsRejectionSampler)
         # Here, for this is once: KV caches are initialised twice where vLLM profiles graphs.
         self._prepare_all_attention = PREPARE_ATTENTION.apply_to(
             self.model_state, self._prepare_attention
@@ -77,6 +86,7 @@ class AdaDecodeRunnerMixin(_Base):
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         finally:
             self.decode_query_len = decode_query_len
+        self.speculator.kv_connector = self.kv_connector
         assert self.cudagraph_manager is not None
         self._keep_from_replay(self.cudagraph_manager)
         speculator = self.speculator
@@ -212,7 +222,7 @@ class AdaDecodeRunnerMixin(_Base):
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        if grammar_output is not None and self._placeholders is not None:
+        if CUTS_GRAMMAR and grammar_output is not None and self._placeholders is not None:
             grammar_output = self._cut_grammar(grammar_output)
         output = super().sample_tokens(grammar_output)
         if output is not None:

@@ -33,8 +33,10 @@ class NextBatch:
     ) -> NextBatch | None:
         """None for a batch that needs to know the round's draft tokens when it is prepared.
 
-        Grammars are asked about draft tokens before those are verified. A request that decodes, but
-        is not of the round, was left out of an earlier one: its window has to be known.
+        Grammars are asked about draft tokens before those are verified. KV that a connector loads
+        in place of a prefill must find nothing in the blocks' way: the round ends before. A request
+        that decodes, but is not of the round, was left out of an earlier one: its window has to be
+        known.
 
         Args:
             decoding: requests of the round that sampled a token.
@@ -45,6 +47,7 @@ class NextBatch:
         new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
         if (
             scheduler_output.has_structured_output_requests
+            or scheduler_output.has_sync_kv_loads
             or scheduler_output.scheduled_cached_reqs.resumed_req_ids
             or scheduler_output.preempted_req_ids
             or not new.isdisjoint(decoding)

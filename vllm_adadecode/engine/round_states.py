@@ -68,7 +68,7 @@ class DraftRound:
         samples: bool ``[num_reqs]``, whether a request has a window: it is not in the midst of its
             prompt.
         used_exits: that the round might use.
-        timed: whether its requests did as adaptive draft length said.
+        timed: whether its time is that of its requests' rounds.
         verified: windows that its batch verified, by request.
         previous: the round whose windows its batch verified, if that was overlapped: they are
             known once it is resolved.
@@ -86,8 +86,8 @@ class DraftRound:
     num_sampled: torch.Tensor
     samples: np.ndarray
     used_exits: int
-    timed: bool
     verified: dict[str, PendingWindow]
+    timed: bool = True
     previous: "DraftRound | None" = None
     run: DraftRun | None = None
     caps: dict[str, int] = field(default_factory=dict)

@@ -6,6 +6,8 @@ on the device. Each extends the requests' windows by draft tokens and leaves the
 deferred states, for verification.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,14 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.logger import init_logger
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR, KVConnector
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.workspace import use_workspace_lane
 
-from vllm_adadecode.config import resolve_draft_loop
+from vllm_adadecode.config import heads_of_worker, resolve_draft_loop
 from vllm_adadecode.draft.buffers import LoopBuffers, pass_states
 from vllm_adadecode.draft.device_loop import DeviceLoop
 from vllm_adadecode.draft.graphs import DraftGraphs
@@ -26,10 +30,17 @@ from vllm_adadecode.draft.status_poll import StatusPoll
 from vllm_adadecode.engine.context import DraftContext
 from vllm_adadecode.engine.device_rounds import DeviceRounds
 from vllm_adadecode.engine.host_rounds import HostRounds
+from vllm_adadecode.engine.kv_transfer import hidden_from
 from vllm_adadecode.engine.ledger import RoundLedger
+from vllm_adadecode.engine.self_check import Way, anywhere
 from vllm_adadecode.engine.warmup import launch_kernels, register_warmup, run_everything
-from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.heads import load_configured_heads, load_draft_vocab
+from vllm_adadecode.errors import AdaDecodeError, first_line
+from vllm_adadecode.heads import (
+    EarlyHead,
+    HeadsConfig,
+    load_configured_heads,
+    load_draft_vocab,
+)
 from vllm_adadecode.kernels.deferred import DeferredStates
 from vllm_adadecode.model.draft_lm_head import HeadProjection
 from vllm_adadecode.model.draft_sampler import draft_columns
@@ -42,8 +53,7 @@ from vllm_adadecode.verify.passes import VerificationPasses
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.dp_utils import DPSyncState
 
-# Under vLLM's logger, whose level and format users know.
-logger = init_logger(f"vllm.{__name__}")
+GIVEN_UP = "given up, see above"
 
 
 class AdaDecodeSpeculator(DraftModelSpeculator):
@@ -59,7 +69,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.max_num_reqs, self.num_speculative_steps + 1, self.hidden_size, self.dtype, device
         )
         self.draft_columns = draft_columns(self.num_speculative_steps, device)
-        self.draft_loop = resolve_draft_loop(vllm_config, device.type)
+        self.draft_loop, self.why_loop = resolve_draft_loop(vllm_config, device.type)
+        self.why_no_graphs = ""
         # The largest passes of the draft loop on the device; None: it is on the host.
         self.pass_states = pass_states(self.deferred) if self.draft_loop == "device" else None
         self.device_rounds: DeviceRounds | None = None
@@ -67,6 +78,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         self.verification_passes: VerificationPasses | None = None
         # Of vLLM's workspace: that in which it has draft tokens proposed.
         self.workspace_lane = 0
+        # The runner's.
+        self.kv_connector: KVConnector = NO_OP_KV_CONNECTOR
         # Under these names vLLM's memory profiling finds them, and drops what it has captured.
         self.verification_graphs: VerificationGraphs | None = None
         self.draft_graphs: DraftGraphs | None = None
@@ -80,10 +93,11 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> StagedTarget:
-        config, heads = load_configured_heads(self.speculative_config, self.dtype, self.device)
+        self.heads_path = heads_of_worker(self.vllm_config)
+        config, heads = self._load_heads()
         projection = HeadProjection(
             target_model,
-            load_draft_vocab(self.speculative_config.heads_path, config),
+            load_draft_vocab(self.heads_path, config),
             config.lm_head_quantization,
             self.vllm_config.model_config.head_dtype,
         )
@@ -108,10 +122,15 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
 
         A deep sleep gives up their memory as well.
         """
-        _, heads = load_configured_heads(self.speculative_config, self.dtype, self.device)
+        _, heads = self._load_heads()
         for ours, stored in zip(self.model.heads, heads.values(), strict=True):
             ours.load_state_dict(stored.state_dict())
         self.model.projection.refresh()
+
+    def _load_heads(self) -> tuple[HeadsConfig, dict[int, EarlyHead]]:
+        return load_configured_heads(
+            self.heads_path, self.speculative_config, self.dtype, self.device
+        )
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         # All layers are the target's: to the runner we have no attention layers of our own.
@@ -129,19 +148,23 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             self.block_tables,
             self.kv_cache_config,
             self.attn_groups,
+            self.req_states.num_computed_tokens.gpu,
         )
         self.host_rounds = HostRounds(self.context, self.spans)
         self.device_rounds = self.verification_passes = None
         if self.pass_states is not None:
             try:
-                padded = PaddedSpans(self.spans, self.max_model_len)
+                padded = self._make_padded_spans()
             except AdaDecodeError as error:
                 if self.speculative_config.draft_loop != "auto":
                     raise
-                logger.warning("adadecode drafts with draft_loop host: %s", error)
-                self.pass_states = None
+                self.why_loop, self.pass_states = str(error), None
             else:
                 self.device_rounds = self._make_device_rounds(padded, self.pass_states)
+
+    def _make_padded_spans(self) -> PaddedSpans:
+        # Not vLLM 0.32's `self.max_model_len`, which is from before it was fitted to the memory.
+        return PaddedSpans(self.spans, self.vllm_config.model_config.max_model_len)
 
     def _make_device_rounds(
         self, padded: PaddedSpans, states: tuple[torch.Tensor, torch.Tensor]
@@ -161,7 +184,7 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             DeviceLoop(self.model, padded, self.deferred, buffers, StatusPoll()),
             self.verification_passes,
             self.vllm_config.parallel_config.tensor_parallel_size,
-            self.workspace_lane,
+            self.drafting,
         )
 
     def _make_verification_passes(self, padded: PaddedSpans) -> VerificationPasses:
@@ -179,13 +202,13 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         """Choose what will be captured: passes of verifications, and steps of the device's loop."""
         self.verification_graphs = self.draft_graphs = None
         if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
+            self.why_no_graphs = f"cudagraph_mode is {cudagraph_mode.name}"
             return
         if (reason := why_not_captured(self.attn_groups, self.vllm_config)) is not None:
-            logger.warning("adadecode runs without CUDA graphs of its own: %s", reason)
+            self.why_no_graphs = reason
             return
         if self.verification_passes is None:
-            padded = PaddedSpans(self.spans, self.max_model_len)
-            self.verification_passes = self._make_verification_passes(padded)
+            self.verification_passes = self._make_verification_passes(self._make_padded_spans())
         self.verification_graphs = VerificationGraphs(
             self.vllm_config, self.device, self.verification_passes
         )
@@ -201,10 +224,46 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
 
     def capture(self) -> None:
         """Capture what `init_cudagraph_manager` has chosen."""
-        if self.verification_graphs is not None:
-            self.verification_graphs.capture_passes()
-        if self.draft_graphs is not None:
-            self.draft_graphs.capture_loop()
+        for name, what in (
+            ("verification_graphs", "verification passes"),
+            ("draft_graphs", "steps of the draft loop"),
+        ):
+            fault = None
+            try:
+                if (graphs := getattr(self, name)) is not None:
+                    graphs.capture_all()
+            except Exception as error:
+                fault = first_line(error)
+            if (fault := anywhere(fault)) is not None:
+                setattr(self, name, None)
+                self.context.fall_back(f"{what} not captured; their capture failed: {fault}")
+
+    def describe(self) -> str:
+        """What was chosen, and why, in a line."""
+        way, spec, projection = Way.of(self), self.speculative_config, self.model.projection
+        managers = (
+            ("verification passes", self.verification_graphs),
+            ("steps of the draft loop", self.draft_graphs),
+        )
+        captured = " and ".join(f"{len(m.graphs)} {what}" for what, m in managers if m is not None)
+        loop, chosen = ("device" if way.on_device else "host"), self.pass_states is not None
+        why_loop = self.why_loop if way.on_device == chosen else GIVEN_UP
+        heads = "fused kernels"
+        if not way.fused:
+            why_torch = "the kernels can't read this LM head, or draw from it"
+            if not projection.use_kernels:
+                no_kernels = self.device.type == "cpu" or not HAS_TRITON
+                why_torch = "there is no Triton" if no_kernels else GIVEN_UP
+            heads = f"torch ({why_torch})"
+        adaptive = "on" if self.ledger.draft_length is not None else "off"
+        if spec.cost_aware and self.ledger.draft_length is None:
+            adaptive = "off (no room to measure)"
+        return (
+            f"AdaDecode: draft loop {loop} ({why_loop}), heads by {heads}, CUDA graphs: "
+            f"{captured or f'none of ours ({self.why_no_graphs or GIVEN_UP})'}, adaptive draft "
+            f"length {adaptive}, heads {spec.heads_path or 'logit lens'} after layers "
+            f"{spec.exit_layers} of {self.vllm_config.model_config.model}"
+        )
 
     def register_warmup(self) -> None:
         """Have our kernels compiled at start, inside an active warm-up registry."""
@@ -216,6 +275,12 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
         launch_kernels(self.context, num_rows, loop, self.verification_passes)
 
     # --- one round -----------------------------------------------------------------------------
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Where draft passes run, within a call of `propose` or later."""
+        with use_workspace_lane(self.workspace_lane), hidden_from(self.kv_connector):
+            yield
 
     @torch.inference_mode()
     def propose(
@@ -263,7 +328,8 @@ class AdaDecodeSpeculator(DraftModelSpeculator):
             graphs = self.draft_graphs
             fitting = graphs is not None and graphs.fits(self.ledger.thresholds)
             propose = partial(self.device_rounds.propose, graphs=graphs if fitting else None)
-        return propose(input_batch, num_sampled, last_sampled, temperature, seeds, max_drafts)
+        with self.drafting():
+            return propose(input_batch, num_sampled, last_sampled, temperature, seeds, max_drafts)
 
     def resolve(self, wait: bool = True, everything: bool = False) -> None:
         """Record rounds before their windows, draft tokens or counts are used.

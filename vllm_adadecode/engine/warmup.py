@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm_adadecode.draft.device_loop import DeviceLoop
 from vllm_adadecode.draft.head_evaluation import Heads
 from vllm_adadecode.engine.context import DraftContext
+from vllm_adadecode.errors import first_line
 from vllm_adadecode.kernels.tuning import ROW_BUCKETS
 from vllm_adadecode.model.fused_head import FusedHeads
 from vllm_adadecode.spans.ragged import run_span
@@ -40,7 +41,7 @@ def run_everything(
         hidden, residual = run_span(context.vllm_config, target, span, positions, hidden, residual)
         if span < used:
             states = hidden[:num_reqs], residual[:num_reqs]
-            _evaluate(heads, span, *states, thresholds.gate[span])
+            _evaluate(context, heads, span, *states, thresholds.gate[span])
     assert residual is not None
     target.finish(hidden, residual)
 
@@ -58,7 +59,7 @@ def launch_kernels(
     heads = context.device_heads()
     if isinstance(heads, FusedHeads):
         for exit_index in range(thresholds.num_used_exits):
-            _evaluate(heads, exit_index, zeros, zeros, thresholds.gate[exit_index])
+            _evaluate(context, heads, exit_index, zeros, zeros, thresholds.gate[exit_index])
     padding = torch.full((num_rows,), -1, dtype=torch.int64, device=zeros.device)
     deferred.store(padding, padding, zeros, zeros)
     deferred.gather(padding, padding)
@@ -69,6 +70,7 @@ def launch_kernels(
 
 
 def _evaluate(
+    context: DraftContext,
     heads: Heads,
     exit_index: int,
     # [num_rows, hidden_size]
@@ -77,17 +79,27 @@ def _evaluate(
     residual: torch.Tensor,
     gate_threshold: float | None,
 ) -> None:
-    """Gate and head for rows that belong to no request; no logits are cached."""
+    """Gate and head for rows that belong to no request; no logits are cached.
+
+    Fused kernels that do not compile for this device, or do not run, are given up.
+    """
     padding = torch.full((len(hidden),), -1, dtype=torch.int64, device=hidden.device)
-    heads.check(
-        exit_index,
-        hidden,
-        residual,
-        slots=padding,
-        positions=torch.zeros_like(padding),
-        draft=0,
-        gate_threshold=gate_threshold,
-    )
+    try:
+        heads.check(
+            exit_index,
+            hidden,
+            residual,
+            slots=padding,
+            positions=torch.zeros_like(padding),
+            draft=0,
+            gate_threshold=gate_threshold,
+        )
+    except Exception as error:
+        projection = context.target.projection
+        if not projection.use_kernels:
+            raise
+        projection.use_kernels = False
+        context.fall_back(f"heads run in torch, for the fused kernels failed: {first_line(error)}")
 
 
 class KernelWarmup(VllmJitKernel[int]):

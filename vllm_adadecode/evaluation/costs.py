@@ -177,7 +177,7 @@ def read_costs(path: str | Path) -> Costs:
     if not isinstance(data, dict):
         raise AdaDecodeError(f"{path} holds no JSON object: give the fields of a cost file")
     try:
-        return Costs(**({"source": str(path)} | data))
+        return Costs(**({"source": Path(path).name} | data))
     except AdaDecodeError as error:
         raise AdaDecodeError(f"{path}: {error}") from None
 

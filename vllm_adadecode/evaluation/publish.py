@@ -18,6 +18,7 @@ from vllm_adadecode.heads import HeadsConfig, save_heads
 from vllm_adadecode.heads.config import WEIGHTS_NAME
 from vllm_adadecode.heads.resolve import is_relative
 from vllm_adadecode.training.card import CARD_NAME
+from vllm_adadecode.training.request import relative_name
 
 RESULT_NAME = "calibration.json"
 _SECTION = """
@@ -73,10 +74,9 @@ def _with_setting(
 ) -> HeadsConfig:
     """The config for ``output``, see `publish`.
 
-    A target that the heads name relative to their folder is named by its absolute path unless the
-    relative name holds from ``output``, too.
+    A target that the heads name relative to their folder is named so from ``output``.
     """
-    source, config, target = session.folder, session.config, session.target.name
+    config = session.config
     data = config.model_dump(mode="json")
     data["confidence_threshold"] = list(setting.thresholds)
     if config.gate and setting.gate_thresholds is not None:
@@ -84,10 +84,10 @@ def _with_setting(
     section = data["speculators_config"]
     if any(setting.used):
         section["proposal_methods"][0]["speculative_tokens"] = setting.max_drafts
-    verifier = section["verifier"]["name_or_path"]
-    if is_relative(verifier) and (output / verifier).resolve() != (source / verifier).resolve():
-        local = Path(target).expanduser()
-        section["verifier"]["name_or_path"] = str(local.resolve()) if local.is_dir() else target
+    if is_relative(section["verifier"]["name_or_path"]):
+        target = Path(session.target.name).expanduser()
+        name = relative_name(target, output) if target.is_dir() else session.target.name
+        section["verifier"]["name_or_path"] = name
     data["provenance"]["calibration"] = {
         "command": result["made_with"]["command"],
         "data": result["data"],

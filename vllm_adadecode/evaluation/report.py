@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vllm_adadecode.evaluation.calibrate import Calibration
@@ -51,26 +52,22 @@ def sets_table(sets: Mapping[str, Metrics], title: str) -> Table:
     return table
 
 
-def exits_table(sets: Mapping[str, Metrics]) -> Table:
-    """One row per set and exit layer, see `ExitMetrics`."""
-    columns = ("exit", "threshold", "agreement", "coverage", "precision", "ECE")
-    counted = ("evaluated per token", "draft tokens", "acceptance rate")
-    table = _table("Heads, each by itself", "set", (*columns, *counted))
-    for name, metrics in sets.items():
-        for i, e in enumerate(metrics.exits):
-            table.add_row(
-                name if i == 0 else "",
-                str(e.layer),
-                "off" if e.threshold >= 1.0 else f"{e.threshold:g}",
-                f"{e.agreement:.2f}",
-                f"{e.coverage:.2f}",
-                "-" if e.precision is None else f"{e.precision:.2f}",
-                f"{e.calibration_error:.3f}",
-                f"{e.heads_evaluated_per_token:.2f}",
-                f"{e.draft_tokens:,}",
-                _share(e.draft_acceptance_rate),
-            )
-        table.add_section()
+def exits_table(name: str, metrics: Metrics) -> Table:
+    """One row per exit layer, see `ExitMetrics`."""
+    columns = ("agreement", "coverage", "precision", "ECE")
+    counted = ("evaluated\nper token", "draft\ntokens", "acceptance\nrate")
+    table = _table(f"Each head by itself: {name}", "exit", (*columns, *counted))
+    for e in metrics.exits:
+        table.add_row(
+            f"{e.layer}, off" if e.threshold >= 1.0 else str(e.layer),
+            f"{e.agreement:.2f}",
+            f"{e.coverage:.2f}",
+            "-" if e.precision is None else f"{e.precision:.2f}",
+            f"{e.calibration_error:.3f}",
+            f"{e.heads_evaluated_per_token:.2f}",
+            f"{e.draft_tokens:,}",
+            _share(e.draft_acceptance_rate),
+        )
     return table
 
 
@@ -100,7 +97,7 @@ def setting_line(setting: Setting, exit_layers: Sequence[int]) -> str:
 
 def calibration_table(found: Calibration) -> Table:
     """Predictions: the choice beside the paper's setting and the heads' own so far."""
-    more = ("layers alone", "mean acceptance length", "draft acceptance rate")
+    more = ("layers\nalone", "mean accept-\nance length", "draft accept-\nance rate")
     table = _table("Ideal speed-up, heads counted", "set", (*found.settings, *more))
     for name, predicted in found.predictions.items():
         chosen = predicted["calibrated"]
@@ -131,10 +128,11 @@ def calibration_json(found: Calibration, exit_layers: Sequence[int]) -> dict[str
 
 def _table(title: str, first: str, columns: Sequence[str] | Mapping[str, Any]) -> Table:
     """A table with numbers in all columns but the first."""
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
+    # In a narrow terminal, names and numbers go over several lines; none is cut off.
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, overflow="fold")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 

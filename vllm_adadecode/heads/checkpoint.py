@@ -153,11 +153,13 @@ def load_heads(
         AdaDecodeError: the file is missing, damaged or no safetensors file, holds other tensors
             or shapes than its config says, or values that are not finite (in ``dtype``).
     """
+    shapes = tensor_shapes(config)
+    # Before memory is taken for what the config says.
+    check_weights(directory, config)
     heads = make_heads(config, dtype, device)
     for head in heads.values():
         head.requires_grad_(False)
-    shapes = tensor_shapes(config)
-    if not shapes and (directory is None or not (Path(directory) / WEIGHTS_NAME).exists()):
+    if not shapes:
         return heads
     with _open_weights(directory, config) as (source, weights):
         for exit_layer, head in heads.items():
@@ -196,15 +198,15 @@ def load_draft_vocab(directory: str | Path | None, config: HeadsConfig) -> torch
     return ids
 
 
-def check_weights(directory: str | Path, config: HeadsConfig) -> None:
+def check_weights(directory: str | Path | None, config: HeadsConfig) -> None:
     """Refuse a weights file that does not fit its config, from the file's header alone.
 
     What only the values can show (NaN, overflow) is left to `load_heads`; a draft vocabulary,
     which is small, is read.
 
     Args:
-        directory: the heads folder.
-        config: that of the folder.
+        directory: the heads folder; may be None for heads without weights.
+        config: that of the folder, or a `HeadsConfig.select` of it.
 
     Raises:
         AdaDecodeError: the file is missing, damaged or no safetensors file, holds other tensors
@@ -212,7 +214,7 @@ def check_weights(directory: str | Path, config: HeadsConfig) -> None:
     """
     shapes = tensor_shapes(config)
     # Heads without weights need no file; one that is there belongs to others.
-    if shapes or (Path(directory) / WEIGHTS_NAME).exists():
+    if shapes or (directory is not None and Path(directory, WEIGHTS_NAME).exists()):
         with _open_weights(directory, config) as (source, weights):
             for name, shape in shapes.items():
                 _check_shape(source, name, weights.get_slice(name).get_shape(), shape)
@@ -220,19 +222,22 @@ def check_weights(directory: str | Path, config: HeadsConfig) -> None:
 
 
 def load_configured_heads(
-    speculative_config: Any, dtype: torch.dtype, device: torch.device | str
+    path: str | Path | None,
+    speculative_config: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> tuple[HeadsConfig, dict[int, EarlyHead]]:
-    """The heads that an engine's resolved speculative configuration names, restricted to its exits.
+    """The heads of an engine, restricted to its exits.
 
     Args:
-        speculative_config: has ``heads_path`` (None: logit lens), ``exit_layers`` and
-            ``target_model_config``.
+        path: their folder on this machine; None: logit lens.
+        speculative_config: has ``exit_layers`` and ``target_model_config``.
         dtype, device: of the weights.
 
     Raises:
         AdaDecodeError: see `load_heads`.
     """
-    path, exits = speculative_config.heads_path, speculative_config.exit_layers
+    exits = speculative_config.exit_layers
     if path is not None:
         config = HeadsConfig.load(path).select(exits)
     else:

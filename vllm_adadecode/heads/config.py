@@ -163,7 +163,8 @@ class HeadsConfig(Section):
         default_factory=dict, description="How the heads came about: command, versions, data."
     )
 
-    def __init__(self, **data: Any) -> None:
+    # A file may have a key "self" as well.
+    def __init__(self, /, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -275,8 +276,7 @@ class HeadsConfig(Section):
                 f"no head after layer {', '.join(map(str, unknown))}: these heads sit after "
                 f"{', '.join(map(str, self.exit_layers))}; choose exit_layers among them"
             )
-        data = self.model_dump()
-        data["exit_layers"] = wanted
+        data = dict(self) | {"exit_layers": wanted}
         for name in ("confidence_threshold", "gate_threshold"):
             if isinstance(values := getattr(self, name), tuple):
                 by_exit = dict(zip(self.exit_layers, values, strict=True))
@@ -351,8 +351,8 @@ class HeadsConfig(Section):
 def is_heads_folder(folder: str | Path) -> bool:
     """Whether a folder's config.json says that it holds AdaDecode heads, valid or not."""
     try:
-        data = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = read_json(Path(folder, CONFIG_NAME))
+    except AdaDecodeError:
         return False
     return isinstance(data, dict) and data.get("speculators_model_type") == METHOD
 

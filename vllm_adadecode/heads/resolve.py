@@ -1,25 +1,35 @@
 """Finding a target's heads, and telling whether heads and a target belong together.
 
-Owns the search order and the list of mismatches; reading the files is `config.py`'s and
-`fingerprint.py`'s.
+Owns the search order, which targets heads may name, and the list of mismatches; reading the files
+is `config.py`'s and `target.py`'s, downloading them `hub.py`'s.
 """
 
+import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
 from vllm_adadecode.constants import METHOD
-from vllm_adadecode.errors import AdaDecodeError, first_line
+from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.heads.config import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     HeadsConfig,
     is_heads_folder,
 )
-from vllm_adadecode.heads.target import target_fingerprint
+from vllm_adadecode.heads.hub import (
+    USUAL,
+    HubOptions,
+    HubUnreachableError,
+    commit_of,
+    hub_file,
+    is_downloaded,
+    local_folder,
+)
+from vllm_adadecode.heads.target import has_weights, target_fingerprint
+
+# Under vLLM's logger, whose level and format users know.
+logger = logging.getLogger(f"vllm.{__name__}")
 
 # Heads published inside their target's own repository.
 SUBFOLDER = "adadecode"
@@ -37,7 +47,9 @@ class Mismatch:
         return f"{self.what} (heads: {self.heads}, target: {self.target})"
 
 
-def find_heads(model: str | None, target: str, revision: str | None = None) -> Path | None:
+def find_heads(
+    model: str | None, target: str, revision: str | None = None, options: HubOptions = USUAL
+) -> Path | None:
     """Folder of the heads to use.
 
     Args:
@@ -45,24 +57,31 @@ def find_heads(model: str | None, target: str, revision: str | None = None) -> P
             target, in its sub-folder ``adadecode``.
         target: folder or hub id of the target.
         revision: of the hub repository of ``model``.
+        options: how the target's hub repository is read. That of ``model`` is read in the same way
+            but for the revision.
 
     Returns:
-        A local folder (hub repositories are downloaded as vLLM does it, from the cache alone when
-        offline), or None: nothing was given and the target brings no heads.
+        A local folder (of hub repositories the two files are downloaded; when offline, what the
+        cache has), or None: nothing was given and the target brings no heads.
 
     Raises:
-        AdaDecodeError: what was given does not exist or is no heads checkpoint.
+        AdaDecodeError: what was given does not exist or is no heads checkpoint, or the hub does not
+            say whether there are heads.
     """
     if model is None:
-        return _heads_beside(target)
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if folder.exists():
-            raise AdaDecodeError(f"heads {model} is a file: give the folder that holds it")
-        folder = _download(model, revision, CONFIG_NAME)
+        return _heads_beside(target, options)
+    folder = _folder(model)
+    if folder is None:
+        file = hub_file(model, CONFIG_NAME, replace(options, revision=revision))
+        if file is None:
+            raise AdaDecodeError(
+                f"heads {model} not found (there is no such folder, and no such repository with a "
+                f"{CONFIG_NAME}): give the folder or hub id of a heads checkpoint"
+            )
+        folder = file.parent
         # The weights only once it is known what they are: a mistyped id may name a whole model.
         if is_heads_folder(folder):
-            folder = _download(model, revision, CONFIG_NAME, WEIGHTS_NAME)
+            hub_file(model, WEIGHTS_NAME, replace(options, revision=commit_of(folder)))
     if not is_heads_folder(folder):
         raise AdaDecodeError(
             f"{model} holds no AdaDecode heads (no {CONFIG_NAME} with speculators_model_type "
@@ -114,27 +133,33 @@ def check_fits(
     vocab_size: int,
     num_hidden_layers: int,
     target_path: str | Path,
-) -> None:
+    options: HubOptions = USUAL,
+) -> bool:
     """Refuse heads that were made for another target.
-
-    The fingerprint is compared when the heads have one and the target's files can be read.
 
     Args:
         hidden_size, vocab_size, num_hidden_layers: the target's.
         target_path: its folder or hub id.
+        options: how its hub repository was read.
+
+    Returns:
+        Whether that is all there is to compare; False: the heads have a fingerprint, but the
+        target's weights are not here (yet), or not as safetensors files.
 
     Raises:
         AdaDecodeError: one line with every mismatch and what to do.
     """
+    wanted = config.target.fingerprint
+    fingerprint = target_fingerprint(target_path, options) if wanted else None
     mismatches = find_mismatches(
         config,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
         num_hidden_layers=num_hidden_layers,
-        fingerprint=target_fingerprint(target_path) if config.target.fingerprint else None,
+        fingerprint=fingerprint,
     )
     if not mismatches:
-        return
+        return wanted is None or fingerprint is not None
     advice = f"use the heads of this target, or train some: adadecode train {target_path}"
     if [m.what for m in mismatches] == ["fingerprint"]:
         advice += (
@@ -154,24 +179,34 @@ def resolve_verifier(config: HeadsConfig, folder: str | Path) -> str:
         folder: where they lie; relative names start here.
 
     Raises:
-        AdaDecodeError: it is a folder that is no model's, or is not there.
+        AdaDecodeError: it is a folder that is no model's, or is not there; or the heads come from
+            the hub and name one that did not come with them.
     """
     name = config.speculators_config.verifier.name_or_path
-    if is_relative(name):
-        # The heads may be linked into the target's folder, or their own folder linked elsewhere.
-        bases = [Path(folder).absolute(), Path(folder).resolve()]
-        candidates = [Path(os.path.normpath(base / name)) for base in bases]
-    elif (path := Path(name).expanduser()).is_absolute():
-        candidates = [path]
-    else:
+    if not is_path(name):
         return name
+    # The heads may be linked into the target's folder, or their own folder linked elsewhere.
+    bases = [Path(folder).absolute(), Path(folder).resolve()]
+    candidates = [Path(os.path.normpath(base / os.path.expanduser(name))) for base in bases]
+    advice = (
+        'serve the target itself with --speculative-config \'{"method": "adadecode", "model": '
+        f'"{folder}"}}\', or correct verifier.name_or_path in their {CONFIG_NAME}'
+    )
+    within = is_relative(name) and all(
+        candidate.is_relative_to(base.parent)
+        for candidate, base in zip(candidates, bases, strict=True)
+    )
+    if is_downloaded(Path(folder)) and not within:
+        raise AdaDecodeError(
+            f"the heads in {folder} come from the hub and name the target {name!r}, a path that "
+            f"means nothing on this machine: {advice}"
+        )
     for candidate in candidates:
-        if (candidate / CONFIG_NAME).is_file() and not is_heads_folder(candidate):
+        if os.path.isfile(candidate / CONFIG_NAME) and not is_heads_folder(candidate):
             return str(candidate)
     raise AdaDecodeError(
         f"the heads in {folder} name the target {name!r}, but {candidates[0]} holds no model: "
-        f'serve the target itself with --speculative-config \'{{"method": "adadecode", "model": '
-        f'"{folder}"}}\', or correct verifier.name_or_path in their {CONFIG_NAME}'
+        f"{advice}"
     )
 
 
@@ -180,42 +215,45 @@ def is_relative(name: str) -> bool:
     return name in (".", "..") or name.startswith(("./", "../"))
 
 
-def _heads_beside(target: str) -> Path | None:
-    if Path(target).is_dir():
-        folder = Path(target)
-    else:
-        try:
-            # One request; without a network, what the cache has.
-            folder = Path(
-                snapshot_download(
-                    target,
-                    allow_patterns=[f"{SUBFOLDER}/{CONFIG_NAME}", f"{SUBFOLDER}/{WEIGHTS_NAME}"],
-                    local_files_only=constants.HF_HUB_OFFLINE,
-                )
-            )
-        except (HFValidationError, HfHubHTTPError, OSError):
-            return None
-    folder /= SUBFOLDER
-    return folder if (folder / CONFIG_NAME).is_file() else None
+def is_path(name: str) -> bool:
+    """Whether a verifier's name is a path at all."""
+    return is_relative(name) or name.startswith(("/", "~"))
 
 
-def _download(model: str, revision: str | None, *files: str) -> Path:
+def _folder(name: str) -> Path | None:
+    """The folder of this name; None if there is none.
+
+    Raises:
+        AdaDecodeError: it is something else.
+    """
+    # Unlike Path's, these functions answer for names that no file can have, too.
+    path = os.path.expanduser(name.replace("\0", " "))
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
+        raise AdaDecodeError(f"heads {name} is a file: give the folder that holds it")
+    return None
+
+
+def _heads_beside(target: str, options: HubOptions) -> Path | None:
+    if os.path.isdir(target):
+        folder = Path(target, SUBFOLDER)
+        return folder if os.path.isfile(folder / CONFIG_NAME) else None
     try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                allow_patterns=list(files),
-                local_files_only=constants.HF_HUB_OFFLINE,
-            )
-        )
-    except HFValidationError:
-        reason = "there is no such folder"
-    except (HfHubHTTPError, OSError) as error:
-        reason = f"no such folder, and not from the hub: {first_line(error)}"
-    raise AdaDecodeError(
-        f"heads {model} not found ({reason}): give the folder or hub id of a heads checkpoint"
-    )
+        file = hub_file(target, f"{SUBFOLDER}/{CONFIG_NAME}", options)
+    except HubUnreachableError as error:
+        # A target that is here is served without a network, too.
+        cached = local_folder(target, options)
+        if cached is None or not has_weights(cached):
+            raise
+        logger.warning("adadecode does not know whether the target brings heads: %s", error)
+        return None
+    if file is None:
+        return None
+    folder = file.parent
+    weights = f"{SUBFOLDER}/{WEIGHTS_NAME}"
+    hub_file(target, weights, replace(options, revision=commit_of(folder)))
+    return folder
 
 
 def _short(fingerprint: str) -> str:

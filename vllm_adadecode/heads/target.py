@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from vllm_adadecode.errors import AdaDecodeError
 from vllm_adadecode.files import read_json
 from vllm_adadecode.heads.config import CONFIG_NAME
+from vllm_adadecode.heads.hub import USUAL, HubOptions, hub_folder, local_folder
 
 INDEX_NAME = "model.safetensors.index.json"
 # Spread over any vocabulary; those beyond it are left out.
@@ -60,7 +59,7 @@ class TargetInfo:
         try:
             files = tensor_files(self.folder)
             for file in sorted(set(files.values())):
-                with safe_open(file, framework="pt") as weights:
+                with _open(file) as weights:
                     names = weights.keys()
                     total += sum(prod(weights.get_slice(name).get_shape()) for name in names)
         except (SafetensorError, OSError, ValueError, KeyError):
@@ -75,18 +74,7 @@ def fetch(model: str | Path, patterns: Sequence[str]) -> Path:
         AdaDecodeError: there is none.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    offline = constants.HF_HUB_OFFLINE
-    try:
-        found = snapshot_download(
-            str(model), allow_patterns=list(patterns), local_files_only=offline
-        )
-    except (HFValidationError, HfHubHTTPError, OSError):
-        raise AdaDecodeError(
-            f"{model} is no folder and can't be had from the hub: give a folder or hub id"
-        ) from None
-    return Path(found)
+    return folder if folder.is_dir() else hub_folder(str(model), patterns)
 
 
 def fetch_config(model: str | Path) -> Path:
@@ -116,7 +104,8 @@ def read_target(model: str | Path) -> TargetInfo:
         hidden_size, vocab_size, num_hidden_layers = (
             int(text[key]) for key in ("hidden_size", "vocab_size", "num_hidden_layers")
         )
-    except (KeyError, TypeError, ValueError):
+        architectures = tuple(map(str, data.get("architectures") or ()))
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         raise AdaDecodeError(
             f"{folder / CONFIG_NAME} lacks hidden_size, vocab_size or num_hidden_layers: it is not "
             "the config of a decoder-only language model"
@@ -124,14 +113,14 @@ def read_target(model: str | Path) -> TargetInfo:
     return TargetInfo(
         name=str(model),
         folder=folder,
-        architectures=tuple(data.get("architectures") or ()),
+        architectures=architectures,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
         num_hidden_layers=num_hidden_layers,
     )
 
 
-def target_fingerprint(model_path: str | Path) -> str | None:
+def target_fingerprint(model_path: str | Path, options: HubOptions = USUAL) -> str | None:
     """Digest of the final norm and of some rows of the input embedding of a model.
 
     Float32 and bfloat16 copies of one model agree, as do bfloat16 and float16 ones.
@@ -139,12 +128,13 @@ def target_fingerprint(model_path: str | Path) -> str | None:
     Args:
         model_path: the model's folder, or the id of a hub model that is in the local cache;
             nothing is downloaded.
+        options: how its hub repository was read.
 
     Returns:
         ``"sha256:<64 hex digits>"``, or None where no safetensors file to read is found (no such
         folder, another format, other weight names, a damaged file, not in the cache).
     """
-    folder = local_folder(model_path)
+    folder = local_folder(model_path, options)
     if folder is None:
         return None
     try:
@@ -154,11 +144,11 @@ def target_fingerprint(model_path: str | Path) -> str | None:
         if norm is None or embedding is None:
             return None
         digest = hashlib.sha256()
-        with safe_open(files[norm], framework="pt") as weights:
+        with _open(files[norm]) as weights:
             _update(digest, weights.get_tensor(norm))
-        with safe_open(files[embedding], framework="pt") as weights:
+        with _open(files[embedding]) as weights:
             rows = weights.get_slice(embedding)
-            num_rows = rows.get_shape()[0]
+            num_rows, _ = rows.get_shape()
             for row in SAMPLE_ROWS:
                 if row < num_rows:
                     _update(digest, rows[row : row + 1])
@@ -196,29 +186,46 @@ def target_digest(target: str | Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def local_folder(model: str | Path, revision: str | None = None) -> Path | None:
-    """The folder of a local model or of an already cached hub model; None if there is neither."""
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        return Path(snapshot_download(str(model), revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights, in whatever format."""
+    return any(file.suffix in _WEIGHTS for file in folder.iterdir())
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """File of each tensor of the model."""
+    """File of each tensor of the model, all in its folder.
+
+    Raises:
+        AdaDecodeError: its index is no index, or names files elsewhere.
+        SafetensorError, OSError: a file is damaged.
+    """
     index = folder / INDEX_NAME
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        data = read_json(index)
+        weight_map = data.get("weight_map") if isinstance(data, dict) else None
+        if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+            raise AdaDecodeError(
+                f"{index} does not name a file of this folder for every weight: copy it again"
+            )
         return {name: folder / file for name, file in weight_map.items()}
     single = folder / "model.safetensors"
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     found: dict[str, Path] = {}
     for file in files:
-        with safe_open(file, framework="pt") as weights:
+        with _open(file) as weights:
             found.update(dict.fromkeys(weights.keys(), file))
     return found
+
+
+def _open(file: Path) -> Any:
+    """An opened safetensors file, header checked against the size of the file."""
+    # Of a pipe the beginning may never come.
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is no file")
+    return safe_open(file, framework="pt")
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def _find(names: Sequence[str], files: Mapping[str, Path]) -> str | None:
@@ -235,15 +242,17 @@ def _update(digest: Any, tensor: torch.Tensor) -> None:
 def _update_samples(digest: Any, stream: BinaryIO, file: Path) -> None:
     """The header of a safetensors file (8 bytes of length, JSON) and samples of its tensors."""
     try:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(length)
-        spans = [
-            entry["data_offsets"]
-            for name, entry in sorted(json.loads(header).items())
-            if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        with _open(file):
+            pass
+    except (SafetensorError, OSError):
         raise AdaDecodeError(f"{file} is no safetensors file: copy it again") from None
+    length = int.from_bytes(stream.read(8), "little")
+    header = stream.read(length)
+    spans = [
+        entry["data_offsets"]
+        for name, entry in sorted(json.loads(header).items())
+        if name != "__metadata__"
+    ]
     digest.update(header)
     for start, end in spans:
         middle = (start + end - SAMPLE_BYTES) // 2

@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter
 from vllm.logger import init_logger
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, SpecDecodingStats
@@ -171,20 +171,21 @@ COUNTERS: tuple[tuple[str, str, str | None, dict[str, str]], ...] = (
         None,
         {"deferred_tokens": ""},
     ),
+    (
+        "sampled_tokens",
+        "Tokens sampled after the last layer: those that are no accepted draft tokens.",
+        None,
+        {"sampled_tokens": ""},
+    ),
 )
-EXIT_DEPTH = "exit_depth"
 
 
 class AdaDecodeProm(SpecDecodingProm):
     """vLLM's Prometheus metrics of speculative decoding and, for this method, ours.
 
     Mean acceptance length: ``rate(vllm:adadecode_generated_tokens_total[$interval]) /
-    rate(vllm:adadecode_verification_steps_total[$interval])``. Mean depth in layers of a generated
-    token: ``rate(vllm:adadecode_exit_depth_sum[$interval]) /
-    rate(vllm:adadecode_exit_depth_count[$interval])``.
+    rate(vllm:adadecode_verification_steps_total[$interval])``.
     """
-
-    _histogram_cls = Histogram
 
     def __init__(
         self,
@@ -200,7 +201,6 @@ class AdaDecodeProm(SpecDecodingProm):
             return
         self._labelnames, self._engines = labelnames, per_engine_labelvalues
         exit_layers = speculative_config.exit_layers
-        num_layers = speculative_config.target_model_config.get_total_num_hidden_layers()
         # Metrics by engine, by the field that they show; those of exits by layer and field.
         self.exit_counters: dict[int, dict[str, dict[int, Counter]]] = {e: {} for e in exit_layers}
         self.counters: dict[str, dict[int, Counter]] = {}
@@ -212,15 +212,6 @@ class AdaDecodeProm(SpecDecodingProm):
             metric = self._counter(name, documentation, *([label] if label else []))
             for field, value in values.items():
                 self.counters[field] = self._per_engine(metric, *([value] if label else []))
-        self.exit_depth = self._per_engine(
-            self._histogram_cls(
-                name=f"vllm:adadecode_{EXIT_DEPTH}",
-                documentation="Layers after which generated tokens were predicted: an exit layer "
-                "for accepted draft tokens, all layers for the others.",
-                labelnames=labelnames,
-                buckets=[*exit_layers, num_layers],
-            )
-        )
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return self._counter_cls(
@@ -238,13 +229,8 @@ class AdaDecodeProm(SpecDecodingProm):
         counts = getattr(spec_decoding_stats, METHOD, None)
         if counts is None or not self.is_ours:
             return
-        depth = self.exit_depth[engine_idx]
         for layer, exit_counts in counts.exits.items():
             for field, metric in self.exit_counters[layer].items():
                 metric[engine_idx].inc(getattr(exit_counts, field))
-            for _ in range(exit_counts.accepted_tokens):
-                depth.observe(layer)
         for field, metric in self.counters.items():
             metric[engine_idx].inc(getattr(counts, field))
-        for _ in range(counts.sampled_tokens):
-            depth.observe(counts.num_layers)

@@ -92,12 +92,7 @@ class PaddedSpans:
         num_rows: int,
     ) -> None:
         """Collect the block tables of a round; those of rows past ``n`` are cleared."""
-        self.spans.block_tables.gather_block_tables(
-            slots,
-            num_reqs_padded=num_rows,
-            out=self.spans.input_block_tables,
-            out_ptrs=self.spans.input_block_table_ptrs,
-        )
+        self.spans.gather_block_tables(slots, num_rows)
 
     def run_span(
         self,

@@ -6,6 +6,7 @@ loop (early spans, fill-in) and verification (spans that not all tokens run, pre
 both go through here.
 """
 
+import inspect
 import os
 from typing import Any
 
@@ -24,7 +25,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_adadecode.model.target import StagedTarget
 
 # Tests switch this on: every position written is checked against the blocks the scheduler gave.
-CHECK_KV_BOUNDS = os.environ.get("VLLM_ADADECODE_CHECK_KV", "0") == "1"
+CHECK_KV_BOUNDS = os.environ.get("ADADECODE_CHECK_KV", "0") == "1"
 
 
 def run_span(
@@ -72,6 +73,12 @@ def find_moe_layers_by_name() -> None:
     get_forward_context().all_moe_layers = None
 
 
+# From vLLM 0.33 on.
+MASKS_SLIDING_WINDOW = (
+    "num_computed_tokens" in inspect.signature(BlockTables.gather_block_tables).parameters
+)
+
+
 class RaggedSpans:
     """Runs spans below the last one on ragged batches of suffixes."""
 
@@ -84,6 +91,8 @@ class RaggedSpans:
         block_tables: BlockTables,
         kv_cache_config: KVCacheConfig,
         attn_groups: list[list[AttentionGroup]],
+        # [max_num_reqs] int32, on the device
+        num_computed_tokens: torch.Tensor,
     ) -> None:
         self.vllm_config = vllm_config
         self.device = device
@@ -92,6 +101,9 @@ class RaggedSpans:
         self.block_tables = block_tables
         self.kv_cache_config = kv_cache_config
         self.attn_groups = attn_groups
+        self.gather_options = {}
+        if MASKS_SLIDING_WINDOW:
+            self.gather_options["num_computed_tokens"] = num_computed_tokens
         # num_kv_cache_groups x [max_num_reqs, max_num_blocks]
         self.input_block_tables = tuple(
             torch.zeros_like(table) for table in block_tables.input_block_tables
@@ -100,6 +112,25 @@ class RaggedSpans:
         # [num_kv_cache_groups, max_num_tokens]
         self.slot_mappings = torch.zeros_like(block_tables.slot_mappings)
         self.none_prefilling = np.zeros(input_buffers.max_num_reqs, dtype=np.bool_)
+
+    def gather_block_tables(
+        self,
+        # [num_reqs] int64 request slots, on the device
+        slots: torch.Tensor,
+        num_rows: int,
+    ) -> tuple[torch.Tensor, ...]:
+        """Block tables ``[num_rows, max_num_blocks]`` of each KV cache group, zeros past `slots`.
+
+        What lies wholly below a sliding window is masked, as in vLLM's own passes: its blocks may
+        be another request's. A pass starts where vLLM's next step does, or later.
+        """
+        return self.block_tables.gather_block_tables(
+            slots,
+            num_reqs_padded=num_rows,
+            out=self.input_block_tables,
+            out_ptrs=self.input_block_table_ptrs,
+            **self.gather_options,
+        )
 
     def run_span(
         self,
@@ -145,12 +176,7 @@ class RaggedSpans:
         if CHECK_KV_BOUNDS:
             lengths = buffers.seq_lens[:num_reqs].cpu().numpy()
             self.check_kv_bounds(self.kv_capacity(slots), lengths)
-        tables = self.block_tables.gather_block_tables(
-            slots_device,
-            num_reqs_padded=num_reqs,
-            out=self.input_block_tables,
-            out_ptrs=self.input_block_table_ptrs,
-        )
+        tables = self.gather_block_tables(slots_device, num_reqs)
         slot_mappings = self.block_tables.compute_slot_mappings(
             slots_device,
             buffers.query_start_loc[: num_reqs + 1],

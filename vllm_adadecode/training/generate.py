@@ -120,7 +120,8 @@ def generate_sequences(
 
 
 def _run_worker(job: dict[str, Any], progress: Progress, task: Any) -> None:
-    command = [sys.executable, "-m", WORKER]
+    # Without -P, modules in the working directory go before all others.
+    command = [sys.executable, "-P", "-m", WORKER]
     worker = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -15,6 +15,8 @@ from typing import Any
 
 from vllm_adadecode.training.sequences import Sequence, write_sequences
 
+FREE_SHARE = 0.8  # of the free memory: other programs may grow while the engine starts
+
 
 def main() -> None:
     job = json.loads(sys.stdin.readline())
@@ -43,12 +45,13 @@ def _end_with_parent() -> None:
 
 def _run(job: dict[str, Any]) -> None:
     from vllm import LLM
+    from vllm.platforms import current_platform
 
+    if current_platform.is_cpu():
+        # The V1 runner ends there when a seeded request is prefilled in chunks.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     prompts = [ids for shard in job["shards"] for ids, _ in shard["prompts"]]
-    engine = dict(job["engine"])
-    if not job["has_tokenizer"]:
-        engine.setdefault("skip_tokenizer_init", True)
-    llm = LLM(job["target"], **engine)
+    llm = LLM(job["target"], **engine_arguments(job))
     longest = llm.llm_engine.model_config.max_model_len
     too_long = sum(len(ids) >= longest for ids in prompts)
     if too_long:
@@ -71,6 +74,25 @@ def _run(job: dict[str, Any]) -> None:
         ]
         write_sequences(Path(shard["file"]), made)
         print(f"\nadadecode-done {len(made)}", flush=True)
+
+
+def engine_arguments(job: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's arguments: the user's, and such that the engine starts beside other programs."""
+    from vllm.platforms import current_platform
+
+    # As long a context as fits into the memory.
+    engine = {"max_model_len": -1} | job["engine"]
+    if not job["has_tokenizer"]:
+        engine.setdefault("skip_tokenizer_init", True)
+    memory_given = {"gpu_memory_utilization", "kv_cache_memory_bytes"} & engine.keys()
+    if current_platform.is_cpu() and not memory_given:
+        # vLLM asks for 92 % of the memory, free or not.
+        from vllm.utils import cpu_resource_utils as resources
+
+        found = resources.get_memory_node_info(resources.get_allowed_cpu_list()[0].numa_node)
+        free = found.available_memory / found.total_memory
+        engine["gpu_memory_utilization"] = min(0.92, FREE_SHARE * free)
+    return engine
 
 
 def sampling_params(chosen: dict[str, Any], number: int, room: int) -> Any:

@@ -1,6 +1,7 @@
 """How heads came about: the command, the versions and the revision of the code.
 
-Owns what can be said without knowing the run; data and results are added by `run.py`.
+Owns what can be said without knowing the run, and what of it may be published: heads are uploaded
+with it. Data and results are added by `run.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,27 @@ def provenance() -> dict[str, Any]:
     """Command, versions and, in a checkout, the git revision."""
     name = "adadecode" if Path(sys.argv[0]).name in ("adadecode", "__main__.py") else sys.argv[0]
     found: dict[str, Any] = {
-        "command": shlex.join([name, *sys.argv[1:]]),
+        "command": shlex.join([name, *map(public, sys.argv[1:])]),
         "versions": versions(),
     }
     if (revision := git_revision()) is not None:
         found["git_revision"] = revision
     return found
+
+
+def public(argument: str) -> str:
+    """An argument as it may be published: of a path the last part, of a JSON object nothing.
+
+    A hub id stays, as does a relative path of nothing that is there.
+    """
+    option, equals, value = "", "", argument
+    if argument.startswith("--"):
+        option, equals, value = argument.partition("=")
+    if value.lstrip().startswith("{"):
+        value = "{...}"
+    elif value.startswith(("/", "~", ".")) or Path(value.partition(":")[0]).exists():
+        value = Path(value).name or value
+    return option + equals + value
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ Owns the choices and their checks before anything is loaded; `run.py` acts on th
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +71,8 @@ class Request:
     Attributes:
         target: folder or hub id.
         output: the heads folder to make.
-        target_name: what the heads call their target; None: ``target``, or ``..`` in its folder.
+        target_name: what the heads call their target; None: its hub id, or where a local one lies
+            as seen from ``output``.
         cache: folder for generations and unfinished runs.
         overwrite: whether ``output`` may hold heads.
         device_map: see `load_target`.
@@ -99,12 +101,13 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """All that the result depends on, beside the target and the data itself."""
-        settings = {
+        settings: dict[str, Any] = {
             "heads": asdict(self.heads),
             "training": asdict(self.training),
             "data": asdict(self.data),
             "precision": self.chosen_precision,
         }
+        del settings["data"]["specs"]
         if self.data.generate:
             settings["generation"] = self.generation.sampling()
         return settings
@@ -147,8 +150,10 @@ def _verifier_name(request: Request) -> str:
     if request.target_name is not None:
         return request.target_name
     folder = Path(request.target).expanduser()
-    if not folder.is_dir():
-        return request.target
-    if request.output.absolute().parent.resolve() == folder.resolve():
-        return ".."
-    return str(folder.resolve())
+    return relative_name(folder, request.output) if folder.is_dir() else request.target
+
+
+def relative_name(target: Path, heads: Path) -> str:
+    """A verifier's name for a local target: from the heads' folder, so that it tells no more of
+    the machine than it must."""
+    return os.path.relpath(target.resolve(), heads.resolve())

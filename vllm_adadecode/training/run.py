@@ -31,7 +31,7 @@ from vllm_adadecode.training.distributions import Distributions
 from vllm_adadecode.training.generate import generate_sequences
 from vllm_adadecode.training.json_lines import complaint
 from vllm_adadecode.training.prompts import load_data, prompts_of, sequences_of
-from vllm_adadecode.training.provenance import provenance
+from vllm_adadecode.training.provenance import provenance, public
 from vllm_adadecode.training.records import RecordReader
 from vllm_adadecode.training.request import DataSettings, Request, heads_config
 from vllm_adadecode.training.sequences import (
@@ -65,9 +65,9 @@ def run_training(request: Request, progress: Progress) -> HeadsConfig:
     check_vocabulary(sequences, config.target.vocab_size, "the data")
     digest = sequences_digest(sequences)
     made = provenance() | {
-        "target": request.target,
+        "target": public(request.target),
         "data": {
-            "from": list(request.data.specs),
+            "from": list(map(public, request.data.specs)),
             "sequences": dict(Counter(s.source for s in sequences)),
             "digest": digest,
             "own_generations": request.data.generate,
@@ -193,7 +193,8 @@ def _rows(sequences: ListOf[Sequence], data: DataSettings) -> list[TokenRow]:
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of the target's weights as its config.json says; float32 if it does not."""
-    found: Any = AutoConfig.from_pretrained(folder).get_text_config().dtype
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    found: Any = config.get_text_config().dtype
     return found if found in (torch.bfloat16, torch.float16) else torch.float32
 
 

@@ -129,7 +129,9 @@ def load_target(
         AdaDecodeError: it can't be loaded, or is not a model that heads can be trained for.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=False
+        )
         if device_map is None and torch.cuda.is_available():
             # A device_map would need accelerate, for nothing.
             model = model.to("cuda")
@@ -144,7 +146,7 @@ def load_target(
 def load_tokenizer(path: str | Path) -> Any | None:
     """The tokenizer of a folder or hub id; None if it has none that can be loaded."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
         return None
     # Some classes make an empty tokenizer of missing files.

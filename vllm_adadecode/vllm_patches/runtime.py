@@ -14,10 +14,9 @@ from vllm_adadecode.vllm_patches.patch import Patch, When
 
 def _init_speculator(original: Callable[..., Any], speculator: type) -> Callable[..., Any]:
     @functools.wraps(original)
-    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
-        if vllm_config.speculative_config.method != METHOD:
-            return original(vllm_config, device, req_states)
-        return speculator(vllm_config, device, req_states)
+    def init_speculator(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        is_ours = vllm_config.speculative_config.method == METHOD
+        return (speculator if is_ours else original)(vllm_config, *args, **kwargs)
 
     return init_speculator
 
@@ -56,4 +55,18 @@ CUDAGRAPH_DISPATCH = Patch(
     "that starts at a depth",
     When.INSTANCE,
 )
-PATCHES = (SPECULATOR, CPU_RUNNER, MODEL_FORWARD, PREPARE_ATTENTION, CUDAGRAPH_DISPATCH)
+REJECTION_SAMPLER = Patch(
+    "rejection-sampler",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__class__",
+    "it gives no log-probabilities of the tokens that a request names, and the runner makes it by "
+    "name while it loads the model",
+    When.INSTANCE,
+)
+PATCHES = (
+    SPECULATOR,
+    CPU_RUNNER,
+    MODEL_FORWARD,
+    PREPARE_ATTENTION,
+    CUDAGRAPH_DISPATCH,
+    REJECTION_SAMPLER,
+)

@@ -17,8 +17,10 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     from vllm_adadecode.metrics.prometheus import pass_on
 
     @functools.wraps(original)
-    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        outputs = original(self, scheduler_output, model_runner_output)
+    def update_from_output(
+        self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        outputs = original(self, scheduler_output, model_runner_output, *args, **kwargs)
         pass_on(model_runner_output, outputs.values(), self.num_spec_tokens)
         hand_over(self, model_runner_output)
         return outputs
@@ -30,8 +32,8 @@ def _post_step(original: Callable[..., Any]) -> Callable[..., Any]:
     from vllm_adadecode.metrics.draft_ids import has_taken
 
     @functools.wraps(original)
-    def post_step(self: Any, model_executed: bool) -> None:
-        original(self, model_executed and not has_taken(self.scheduler))
+    def post_step(self: Any, model_executed: bool, *args: Any, **kwargs: Any) -> None:
+        original(self, model_executed and not has_taken(self.scheduler), *args, **kwargs)
 
     return post_step
 

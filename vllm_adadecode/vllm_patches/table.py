@@ -1,13 +1,19 @@
 """Every change made to vLLM, in one table, and when each row is applied.
 
-Re-entrant: a row is applied once a process. On an unsupported vLLM, or one that has moved what is
-replaced, the method is refused and vLLM without it goes on working.
+Re-entrant: a row is applied once a process. On a vLLM that is older than what was tested, or has
+moved what is replaced, the method is refused and vLLM without it goes on working.
 """
 
 import sys
 
 from vllm_adadecode.errors import AdaDecodeError
-from vllm_adadecode.versions import SUPPORTED_VLLM, is_supported, vllm_distribution, vllm_version
+from vllm_adadecode.versions import (
+    SUPPORTED_VLLM,
+    is_newer,
+    is_supported,
+    vllm_distribution,
+    vllm_version,
+)
 from vllm_adadecode.vllm_patches import (
     config_and_cli,
     cpu_runner,
@@ -30,7 +36,7 @@ ENGINE_MODULE = "vllm.v1.engine.core"
 def apply_on_load() -> None:
     """Make `adadecode` a speculative method of the vLLM in this process."""
     version = vllm_version()
-    if not is_supported(version):
+    if not is_supported(version) and not is_newer(version):
         refuse_method(
             AdaDecodeError(
                 f"adadecode supports vLLM {SUPPORTED_VLLM}, this is {version}: install a "
@@ -48,10 +54,10 @@ def apply_on_load() -> None:
         speculators.register()
         if cpu_runner.is_needed():
             apply(TABLE, When.CPU)
+    # Raised here, any error would stop every start of vLLM, with or without the method.
     except AdaDecodeError as error:
-        # Raised here, it would stop every start of vLLM, with or without the method.
         refuse_method(error)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         reason = f"adadecode does not fit this vLLM ({version}): {error}".splitlines()[0]
         refuse_method(AdaDecodeError(f"{reason}; install another of {SUPPORTED_VLLM}"))
 

@@ -40,6 +40,10 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sam
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
 from tests.kernels.registry import SUMS, Cases, Outputs, floats
+from vllm_adadecode.cpu.memory import note_tables
+
+# vLLM 0.33 or later.
+IS_033 = hasattr(gumbel, "spec_step_seed")
 
 CASES = Cases()
 case = CASES.declare
@@ -227,6 +231,7 @@ def staged_writes(rng: torch.Generator) -> Outputs:
     groups[0].stage_write(2, 1, [5, 6])
     groups[1].stage_write(5, 3, [7, 8, 9])
     groups[1].stage_write(0, 0, [1])
+    note_tables(t.gpu for t in groups)
     FusedStagedWriter(device, 12).apply(
         groups,
         torch.tensor([t.gpu.data_ptr() for t in groups], dtype=torch.uint64),
@@ -248,10 +253,16 @@ def staged_writes(rng: torch.Generator) -> Outputs:
     mixed={"lengths": [1, 40, 3]},
     groups={"lengths": [1, 40, 3], "num_groups": 2},
     sentinel={"lengths": [2, 1, 5], "sentinel": True},
+    windows={"lengths": [1, 1, 1], "num_groups": 2, "reach": 40 if IS_033 else 0},
 )
 def block_tables(
-    rng: torch.Generator, lengths: list[int], num_groups: int = 1, sentinel: bool = False
+    rng: torch.Generator,
+    lengths: list[int],
+    num_groups: int = 1,
+    sentinel: bool = False,
+    reach: int = 0,
 ) -> Outputs:
+    windows = {"sliding_window_reach": [reach, 0]} if reach else {}
     tables = BlockTables(
         block_sizes=[16, 32][:num_groups],
         max_num_reqs=8,
@@ -259,6 +270,7 @@ def block_tables(
         max_num_blocks_per_group=[12, 6][:num_groups],
         device=torch.device("cpu"),
         slot_mapping_enabled=[True, False][:num_groups],
+        **windows,
     )
     idx = slots(rng, 3, 8)
     for slot in idx.tolist():
@@ -267,7 +279,8 @@ def block_tables(
     tables.apply_staged_writes()
     for table in tables.input_block_tables:
         table.fill_(77)
-    gathered = tables.gather_block_tables(idx, num_reqs_padded=6)
+    computed = {"num_computed_tokens": ints(rng, 30, 150, 8)} if reach else {}
+    gathered = tables.gather_block_tables(idx, num_reqs_padded=6, **computed)
     if sentinel:
         idx[1] = -1
     num_tokens = sum(lengths)
@@ -515,7 +528,9 @@ def thinking_budget(
 def grammar_bitmask(rng: torch.Generator) -> Outputs:
     # 3000 is no multiple of 32: the mask's last word is padded.
     vocab_size = 3000
-    worker = StructuredOutputsWorker(16, vocab_size, torch.device("cpu"), 5, 1)
+    # From vLLM 0.33 on each request has as many rows as it may have tokens.
+    bonus, num_rows = ((), 10) if IS_033 else ((1,), 6)
+    worker = StructuredOutputsWorker(16, vocab_size, torch.device("cpu"), 5, *bonus)
     batch = SimpleNamespace(
         req_ids=["a", "b", "c"],
         cu_num_logits_np=np.array([0, 1, 5, 7]),
@@ -523,7 +538,7 @@ def grammar_bitmask(rng: torch.Generator) -> Outputs:
         num_draft_tokens_per_req=np.array([0, 3, 1]),
     )
     logits = floats(rng, 7, vocab_size)
-    bitmask = ints(rng, -(2**31), 2**31 - 1, 6, 94)
+    bitmask = ints(rng, -(2**31), 2**31 - 1, num_rows, 94)
     worker.apply_grammar_bitmask(logits, batch, ["c", "b"], bitmask.numpy())
     return {"logits": logits}
 
@@ -564,12 +579,13 @@ def logprob_token_ids(rng: torch.Generator, num_logprobs: int) -> Outputs:
         state.add_request(slot, SimpleNamespace(logprob_token_ids=tokens))
     state.token_ids.gpu.copy_(ints(rng, 0, 2500, *state.token_ids.gpu.shape))
     state.num_token_ids.copy_to_uva()
+    # More rows than slots, as in a verification.
     scores = compute_topk_scores(
-        floats(rng, 4, 2500, scale=3),
+        floats(rng, 16, 2500, scale=3),
         num_logprobs,
-        ints(rng, 0, 2500, 4, dtype=torch.int64),
+        ints(rng, 0, 2500, 16, dtype=torch.int64),
         logprob_token_ids_state=state,
-        expanded_idx_mapping=idx,
+        expanded_idx_mapping=idx.repeat_interleave(4),
         max_per_req_token_ids=5,
     )
     return {"token_ids": scores.logprob_token_ids, "logprobs": scores.logprobs}

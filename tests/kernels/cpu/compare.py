@@ -74,10 +74,12 @@ def main() -> None:
     import vllm.v1.worker.cpu.shm  # noqa: F401
 
     from tests.kernels.cpu.cases import CASES
-    from vllm_adadecode.cpu.install import import_replacements
+    from vllm_adadecode.cpu.install import fitted_replacements
+    from vllm_adadecode.vllm_patches.cpu_runner import TABLE_ADDRESSES
 
-    replacements = import_replacements()
+    TABLE_ADDRESSES.apply()
     _interpretable()
+    replacements = fitted_replacements()
     differences, noticed = compare_all(CASES, replacements, "vllm.v1.worker.gpu")
     print(json.dumps({"differences": differences, "noticed": noticed}))
 

@@ -63,6 +63,17 @@ def requests() -> dict[str, Any]:
     }
 
 
+def describe(worker: Any) -> dict[str, Any]:
+    """Which runner a worker has, and what is loaded and replaced in its process."""
+    from vllm.triton_utils.dispatcher import _registry
+
+    return {
+        "runner": type(worker.model_runner).__module__,
+        "replaced": sorted(_registry),
+        "plugin": "vllm_adadecode.plugin" in sys.modules,
+    }
+
+
 def main() -> None:
     if "--without-triton" in sys.argv:
         sys.meta_path[:] = [_WithoutTriton if f is PathFinder else f for f in sys.meta_path]
@@ -80,7 +91,7 @@ def main() -> None:
         kv_cache_memory_bytes=2**26,
     )
     v2 = llm.llm_engine.vllm_config.use_v2_model_runner
-    outputs: dict[str, Any] = {"v2": v2}
+    outputs: dict[str, Any] = {"v2": v2, **llm.collective_rpc(describe)[0]}
     for name, params in requests().items():
         if not v2 and not name.startswith("greedy"):
             # vLLM's V1 runner crashes on a CPU when a seeded request is prefilled in chunks.
