@@ -53,6 +53,6 @@ if __name__ == "__main__":
     vllm: Any = ModuleType("vllm")
     vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace
     platforms: Any = ModuleType("vllm.platforms")
-    platforms.current_platform = SimpleNamespace(is_cpu=lambda: True)
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: False)
     sys.modules |= {"vllm": vllm, "vllm.platforms": platforms}
     generate_worker.main()
