@@ -53,6 +53,11 @@ if __name__ == "__main__":
     vllm: Any = ModuleType("vllm")
     vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace
     platforms: Any = ModuleType("vllm.platforms")
-    platforms.current_platform = SimpleNamespace(is_cpu=lambda: False)
-    sys.modules |= {"vllm": vllm, "vllm.platforms": platforms}
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: True)
+    utils: Any = ModuleType("vllm.utils")
+    utils.cpu_resource_utils = SimpleNamespace(
+        get_allowed_cpu_list=lambda: [SimpleNamespace(numa_node=0)],
+        get_memory_node_info=lambda node: SimpleNamespace(available_memory=1, total_memory=2),
+    )
+    sys.modules |= {"vllm": vllm, "vllm.platforms": platforms, "vllm.utils": utils}
     generate_worker.main()
