@@ -54,5 +54,10 @@ if __name__ == "__main__":
     vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace
     platforms: Any = ModuleType("vllm.platforms")
     platforms.current_platform = SimpleNamespace(is_cpu=lambda: True)
-    sys.modules |= {"vllm": vllm, "vllm.platforms": platforms}
+    utils: Any = ModuleType("vllm.utils")
+    utils.cpu_resource_utils = SimpleNamespace(
+        get_allowed_cpu_list=lambda: [SimpleNamespace(numa_node=0)],
+        get_memory_node_info=lambda node: SimpleNamespace(available_memory=1, total_memory=2),
+    )
+    sys.modules |= {"vllm": vllm, "vllm.platforms": platforms, "vllm.utils": utils}
     generate_worker.main()
