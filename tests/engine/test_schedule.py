@@ -31,6 +31,7 @@ from tests.support.schedules import (
     random_events,
     random_requests,
     serve,
+    twins,
 )
 
 NUM_REQUESTS, LAST_ARRIVAL = 200, 330
@@ -55,16 +56,7 @@ def requests_(texts: list[list[int]]) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def reference(vanilla: LLM, requests_: list[Request]) -> list[RequestOutput]:
-    """The references: vanilla, all at once, with room for all.
-
-    Without seeds, which what is compared does not depend on: vLLM's V1 runner ends on a CPU when a
-    seeded request is prefilled in chunks.
-    """
-    params = [r.params.clone() for r in requests_]
-    for each in params:
-        each.seed = None
-    prompts = [{"prompt_token_ids": r.prompt} for r in requests_]
-    return vanilla.generate(prompts, params, use_tqdm=False)
+    return twins(vanilla, requests_)
 
 
 def assert_as_plain(

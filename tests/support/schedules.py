@@ -221,6 +221,19 @@ def serve(
     return finished
 
 
+def twins(vanilla: LLM, requests: Sequence[Request]) -> list[RequestOutput]:
+    """The references: vanilla, all at once, with room for all.
+
+    Without seeds, which what is compared does not depend on: vLLM's V1 runner ends on a CPU when a
+    seeded request is prefilled in chunks.
+    """
+    params = [r.params.clone() for r in requests]
+    for each in params:
+        each.seed = None
+    prompts = [{"prompt_token_ids": r.prompt} for r in requests]
+    return vanilla.generate(prompts, params, use_tqdm=False)
+
+
 def happen(engine: LLM, what: str | None) -> None:
     """An event of `EVENTS`."""
     core = engine.llm_engine

@@ -34,6 +34,7 @@ class FakeSoak:
             "probe": [9, 7],
             "megabytes": 1000,
             "process": "1",
+            "meaning": soak.MEANING,
             "seconds": 1,
         }
         return line | self.wrong.get(seed, {})
@@ -91,8 +92,11 @@ def test_what_is_wrong_is_told(
     assert told in capsys.readouterr().out
 
 
-def test_other_schedules_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = FakeSoak().schedule(0) | {"mode": "another"}
+@pytest.mark.parametrize("other", [{"mode": "another"}, {"meaning": "another"}])
+def test_other_schedules_are_refused(
+    other: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = FakeSoak().schedule(0) | other
     (tmp_path / "schedules.jsonl").write_text(json.dumps(line) + "\n")
     assert soak.main(["--out", str(tmp_path)]) == 2
     assert "give another --out" in capsys.readouterr().err
