@@ -346,7 +346,8 @@ def test_damaged_config(target: Path, tmp_path: Path) -> None:
 # --- what the method can't be combined with ----------------------------------------------------
 
 
-NIXL = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
+# With an id, which is random otherwise, and in the tests' names.
+NIXL = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both", engine_id="one")
 
 
 @pytest.mark.parametrize(
