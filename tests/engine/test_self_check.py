@@ -80,7 +80,8 @@ def test_nothing_is_left_of_it(engines: EnginePool) -> None:
     def start(worker: Any) -> dict[str, Any]:
         runner, drafts = worker.model_runner, []
         ledger, start = runner.speculator.ledger, DeviceLoop.start
-        before = ledger.thresholds
+        # vLLM tells of the last ones that have ended with the next step.
+        before, requests = ledger.thresholds, set(runner.req_states.req_id_to_index)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             drafts.append(start(*args, **kwargs))
@@ -92,7 +93,7 @@ def test_nothing_is_left_of_it(engines: EnginePool) -> None:
         set_random_seed(worker.model_config.seed)
         return {
             "ran": len(drafts),
-            "requests": len(runner.req_states.req_id_to_index),
+            "requests": len(set(runner.req_states.req_id_to_index) - requests),
             "windows": len(ledger.windows._windows),
             "counted": bool(ledger.counters),
             "same thresholds": before is ledger.thresholds,

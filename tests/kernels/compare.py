@@ -22,7 +22,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from tests.kernels.cpu.compare import _pretend_cpu_backend
+from tests.kernels.cpu.compare import _pretend_cpu_backend, take_any_mask
 from tests.kernels.cpu.running import compare_all
 
 PACKAGE = "vllm_adadecode.kernels"
@@ -56,6 +56,7 @@ def _interpretable() -> None:
         bits = values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
         return TensorHandle(bits.reshape(source.data.shape), tl.bfloat16)
 
+    take_any_mask()
     InterpreterBuilder.create_dot = dot
     InterpreterBuilder.cast_impl = cast_impl
 

@@ -149,7 +149,8 @@ def rank(rank: int, file: str, fault: str | None, alone: bool, told: Any) -> Non
 
 
 def test_ranks_agree_and_none_waits_forever(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
+    # Not forked: this process may be in a group of its own.
+    context = multiprocessing.get_context("spawn")
     file, ranks, pipes = str(tmp_path / "group"), [], []
     for number, fault in enumerate((None, "a wrong state")):
         mine, its = context.Pipe()

@@ -27,6 +27,20 @@ def _pretend_cpu_backend() -> None:
     triton.backends.backends["cpu"] = type("Backend", (), {"driver": driver, "compiler": None})()
 
 
+def take_any_mask() -> None:
+    """Have the interpreter take masks of integers, as it holds booleans that follow from loads."""
+
+    def with_bool_mask(function: Any, position: int) -> Any:
+        def apply(*args: Any) -> Any:
+            return function(*args[:position], args[position].astype(bool), *args[position + 1 :])
+
+        return apply
+
+    memory = triton.runtime.interpreter._interpreter
+    memory.load = with_bool_mask(memory.load, 1)
+    memory.store = with_bool_mask(memory.store, 2)
+
+
 def _interpretable() -> None:
     """Make up for what the interpreter lacks of a GPU's device library."""
     import numpy as np
@@ -47,16 +61,7 @@ def _interpretable() -> None:
 
         return tl.block_type(scalar, kind.shape) if kind.is_block() else scalar
 
-    def with_bool_mask(function: Any, position: int) -> Any:
-        # A boolean computed from a loaded one is held as an integer, which memory access refuses.
-        def apply(*args: Any) -> Any:
-            return function(*args[:position], args[position].astype(bool), *args[position + 1 :])
-
-        return apply
-
-    memory = triton.runtime.interpreter._interpreter
-    memory.load = with_bool_mask(memory.load, 1)
-    memory.store = with_bool_mask(memory.store, 2)
+    take_any_mask()
 
     import vllm.v1.worker.gpu.metrics.logits as nans
     import vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils as rejection
