@@ -20,7 +20,7 @@ help:
 	@echo "make demo           serve the demo model with and without AdaDecode and compare"
 	@echo "make bench-quick    compare on a target bound by memory: results/bench-quick.json"
 	@echo "make test           lint, then the tests that CI runs: about 15 minutes on two cores"
-	@echo "make test-033       what touches vLLM once more, on vLLM 0.33: about 5 minutes (CPUs only)"
+	@echo "make test-033       what touches vLLM once more, on vLLM 0.33: about 8 minutes (CPUs only)"
 	@echo "make test-all       lint, then every test, the slow ones among them"
 	@echo "make soak           10,000 requests in random schedules, compared with plain vLLM's: results/soak"
 	@echo "make lint           ruff and mypy"
